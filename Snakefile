@@ -1,0 +1,32 @@
+# The DAG's front page: params, rules, targets. One file of rules per phase; `dvc.yaml` has one stage per phase and is
+# generated (`genseg dvc --write`). `--configfile params/X.yaml` runs another study.
+from genseg.dag.rules import open_study
+
+if not workflow.overwrite_configfiles:  # `--configfile` replaces params.yaml: merged, a missing key would go unseen
+
+    configfile: "params.yaml"
+
+
+STUDY = open_study(config, origin=", ".join(map(str, workflow.overwrite_configfiles)) or "params.yaml")
+DATA, RESULTS, WORK = STUDY.data, STUDY.results, STUDY.work
+
+
+wildcard_constraints:
+    size=r"\d{4}",
+    shard=r"\d+",
+
+
+# Every manifest, not the tables alone: their presence would hide that something before them is missing.
+rule all:
+    default_target: True
+    input:
+        STUDY.manifests(),
+
+
+include: "workflow/rules/data.smk"
+include: "workflow/rules/backbone.smk"
+include: "workflow/rules/latents.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/sample.smk"
+include: "workflow/rules/score.smk"
+include: "workflow/rules/tables.smk"

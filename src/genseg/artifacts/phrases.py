@@ -1,0 +1,71 @@
+"""The phrase table: one row per (narrative, noun phrase) with the union mask of its segments at native size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from genseg.artifacts.masks import Mask, decode
+from genseg.artifacts.parquet import KEY, KEY_FIELDS, read_table, write_table
+from genseg.artifacts.seeds import derive_seed
+from genseg.errors import UserError
+
+VERSION = 1
+SPLITS = ("train", "val", "test")
+SCHEMA = pa.schema(
+    [
+        *[pa.field(field.name, field.type, nullable=False) for field in KEY_FIELDS],
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("file_name", pa.string()),
+        pa.field("height", pa.int64(), nullable=False),
+        pa.field("width", pa.int64(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("phrase", pa.string(), nullable=False),
+        pa.field("is_thing", pa.bool_(), nullable=False),
+        pa.field("is_plural", pa.bool_(), nullable=False),
+        pa.field("class_id", pa.int64()),
+        pa.field("segment_ids", pa.list_(pa.int64())),
+        pa.field("mask", pa.binary(), nullable=False),
+        pa.field("tags", pa.list_(pa.string())),
+    ]
+)
+"""`file_name` is the image's path as the params name it (relative to the project); `class_id` null where the phrase's
+segments are of several classes; `tags` are free marks of a row, e.g. `compositional`."""
+
+
+def read_phrases(path: str | Path) -> pd.DataFrame:
+    """Read a phrase table (`SCHEMA`), in file order. Raises UserError as `parquet.read_table` does, and for a bad split."""
+    frame = read_table(
+        path, SCHEMA, "phrase table", VERSION, optional=("file_name", "caption", "class_id", "segment_ids", "tags")
+    )
+    strange = ~frame["split"].isin(SPLITS)
+    if strange.any():
+        row = int(strange.to_numpy().argmax())
+        raise UserError(f"{path}: row {row}: split {frame.at[row, 'split']!r} is none of {', '.join(SPLITS)}")
+    frame["class_id"] = frame["class_id"].astype("Int64")
+    return frame
+
+
+def write_phrases(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a phrase table, ordered by key."""
+    frame = frame.sort_values(KEY, kind="stable", ignore_index=True)
+    write_table(frame, SCHEMA, path, {"kind": "phrases", "version": str(VERSION)})
+
+
+def row_mask(row: pd.Series) -> Mask:
+    """Ground-truth mask [height, width] of one row."""
+    return decode(row["mask"], int(row["height"]), int(row["width"]))
+
+
+def hash_unit(seed: int, *ids: object) -> float:
+    """A number in [0, 1) that depends on the ids alone: how images are dealt to val and to grid subsets."""
+    return derive_seed(seed, *ids) / 2**63
+
+
+def choose_images(image_ids: np.ndarray, fraction: float, seed: int, purpose: str) -> set[int]:
+    """A fixed part of the images, at least one: those with the smallest hash."""
+    unique = sorted({int(image_id) for image_id in image_ids}, key=lambda image_id: hash_unit(seed, purpose, image_id))
+    return set(unique[: max(1, round(fraction * len(unique)))])

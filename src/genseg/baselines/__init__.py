@@ -1,0 +1,1 @@
+"""Methods that GS is compared with. Every one emits predictions."""

@@ -1,0 +1,75 @@
+"""Write a study's tables (CSV, LaTeX, Markdown), figures and index.html from its scores and the published numbers."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--params", default="params.yaml", help="params file of the study (default: params.yaml)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from genseg.artifacts.files import write_text
+    from genseg.artifacts.manifest import code_hash, write_manifest
+    from genseg.artifacts.parquet import KEY
+    from genseg.artifacts.phrases import read_phrases
+    from genseg.artifacts.predictions import read_predictions
+    from genseg.artifacts.scores import read_per_phrase
+    from genseg.params import load_params
+    from genseg.report import build_tables, read_study
+    from genseg.report.figures import choose_examples, draw_evolution, draw_examples, load_examples, read_evolution
+    from genseg.report.page import build_page
+    from genseg.report.render import write_table
+    from genseg.report.study import PUBLISHED, published_path
+    from genseg.report.tables import OPTIONAL
+
+    started = time.time()
+    params = load_params(args.params)
+    folder, figures = params.results_dir / "tables", params.results_dir / "figures"
+    phrases_path = params.data_dir / "phrases.parquet"
+    predictions_path = params.results_dir / "predictions" / "main" / "predictions.parquet"
+    evolution_path = params.results_dir / "predictions" / "evolution.safetensors"
+
+    study = read_study(params)
+    tables = build_tables(params, study)
+    (folder / "manifest.json").unlink(missing_ok=True)  # tables in the making have no manifest
+    outputs = [path for table in tables for path in write_table(table, folder)]
+
+    phrases = read_phrases(phrases_path)
+    chosen = choose_examples(read_per_phrase(study.main.path), params.tables.examples)
+    evolution = read_evolution(evolution_path)
+    examples = load_examples(chosen, phrases, read_predictions(predictions_path))
+    draw_examples(examples, figures / "examples.png", params.tables.dpi)
+    draw_evolution(evolution, phrases, figures / "evolution.png", params.tables.dpi)
+    captions = {
+        "examples.png": f"Test phrases at {len(examples)} equidistant quantiles of the main row's IoU, best to worst: image, "
+        "ground truth, and prediction of GS with the outline of the ground truth (dashed).",
+        "evolution.png": "Sampling over t (the paper's Fig. 5): the noisy label x_t and the estimate of x_0 made from it.",
+    }
+    write_text(folder / "index.html", build_page(params, study, tables, captions))
+
+    outputs += [folder / "index.html", *(figures / name for name in captions)]
+    for path in (folder / f"{name}.{kind}" for name in OPTIONAL for kind in ("csv", "tex", "md")):
+        if path not in outputs:
+            path.unlink(missing_ok=True)
+    write_manifest(
+        folder / "manifest.json",
+        phase="tables",
+        params=params.subtree("study", "data.source", "data.class_template", "seed", "sample", "score", "tables"),
+        inputs=[
+            # No manifests here, though the page quotes them: their bytes hold times.
+            *study.paths(),
+            study.main.path.with_suffix(".parquet"),
+            phrases_path,
+            predictions_path,
+            evolution_path,
+            *(published_path(name) for name in PUBLISHED),
+        ],
+        outputs=sorted(outputs),
+        started=started,
+        code=code_hash("report", "artifacts", "cli/tables.py", "params.py"),
+        examples=chosen[[*KEY, "iou"]].to_dict("records"),
+    )
+    print(f"{len(tables)} tables and {len(captions)} figures: open {folder / 'index.html'}")

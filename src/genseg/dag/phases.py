@@ -1,0 +1,91 @@
+"""The phases: what of the params and of the source each one uses, and what it reads and writes.
+
+The rules in `workflow/rules/<phase>.smk` take their `params:` from here and `dvc.yaml` is generated from here, so that
+Snakemake and DVC rerun the same things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase: a file of rules for Snakemake, a stage for DVC. Paths are relative to the project, `{study}` in them."""
+
+    keys: tuple[str, ...]
+    """Dotted keys of the params whose values its outputs depend on (`device` and `resources` are none)."""
+    rooms: tuple[str, ...]
+    """What of `src/genseg` it runs, files or folders."""
+    needs: tuple[str, ...]
+    """Outputs of other phases and files of the project that DVC watches. What one of these was itself made from is left
+    out: a rerun always changes a manifest, so a change comes through, and `dvc dag` stays readable."""
+    outs: tuple[str, ...]
+    """Folders that it fills; nothing else writes there."""
+    targets: tuple[str, ...]
+    """Manifests: each is written last, when all it describes is complete."""
+    persist: bool = False
+    """Whether DVC leaves the old outputs in place for a rerun, because the command reuses the finished parts that still
+    hold and removes those that do not."""
+
+
+PHASES = {
+    "data": Phase(
+        keys=("seed", "data"),
+        rooms=("artifacts", "cli/data.py", "data"),
+        needs=(),
+        outs=("data/{study}",),
+        targets=("data/{study}/manifest.json",),
+    ),
+    "backbone": Phase(
+        keys=("seed", "backbone"),
+        rooms=("artifacts", "cli/backbone.py", "data", "models", "diffusion", "training"),
+        needs=("data/{study}", "data/backbone"),
+        outs=("results/{study}/backbone",),
+        targets=("results/{study}/backbone/manifest.json",),
+    ),
+    "latents": Phase(
+        keys=("latents", "train.size", "sample.main.size", "sample.base.size", "sample.grid.sizes"),
+        rooms=("artifacts", "cli/latents.py", "data", "models"),
+        needs=("results/{study}/backbone",),
+        outs=("results/{study}/latents",),
+        targets=("results/{study}/latents/manifest.json",),
+        persist=True,
+    ),
+    "train": Phase(
+        # The latents of the training size are a function of the data, the backbone and these params. So `latents` stands
+        # here and not the latents' manifest below: one more size to sample at must not train again.
+        keys=("seed", "latents", "train"),
+        rooms=("artifacts", "cli/train.py", "data", "models", "diffusion", "training"),
+        needs=("results/{study}/backbone", "results/{study}/latents/text"),
+        outs=("results/{study}/model", "results/{study}/control"),
+        targets=("results/{study}/model/manifest.json", "results/{study}/control/manifest.json"),
+    ),
+    "sample": Phase(
+        keys=(
+            "seed",
+            "latents",
+            *(f"sample.{key}" for key in ("main", "base", "grid", "grid_fraction", "rule", "spacing", "readout")),
+            *(f"sample.{key}" for key in ("threshold", "batch", "precision")),
+        ),
+        rooms=("artifacts", "cli/sample.py", "models", "diffusion", "sampling"),
+        needs=("results/{study}/latents", "results/{study}/model", "results/{study}/control"),
+        outs=("results/{study}/predictions",),
+        targets=("results/{study}/predictions/manifest.json",),
+        persist=True,
+    ),
+    "score": Phase(
+        keys=("seed", "score", "sample.base"),
+        rooms=("artifacts", "cli/score.py", "metrics"),
+        needs=("results/{study}/predictions",),
+        outs=("results/{study}/scores",),
+        targets=("results/{study}/scores/manifest.json",),
+    ),
+    "tables": Phase(
+        keys=("seed", "tables", "sample.main", "sample.base", "sample.grid"),
+        rooms=("artifacts", "cli/tables.py", "report"),
+        needs=("data/published", "results/{study}/scores"),
+        outs=("results/{study}/tables", "results/{study}/figures"),
+        targets=("results/{study}/tables/manifest.json",),
+    ),
+}

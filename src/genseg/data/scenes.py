@@ -1,0 +1,346 @@
+"""The embedded data set: narrated scenes drawn from a seed, written as COCO panoptic + PNG narratives.
+
+A scene has two or three regions of *stuff* and several *things* that differ in shape, colour, surface and size. Things
+come in families of distractors that share all attributes of another thing but one, so a model that ignores a word of
+the phrase picks the wrong one. Regions and things share hues; shading, shadows, noise and low contrast do the rest:
+colour alone does not solve it. Some (colour, shape) pairs occur only in the test scenes (`COMPOSITIONAL`).
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from genseg.artifacts.files import atomic_directory
+from genseg.artifacts.seeds import derive_seed
+from genseg.params import Scenes
+
+Field = NDArray[np.float32]
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PLURALS = {"cross": "crosses"}
+STUFF = ("grass", "water", "sand", "bricks", "snow", "sky")
+COLOURS = {
+    "red": (0.80, 0.16, 0.14),
+    "green": (0.20, 0.58, 0.20),
+    "blue": (0.16, 0.34, 0.78),
+    "yellow": (0.88, 0.76, 0.20),
+    "purple": (0.55, 0.22, 0.66),
+    "white": (0.88, 0.88, 0.90),
+}
+SURFACES = ("plain", "striped", "dotted")
+SIZES = {"small": (0.09, 0.12), "large": (0.155, 0.21)}
+"""Radius as a part of the picture's side; the gap keeps the words unambiguous."""
+COMPOSITIONAL = frozenset({("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "square"), ("purple", "ring")})
+"""(colour, shape) pairs that no training scene holds."""
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+STUFF_ID = 101
+VISIBLE = 0.6
+"""A thing is kept when at least this part of it stays visible."""
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    surface: str
+    size: str
+
+
+ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "surface": SURFACES, "size": tuple(SIZES)}
+
+
+def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
+    """Write `train2017` and `val2017` scenes below `root` in COCO's panoptic and PNG's narrative layout, atomically.
+
+    A scene depends on the seed, its split and its id alone, so `workers` (processes) do not change a byte.
+    """
+    categories = [{"id": i + 1, "name": name, "isthing": 1, "supercategory": "shape"} for i, name in enumerate(SHAPES)]
+    categories += [{"id": STUFF_ID + i, "name": name, "isthing": 0, "supercategory": "region"} for i, name in enumerate(STUFF)]
+    with atomic_directory(root) as target, ProcessPoolExecutor(workers) as pool:
+        annotations = target / "annotations"
+        for split, count, first_id in (("train", scenes.train_images, 1), ("val", scenes.test_images, 500_001)):
+            folders = (target / f"{split}2017", annotations / f"panoptic_{split}2017")
+            for folder in folders:
+                folder.mkdir(parents=True)
+            write = partial(_write_scene, scenes.seed, scenes.size, split, *folders)
+            made = list(pool.map(write, range(first_id, first_id + count), chunksize=16))
+            document = {
+                "images": [image for image, _, _ in made],
+                "annotations": [annotation for _, annotation, _ in made],
+                "categories": categories,
+            }
+            (annotations / f"panoptic_{split}2017.json").write_text(json.dumps(document))
+            narratives = [narrative for _, _, pair in made for narrative in pair]
+            (annotations / f"png_coco_{split}2017.json").write_text(json.dumps(narratives))
+
+
+def _write_scene(
+    seed: int, size: int, split: str, images: Path, masks: Path, image_id: int
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Write one picture and its panoptic PNG; returns its rows of `images`, `annotations` and the narratives."""
+    rng = np.random.default_rng(derive_seed(seed, "scene", split, image_id))
+    picture, segments, things, regions = _draw(rng, size, unseen_pairs=split == "val")
+    name = f"{image_id:012d}"
+    Image.fromarray(picture).save(images / f"{name}.jpg", quality=93)
+    identity = [int(value) for value in rng.choice((1 << 24) - 1, size=len(things) + len(regions), replace=False) + 1]
+    categories = [SHAPES.index(thing.shape) + 1 for thing in things] + [STUFF_ID + STUFF.index(name) for name in regions]
+    info = []
+    colours = np.zeros((size, size, 3), np.uint8)
+    for position, (segment_id, category) in enumerate(zip(identity, categories, strict=True)):
+        inside = segments == position
+        colours[inside] = (segment_id & 255, segment_id >> 8 & 255, segment_id >> 16)
+        ys, xs = np.nonzero(inside)
+        box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
+        info.append({"id": segment_id, "category_id": category, "iscrowd": 0, "bbox": box, "area": int(inside.sum())})
+    Image.fromarray(colours).save(masks / f"{name}.png", compress_level=1)
+    ids = [str(value) for value in identity]
+    return (
+        {"id": image_id, "file_name": f"{name}.jpg", "height": size, "width": size},
+        {"image_id": image_id, "file_name": f"{name}.png", "segments_info": info},
+        [_narrate(rng, image_id, annotator, things, regions, ids) for annotator in range(2)],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ content
+def _choose_things(rng: np.random.Generator, unseen_pairs: bool) -> list[Thing]:
+    """A referent, distractors one attribute away from it, sometimes a group of equals, and a stranger or two."""
+
+    def pick(attribute: str) -> str:
+        return str(rng.choice(ATTRIBUTES[attribute]))
+
+    def random_thing() -> Thing:
+        return Thing(pick("shape"), pick("colour"), pick("surface"), pick("size"))
+
+    referent = random_thing()
+    if unseen_pairs and rng.random() < 0.4:
+        pairs = sorted(COMPOSITIONAL)
+        colour, shape = pairs[rng.integers(len(pairs))]
+        referent = Thing(shape, colour, referent.surface, referent.size)
+    things = [referent]
+    for attribute in rng.permutation(("shape", "colour", "colour", "surface", "size"))[: rng.integers(1, 3)]:
+        other = str(rng.choice([value for value in ATTRIBUTES[attribute] if value != getattr(referent, attribute)]))
+        things.append(Thing(**{**vars(referent), attribute: other}))
+    if rng.random() < 0.6:
+        leader = things[rng.integers(len(things))] if rng.random() < 0.5 else random_thing()
+        for _ in range(rng.integers(1, 3)):
+            surface = leader.surface if rng.random() < 0.6 else pick("surface")
+            things.append(Thing(leader.shape, leader.colour, surface, leader.size))
+    things += [random_thing() for _ in range(rng.integers(0, 2))]
+    if not unseen_pairs:
+        things = [thing for thing in things if (thing.colour, thing.shape) not in COMPOSITIONAL] or [
+            Thing("circle", "red", referent.surface, referent.size)
+        ]
+    return [things[i] for i in rng.permutation(len(things))][:7]
+
+
+def _matches(things: list[Thing], wanted: dict[str, str]) -> list[int]:
+    return [i for i, thing in enumerate(things) if all(getattr(thing, key) == value for key, value in wanted.items())]
+
+
+def _describe(rng: np.random.Generator, things: list[Thing], target: int, plural: bool) -> tuple[str, list[int]] | None:
+    """A noun phrase that is true of exactly one thing (or, plural, of all things it is true of, at least two)."""
+    extras = ["colour", "surface", "size"]
+    order = [str(extra) for extra in rng.permutation(extras)]
+    counts = rng.permutation([1, 1, 2, 0, 3]) if not plural else rng.permutation([0, 1, 1])
+    for count in counts:
+        chosen = order[:count]
+        wanted = {"shape": things[target].shape} | {key: getattr(things[target], key) for key in chosen}
+        found = _matches(things, wanted)
+        if (len(found) == 1) == plural or len(found) > max(NUMBERS):
+            continue
+        words = [wanted[key] for key in ("size", "surface", "colour") if key in wanted]
+        noun = wanted["shape"]
+        if plural:
+            noun = PLURALS.get(noun, noun + "s")
+            head = str(rng.choice([NUMBERS[len(found)], "the"]))
+        else:
+            head = str(rng.choice(["a", "the"]))
+        return " ".join([head, *words, noun]), found
+    return None
+
+
+def _narrate(
+    rng: np.random.Generator, image_id: int, annotator: int, things: list[Thing], regions: list[str], ids: list[str]
+) -> dict[str, Any]:
+    """One PNG-format row: a caption and its ordered partition into grounded nouns, ungrounded nouns and the rest."""
+    mentions: list[tuple[str, list[str], bool, list[str]]] = []
+    plural_done: set[tuple[int, ...]] = set()
+    for target in rng.permutation(len(things)):
+        plural = rng.random() < 0.5
+        described = _describe(rng, things, int(target), plural) or _describe(rng, things, int(target), not plural)
+        if described is None or tuple(described[1]) in plural_done:
+            continue
+        phrase, found = described
+        plural_done.add(tuple(found))
+        pair = (things[found[0]].colour, things[found[0]].shape)
+        tags = ["compositional"] if pair in COMPOSITIONAL and pair[0] in phrase else []
+        mentions.append((phrase, [ids[i] for i in found], len(found) > 1, tags))
+        if len(mentions) == 3:
+            break
+    for region in rng.permutation(len(regions))[: rng.integers(1, 3)]:
+        phrase = f"{rng.choice(['the', 'some'])} {regions[region]}"
+        mentions.append((phrase, [ids[len(things) + int(region)]], False, []))
+    mentions = [mentions[i] for i in rng.permutation(len(mentions))]
+
+    segments: list[dict[str, Any]] = []
+
+    def say(
+        text: str, noun: bool = False, found: list[str] | None = None, plural: bool = False, tags: list[str] | None = None
+    ) -> None:
+        segment = {"utterance": text, "segment_ids": found or [], "plural": plural, "noun": noun}
+        segments.append(segment | ({"tags": tags} if tags else {}))
+
+    say(str(rng.choice(["In", "On"])))
+    say(str(rng.choice(["this picture", "this image", "the photo"])), noun=True)
+    say(str(rng.choice(["we can see", "there is", "I can see"])))
+    for position, (phrase, named, is_plural, tags) in enumerate(mentions):
+        if position:
+            say(str(rng.choice([", beside", ", and also", ", near", "and"])))
+        say(phrase, noun=True, found=named, plural=is_plural, tags=tags)
+    say(".")
+    caption = " ".join(segment["utterance"] for segment in segments).replace(" ,", ",").replace(" .", ".")
+    return {"image_id": str(image_id), "annotator_id": annotator, "caption": caption, "segments": segments}
+
+
+# ------------------------------------------------------------------------------------------------------- pixels
+def _draw(
+    rng: np.random.Generator, size: int, unseen_pairs: bool
+) -> tuple[NDArray[np.uint8], NDArray[np.int32], list[Thing], list[str]]:
+    """Picture [size, size, 3], segment index [size, size] (things first, then regions), things, region names."""
+    y, x = (axis.astype(np.float32) for axis in np.mgrid[:size, :size])
+    wanted = [str(name) for name in rng.choice(STUFF, size=rng.integers(2, 4), replace=False)]
+    ground = _partition(rng, x, y, size, len(wanted))
+    canvas = np.zeros((size, size, 3), np.float32)
+    for index, name in enumerate(wanted):
+        canvas[ground == index] = _surface_of_stuff(rng, name, x, y, size)[ground == index]
+
+    owner = np.full((size, size), -1, np.int32)
+    things: list[Thing] = []
+    full: list[int] = []
+    for thing in _choose_things(rng, unseen_pairs):
+        for _ in range(12):
+            radius = size * rng.uniform(*SIZES[thing.size])
+            cx, cy = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
+            distance = _distance(thing.shape, x - cx, y - cy, radius, rng.uniform(0, 2 * np.pi))
+            trial = np.where(distance < 0, len(things), owner)
+            if all(np.sum(trial == i) >= VISIBLE * area for i, area in enumerate(full)):
+                break
+        else:
+            continue
+        if rng.random() < 0.7:  # a soft cast shadow
+            dx, dy = rng.uniform(-0.3, 0.3, 2) * radius
+            shadow = _distance(thing.shape, x - cx - dx, y - cy - dy, radius * 1.05, 0.0)
+            canvas *= 1 - 0.45 * np.clip(0.5 - shadow / (0.3 * radius), 0, 1)[..., None]
+        colour = _surface_of_thing(rng, thing, x - cx, y - cy, radius)
+        alpha = np.clip(0.5 - distance, 0, 1)[..., None]
+        canvas = canvas * (1 - alpha) + colour * alpha
+        owner = trial
+        things.append(thing)
+        full.append(int(np.sum(distance < 0)))
+
+    segments = np.where(owner >= 0, owner, len(things) + ground).astype(np.int32)
+    present = [index for index in range(len(wanted)) if np.any(segments == len(things) + index)]
+    for position, index in enumerate(present):
+        segments[(owner < 0) & (ground == index)] = len(things) + position
+
+    angle = rng.uniform(0, 2 * np.pi)
+    slope = (np.cos(angle) * (x - size / 2) + np.sin(angle) * (y - size / 2)) / size
+    canvas *= (1 + rng.uniform(0, 0.6) * slope)[..., None]  # light from one side
+    canvas = 0.5 + (canvas - 0.5) * rng.uniform(0.65, 1.05)  # contrast
+    canvas += rng.normal(0, rng.uniform(0.01, 0.05), canvas.shape).astype(np.float32)
+    picture = np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
+    return picture, segments, things, [wanted[index] for index in present]
+
+
+def _partition(rng: np.random.Generator, x: Field, y: Field, size: int, count: int) -> NDArray[np.int32]:
+    """Region index: one or two wavy cuts across the picture."""
+    region = np.zeros(x.shape, np.int32)
+    angle = rng.uniform(0, 2 * np.pi)
+    across = np.cos(angle) * (x - size / 2) + np.sin(angle) * (y - size / 2)
+    along = -np.sin(angle) * (x - size / 2) + np.cos(angle) * (y - size / 2)
+    offsets = (rng.uniform(-0.15, 0.15),) if count == 2 else (rng.uniform(-0.28, -0.12), rng.uniform(0.12, 0.28))
+    for offset in offsets:
+        wave = rng.uniform(0.01, 0.06) * size * np.sin(along * rng.uniform(4, 14) / size + rng.uniform(0, 6.3))
+        region += (across > offset * size + wave).astype(np.int32)
+    return region
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> Field:
+    """Noise in [-1, 1] whose features are size / cells pixels (rows, columns) large."""
+    coarse = Image.fromarray(rng.uniform(-1, 1, cells).astype(np.float32))
+    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32)
+
+
+def _surface_of_stuff(rng: np.random.Generator, name: str, x: Field, y: Field, size: int) -> Field:
+    """Texture [size, size, 3] in about [0, 1]; hues overlap with those of things on purpose."""
+    scale = size / 128
+    phase = rng.uniform(0, 6.3)
+    if name == "grass":
+        base, tone = (0.24, 0.52, 0.18), 0.30 * _smooth_noise(rng, size, (14, 56))
+    elif name == "water":
+        wave = np.sin((y + 2.5 * scale * np.sin(x / (9 * scale) + phase)) / (2.2 * scale) + phase)
+        base, tone = (0.18, 0.38, 0.66), 0.20 * wave + 0.1 * _smooth_noise(rng, size, (8, 8))
+    elif name == "sand":
+        base, tone = (0.80, 0.70, 0.42), 0.22 * rng.uniform(-1, 1, x.shape).astype(np.float32)
+    elif name == "bricks":
+        row = np.floor(y / (7 * scale))
+        mortar = ((y % (7 * scale)) < 1.3 * scale) | (((x + 7 * scale * (row % 2) + phase) % (14 * scale)) < 1.3 * scale)
+        base, tone = (0.62, 0.26, 0.18), np.where(mortar, 0.45, 0.08 * _smooth_noise(rng, size, (18, 9)))
+    elif name == "snow":
+        base, tone = (0.86, 0.88, 0.92), 0.06 * _smooth_noise(rng, size, (24, 24)) - 0.06 * _smooth_noise(rng, size, (5, 5))
+    else:
+        base, tone = (0.45, 0.62, 0.86), 0.22 * np.clip(_smooth_noise(rng, size, (5, 4)), 0, 1) + 0.12 * (y / size - 0.5)
+    colour = np.asarray(base, np.float32) * rng.uniform(0.85, 1.15) + rng.uniform(-0.05, 0.05, 3).astype(np.float32)
+    return (colour + np.asarray(tone, np.float32)[..., None]).astype(np.float32)
+
+
+def _surface_of_thing(rng: np.random.Generator, thing: Thing, x: Field, y: Field, radius: float) -> Field:
+    """Colour [size, size, 3] of a thing in its own coordinates: base, jitter, surface pattern, shading."""
+    colour = np.asarray(COLOURS[thing.colour], np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-0.07, 0.07, 3).astype(
+        np.float32
+    )
+    angle = rng.uniform(0, np.pi)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, -np.sin(angle) * x + np.cos(angle) * y
+    pattern = np.zeros_like(x)
+    period = max(4.5, radius * rng.uniform(0.35, 0.5))
+    if thing.surface == "striped":
+        pattern = np.clip(3 * np.sin(u * 2 * np.pi / period), -1, 1)
+    elif thing.surface == "dotted":
+        pattern = np.clip(6 * (np.cos(u * 2 * np.pi / period) + np.cos(v * 2 * np.pi / period) - 0.7), -1, 1)
+    shading = 1 - 0.25 * (x * np.cos(angle) + y * np.sin(angle)) / radius
+    shade = np.where(pattern > 0, -0.38, 0.08) * np.abs(pattern)
+    return (colour * (shading + shade)[..., None]).astype(np.float32)
+
+
+def _distance(shape: str, x: Field, y: Field, radius: float, rotation: float) -> Field:
+    """Distance in pixels to the outline, negative inside (exact or a close bound near it)."""
+    u, v = np.cos(rotation) * x + np.sin(rotation) * y, -np.sin(rotation) * x + np.cos(rotation) * y
+    r = np.hypot(u, v)
+    if shape == "circle":
+        return r - 0.95 * radius
+    if shape == "ring":
+        return np.abs(r - 0.72 * radius) - 0.3 * radius
+    if shape == "square":
+        return np.maximum(np.abs(u), np.abs(v)) - 0.85 * radius
+    if shape == "cross":
+        arm = np.maximum(np.abs(u) - radius, np.abs(v) - 0.34 * radius)
+        return np.minimum(arm, np.maximum(np.abs(v) - radius, np.abs(u) - 0.34 * radius))
+    if shape == "triangle":
+        sides = [np.cos(a) * u + np.sin(a) * v for a in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)]
+        return np.maximum.reduce(sides) - 0.62 * radius
+    theta = np.mod(np.arctan2(v, u), 2 * np.pi / 5) - np.pi / 5  # star: one of five mirrored wedges
+    inner, outer = 0.5 * radius, 1.1 * radius
+    tip = np.array([outer * np.cos(np.pi / 5), outer * np.sin(np.pi / 5)])
+    px, py = r * np.cos(theta), r * np.abs(np.sin(theta))
+    edge = tip - np.array([inner, 0.0])
+    normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    return ((px - inner) * normal[0] + py * normal[1]).astype(np.float32)

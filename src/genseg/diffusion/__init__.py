@@ -1,0 +1,1 @@
+"""Label diffusion: schedule, objectives, sampling, and the pipeline that users load."""

@@ -1,0 +1,173 @@
+"""The phase `latents`: every image through the VAE once per size, every phrase through the text encoders once.
+
+Label latents are not stored: they are the area reduction of the masks' run-length codes, cheaper to make than to read
+(at paper scale they would be 12 GB).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from genseg.artifacts.files import file_sha256
+from genseg.artifacts.latents import LatentStore, write_store
+from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
+from genseg.artifacts.phrases import choose_images, read_phrases
+from genseg.data.images import load_image
+from genseg.models.backbone import load_text_encoders, load_vae
+from genseg.models.device import DTYPES, choose_device, describe
+from genseg.models.text import TextEmbedding, encode_phrases
+from genseg.models.vae import encode_images, image_tensor, psnr, vae_factor
+from genseg.params import Params, digest
+
+CODE = ("params.py", "artifacts", "data/images.py", "models", "latents.py")
+PSNR_IMAGES = 64
+
+
+def latents_dir(study: Params) -> Path:
+    return study.results_dir / "latents"
+
+
+def image_store(study: Params, size: int) -> Path:
+    return latents_dir(study) / "images" / f"size={size:04d}"
+
+
+def text_store(study: Params) -> Path:
+    return latents_dir(study) / "text"
+
+
+def grid_phrases(study: Params, phrases: pd.DataFrame) -> pd.DataFrame:
+    """The fixed subset of test that the grid runs on: all phrases of images chosen by hash (the paper took 7 % of test)."""
+    test = phrases[phrases["split"] == "test"]
+    chosen = choose_images(test["image_id"].to_numpy(), study.sample.grid_fraction, study.seed, "grid")
+    return test[test["image_id"].isin(chosen)]
+
+
+def images_by_size(study: Params, phrases: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """Which images are needed at which size: (image_id, file_name), each image once per size.
+
+    The training size holds train and val, the main size all of test, every other size of the grid its subset.
+    """
+    wanted: dict[int, list[pd.DataFrame]] = {study.train.size: [phrases[phrases["split"] != "test"]]}
+    wanted.setdefault(study.sample.main.size, []).append(phrases[phrases["split"] == "test"])
+    for size in study.sample.sizes():
+        wanted.setdefault(size, []).append(grid_phrases(study, phrases))
+    columns = ["image_id", "file_name"]
+    return {
+        size: pd.concat(parts)[columns].drop_duplicates("image_id").sort_values("image_id") for size, parts in wanted.items()
+    }
+
+
+def compute_latents(study: Params) -> None:
+    """Write the stores below `results/<study>/latents` and, last, its manifest; finished shards are kept.
+
+    Raises:
+        UserError: an image is missing or corrupt, the backbone cannot be loaded, the disk is full, no GPU for `cuda`.
+    """
+    started = time.time()
+    device = choose_device(study.device, study.resources["latents"].threads)
+    print(f"latents: device {describe(device)}", flush=True)
+    backbone = read_manifest(study.results_dir / "backbone" / "manifest.json")
+    source, revision = backbone["pipeline"], backbone["revision"]
+    phrases = read_phrases(study.data_dir / "phrases.parquet")
+    class_phrases = read_phrases(study.data_dir / "class_phrases.parquet")
+    origin = [file_sha256(study.data_dir / "phrases.parquet"), backbone["weights"], study.latents.model_dump(mode="json")]
+
+    facts = _encode_images(study, phrases, source, revision, device, digest(origin))
+    texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
+    truncated = _encode_texts(study, texts, source, revision, device, digest([backbone["weights"], texts]))
+    if truncated:
+        print(
+            f"latents: {len(truncated)} phrases are over the tokenizer's limit and were cut, e.g. {truncated[0]!r}",
+            file=sys.stderr,
+        )
+    write_manifest(
+        latents_dir(study) / "manifest.json",
+        "latents",
+        study.subtree("latents", "train.size", "sample", "seed"),
+        [study.data_dir / "manifest.json", study.results_dir / "backbone" / "manifest.json"],
+        [latents_dir(study) / "images", latents_dir(study) / "text"],
+        started,
+        describe(device),
+        code=code_hash(*CODE),
+        truncated_phrases=truncated,
+        texts=len(texts),
+        **facts,
+    )
+
+
+def _encode_images(
+    study: Params, phrases: pd.DataFrame, source: str, revision: str | None, device: torch.device, key: str
+) -> dict[str, object]:
+    vae = load_vae(source, revision, DTYPES[study.latents.encode_precision]).to(device)
+    factor = vae_factor(vae)
+    psnrs: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for size, images in sorted(images_by_size(study, phrases).items()):
+        files = dict(zip(map(str, images["image_id"]), images["file_name"], strict=True))
+
+        def encode(ids: Sequence[str], size: int = size, files: dict[str, str] = files) -> dict[str, torch.Tensor]:
+            parts = []
+            for start in range(0, len(ids), study.latents.batch):
+                batch = torch.stack(
+                    [image_tensor(load_image(files[i]), size) for i in ids[start : start + study.latents.batch]]
+                )
+                parts.append(encode_images(vae, batch.to(device)).cpu().to(DTYPES[study.latents.precision]))
+            return {"latent": torch.cat(parts)}
+
+        begun, made = time.monotonic(), 0
+        for done, fresh in write_store(
+            image_store(study, size), list(files), study.latents.shard_rows, f"{key}:{size}", encode
+        ):
+            made += study.latents.shard_rows if fresh else 0
+            rate = min(made, done) / max(time.monotonic() - begun, 1e-9)
+            print(f"latents: size {size}: {done}/{len(files)} images, {rate:.1f} images/s", flush=True)
+        some = list(files.values())[:: max(1, len(files) // PSNR_IMAGES)][:PSNR_IMAGES]
+        values = [psnr(vae, image_tensor(load_image(path), size)[None].to(device)).item() for path in some]
+        psnrs[str(size)] = sum(values) / len(values)
+        counts[str(size)] = len(files)
+        print(f"latents: size {size}: the VAE restores {len(some)} of the images at {psnrs[str(size)]:.2f} dB PSNR", flush=True)
+    return {"vae_psnr_db": psnrs, "images": counts, "vae_factor": factor}
+
+
+def _encode_texts(
+    study: Params, texts: list[str], source: str, revision: str | None, device: torch.device, key: str
+) -> list[str]:
+    encoders = load_text_encoders(source, revision)
+    for model in encoders.models:
+        model.to(device)
+    truncated: list[str] = []
+
+    def encode(part: list[str]) -> dict[str, torch.Tensor]:
+        embeddings = encode_phrases(encoders, part)
+        truncated.extend(text for text, embedding in zip(part, embeddings, strict=True) if embedding.truncated)
+        lengths = torch.tensor([0, *(len(embedding.tokens) for embedding in embeddings)])
+        return {
+            "tokens": torch.cat([embedding.tokens for embedding in embeddings]).cpu(),
+            "pooled": torch.stack([embedding.pooled for embedding in embeddings]).cpu(),
+            "offsets": lengths.cumsum(0),
+        }
+
+    for done, _ in write_store(text_store(study), texts, 8 * study.latents.shard_rows, key, encode):
+        print(f"latents: {done}/{len(texts)} phrases encoded", flush=True)
+    return truncated
+
+
+class Texts:
+    """Text embeddings by phrase, read once each."""
+
+    def __init__(self, store: Path, device: torch.device) -> None:
+        self._store, self._device = LatentStore(store), device
+        self._cache: dict[str, TextEmbedding] = {}
+
+    def __getitem__(self, phrase: str) -> TextEmbedding:
+        if phrase not in self._cache:
+            row = self._store[phrase]
+            tokens, pooled = row["tokens"].to(self._device), row["pooled"].to(self._device)
+            self._cache[phrase] = TextEmbedding(tokens, pooled, truncated=False)
+        return self._cache[phrase]

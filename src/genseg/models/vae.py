@@ -1,0 +1,40 @@
+"""Images to latents and back, in the backbone's own scaling."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+
+def image_tensor(image: Image.Image, size: int) -> torch.Tensor:
+    """RGB image -> tensor [3, size, size] in [-1, 1]; the sides are stretched to a square, as the paper's 1024 x 1024."""
+    resized = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized, np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Down-sampling factor: 8 in SDXL; nothing here assumes it."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, H/f, W/f], the posterior's mean in unit scale (no sampling)."""
+    mean = vae.encode(images.to(vae.dtype)).latent_dist.mode()
+    return (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, h, w] in unit scale -> images [B, 3, H, W] in [-1, 1]."""
+    raw = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    return vae.decode(raw).sample.clamp(-1, 1)
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each image [B, 3, H, W] in [-1, 1] after a trip through the VAE."""
+    error = (decode_latents(vae, encode_images(vae, images)).float() - images.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))

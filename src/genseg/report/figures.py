@@ -1,0 +1,291 @@
+"""Figures: examples at quantiles of the score, and the evolution of a mask over t (Fig. 5 of the GS paper)."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from genseg.artifacts.files import atomic_path
+from genseg.artifacts.masks import Mask, decode
+from genseg.artifacts.parquet import KEY
+from genseg.artifacts.phrases import row_mask
+from genseg.data.images import load_image
+from genseg.errors import UserError
+
+Image = NDArray[np.uint8]
+
+WIDTH = 7.0
+"""Width of a figure in inches: two columns of a conference page."""
+TRUTH_COLOUR, PREDICTION_COLOUR = "#009E73", "#E69F00"
+PAPER_TIMESTEPS = (999, 759, 519, 279)
+"""The timesteps that Fig. 5 of the paper shows."""
+
+_FONT = 7.0
+_LINE = 1.25 * _FONT / 72
+_LABEL = 0.2
+_GAP = 0.05
+_PER_STRIP = 6
+_TALLEST = 1.5
+_MOST_LINES = 3
+
+
+# ------------------------------------------------------------------------------------------------------- examples
+@dataclass(frozen=True)
+class Example:
+    phrase: str
+    iou: float
+    image: Image
+    """[H, W, 3]"""
+    truth: Mask
+    prediction: Mask | None
+    """[H, W]; None where there is no prediction for the phrase."""
+
+
+def choose_examples(per_phrase: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Rows at equidistant quantiles of `iou`, best first, worst last; ties are broken by the key.
+
+    Fewer rows than `count` give every row once. One row is the median.
+    """
+    ranked = per_phrase.sort_values(["iou", *KEY], ascending=[False, True, True, True], ignore_index=True)
+    count = min(count, len(ranked))
+    places = np.linspace(0, 1, count) if count != 1 else np.array([0.5])
+    return ranked.iloc[np.rint(places * (len(ranked) - 1)).astype(int)].reset_index(drop=True)
+
+
+def load_examples(chosen: pd.DataFrame, phrases: pd.DataFrame, predictions: pd.DataFrame) -> list[Example]:
+    """Join chosen scores with the phrase table and the predictions, and read the images."""
+    joined = chosen[[*KEY, "iou"]].merge(phrases, on=KEY, how="left", validate="one_to_one")
+    masks = predictions.set_index(KEY)["mask"].to_dict()
+    examples = []
+    for _, row in joined.iterrows():
+        key = tuple(row[name] for name in KEY)
+        if pd.isna(row["phrase"]):
+            raise UserError(
+                f"phrase {key} has a score but no row in the phrase table; score again with this study's phrase table"
+            )
+        counts = masks.get(key)
+        prediction = None if counts is None else decode(counts, int(row["height"]), int(row["width"]))
+        examples.append(Example(str(row["phrase"]), float(row["iou"]), _image(row), row_mask(row), prediction))
+    return examples
+
+
+def _image(row: pd.Series) -> Image:
+    """Picture [H, W, 3] of one row of the phrase table."""
+    if not isinstance(row["file_name"], str):
+        raise UserError(
+            f"phrase {row['phrase']!r}: the phrase table names no image (file_name) to show it on; assemble the data again"
+        )
+    image = np.asarray(load_image(row["file_name"]), dtype=np.uint8)
+    if image.shape[:2] != (row["height"], row["width"]):
+        found, told = f"{image.shape[0]} x {image.shape[1]}", f"{row['height']} x {row['width']}"
+        raise UserError(
+            f"{row['file_name']}: the image is {found} pixels, the phrase table says {told}; assemble the data again"
+        )
+    return image
+
+
+def draw_examples(examples: list[Example], path: Path, dpi: int) -> None:
+    """Even strips of up to six examples: phrase, image, ground truth, prediction with the truth's outline, IoU."""
+    count = -(-len(examples) // _PER_STRIP)
+    strips = [[examples[index] for index in part] for part in np.array_split(np.arange(len(examples)), count)]
+    tallest = min(_TALLEST, *(_fitting_height(strip) for strip in strips))
+    layouts = [_strip_layout(strip, tallest) for strip in strips]
+    width = max(_LABEL + sum(widths) + _GAP * (len(widths) - 1) for _, widths, _ in layouts)
+    heights = [lines * _LINE + 3 * tall + 4 * _GAP + 1.3 * _LINE for tall, _, lines in layouts]
+    space = 0.15
+    total = sum(heights) + space * (count - 1)
+    with _figure(width, total, path, dpi) as figure:
+        top = total
+        for strip, (tall, widths, lines), height in zip(strips, layouts, heights, strict=True):
+            y = top - lines * _LINE - 1.5 * _GAP
+            for index, name in enumerate(("image", "ground truth", "prediction")):
+                _text(figure, 0.08, y - index * (tall + _GAP) - tall / 2, name, rotation=90)
+            x = _LABEL
+            for example, wide in zip(strip, widths, strict=True):
+                _text(figure, x + wide / 2, y + 1.2 * _GAP, "\n".join(_wrap(example.phrase, wide, _MOST_LINES)), va="baseline")
+                boxes = [_box(figure, x, y - index * (tall + _GAP) - tall, wide, tall) for index in range(3)]
+                boxes[0].imshow(example.image, aspect="auto")
+                boxes[1].imshow(overlay(example.image, example.truth, TRUTH_COLOUR), aspect="auto")
+                _draw_prediction(boxes[2], example)
+                _text(figure, x + wide / 2, y - 3 * tall - 3 * _GAP, f"IoU {example.iou:.2f}", va="top")
+                x += wide + _GAP
+            top -= height + space
+
+
+def _aspect(example: Example) -> float:
+    """Width over height as drawn: extreme formats are squeezed."""
+    return min(max(example.image.shape[1] / example.image.shape[0], 0.6), 2.0)
+
+
+def _fitting_height(strip: list[Example]) -> float:
+    """Height (inches) at which the pictures of a strip fill the width."""
+    return (WIDTH - _LABEL - _GAP * (len(strip) - 1)) / sum(map(_aspect, strip))
+
+
+def _strip_layout(strip: list[Example], tallest: float) -> tuple[float, list[float], int]:
+    """Height of the pictures, which they share, their widths (inches), and the lines of the longest caption."""
+    tall = min(tallest * 1.15, _fitting_height(strip))
+    widths = [tall * _aspect(example) for example in strip]
+    lines = max(len(_wrap(example.phrase, wide, _MOST_LINES)) for example, wide in zip(strip, widths, strict=True))
+    return tall, widths, lines
+
+
+def _draw_prediction(box: Axes, example: Example) -> None:
+    if example.prediction is None:
+        box.imshow(dim(example.image), aspect="auto")
+        box.text(0.5, 0.5, "no prediction", transform=box.transAxes, ha="center", va="center", fontsize=_FONT, color="white")
+    else:
+        box.imshow(overlay(example.image, example.prediction, PREDICTION_COLOUR), aspect="auto")
+    if example.truth.any() and not example.truth.all():
+        box.contour(example.truth.astype(float), levels=[0.5], colors=["white"], linewidths=0.7, linestyles="dashed")
+
+
+def dim(image: Image) -> Image:
+    """A picture [H, W, 3] in dark grey, as the ground of an overlay."""
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.repeat(np.rint(10 + 0.5 * grey).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def overlay(image: Image, mask: Mask, colour: str) -> Image:
+    """The picture dimmed, and tinted with `colour` where the mask [H, W] is set."""
+    tint = 255 * np.array(matplotlib.colors.to_rgb(colour), np.float32)
+    shown = dim(image)
+    shown[mask] = np.rint(0.45 * image[mask] + 0.55 * tint).astype(np.uint8)
+    return shown
+
+
+# ------------------------------------------------------------------------------------------------------ evolution
+@dataclass(frozen=True)
+class Evolution:
+    x0: NDArray[np.uint8]
+    """Estimates of x_0 [K, T, h, w], 0 background, 255 foreground."""
+    xt: NDArray[np.uint8]
+    """Noisy label latents [K, T, h, w] that the estimates were made from."""
+    timesteps: list[int]
+    keys: list[tuple[int, str, int]]
+
+
+def read_evolution(path: Path) -> Evolution:
+    """Read what the sample phase kept of some phrases' sampling.
+
+    Raises:
+        UserError: the file is missing or truncated, or its tensors and its header disagree.
+    """
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            metadata = handle.metadata() or {}
+            x0, xt = handle.get_tensor("x0"), handle.get_tensor("xt")
+        timesteps = [int(value) for value in json.loads(metadata["timesteps"])]
+        keys = [(int(image), str(narrative), int(phrase)) for image, narrative, phrase in json.loads(metadata["keys"])]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `genseg sample` with this study's params") from None
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a readable record of the evolution over t ({error}); remove it and sample again"
+        ) from None
+    if x0.shape != xt.shape or x0.ndim != 4 or x0.shape[:2] != (len(keys), len(timesteps)):
+        raise UserError(
+            f"{path}: {len(keys)} keys and {len(timesteps)} timesteps, but x0 {x0.shape} and xt {xt.shape}; sample again"
+        )
+    return Evolution(x0, xt, timesteps, keys)
+
+
+def choose_timesteps(timesteps: list[int], most: int = 6) -> list[int]:
+    """Indices of the columns to show: all if they fit, else those nearest to the paper's and the last."""
+    if len(timesteps) <= most:
+        return list(range(len(timesteps)))
+    near = [min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - wanted)) for wanted in PAPER_TIMESTEPS]
+    return sorted({*near, len(timesteps) - 1})
+
+
+def draw_evolution(evolution: Evolution, phrases: pd.DataFrame, path: Path, dpi: int) -> None:
+    """Per phrase the image and its ground truth, and over t the noisy label x_t above the estimate of x_0."""
+    rows = phrases.set_index(KEY)
+    keys: list[Any] = list(evolution.keys)
+    missing = [key for key in keys if key not in rows.index]
+    if missing:
+        raise UserError(f"phrase {missing[0]} of the evolution figure is not in the phrase table; sample again")
+    shown = choose_timesteps(evolution.timesteps)
+    columns = 2 + len(shown)
+    split = 0.16
+    wide = min(1.1, (WIDTH - _GAP * (columns - 1) - split - 0.04) / columns)
+    width = columns * wide + _GAP * (columns - 1) + split + 0.04
+    pictures = [rows.loc[key] for key in keys]
+    talls = [wide / min(max(row["width"] / row["height"], 0.6), 2.0) for row in pictures]
+    head, space = 1.6 * _LINE, 0.1
+    total = head + sum(2 * tall + _GAP for tall in talls) + space * (len(talls) - 1)
+    starts = [0.02 + index * (wide + _GAP) + (split if index >= 2 else 0) for index in range(columns)]
+    with _figure(width, total, path, dpi) as figure:
+        for x, name in zip(
+            starts, ["image", "ground truth", *(f"t = {evolution.timesteps[index]}" for index in shown)], strict=True
+        ):
+            _text(figure, x + wide / 2, total - head / 2, name)
+        y = total - head
+        for k, (row, tall) in enumerate(zip(pictures, talls, strict=True)):
+            image, truth = _image(row), row_mask(row)
+            _box(figure, starts[0], y - tall, wide, tall).imshow(image, aspect="auto")
+            _box(figure, starts[1], y - tall, wide, tall).imshow(overlay(image, truth, TRUTH_COLOUR), aspect="auto")
+            caption = "\n".join(_wrap(f"“{row['phrase']}”", 2 * wide, 4))
+            _text(figure, starts[0], y - tall - 1.5 * _GAP, caption, ha="left", va="top")
+            for line, (name, maps) in enumerate((("$x_t$", evolution.xt), (r"$\hat{x}_0$", evolution.x0))):
+                bottom = y - tall - line * (tall + _GAP)
+                _text(figure, starts[2] - split / 2, bottom + tall / 2, name, math=True)
+                for x, index in zip(starts[2:], shown, strict=True):
+                    _box(figure, x, bottom, wide, tall).imshow(
+                        maps[k, index], cmap="gray", vmin=0, vmax=255, aspect="auto", interpolation="nearest"
+                    )
+            y -= 2 * tall + _GAP + space
+
+
+# ---------------------------------------------------------------------------------------------------------- canvas
+@contextmanager
+def _figure(width: float, height: float, path: Path, dpi: int) -> Iterator[Figure]:
+    """A canvas measured in inches from the lower left, saved without dates or versions: the same input, the same bytes."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+        FigureCanvasAgg(figure)
+        yield figure
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
+
+
+def _box(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    across, up = figure.get_size_inches()
+    box = figure.add_axes((x / across, y / up, width / across, height / up))
+    box.set_axis_off()
+    return box
+
+
+def _text(
+    figure: Figure,
+    x: float,
+    y: float,
+    text: str,
+    ha: str = "center",
+    va: str = "center",
+    rotation: float = 0,
+    math: bool = False,
+) -> None:
+    across, up = figure.get_size_inches()
+    figure.text(x / across, y / up, text, ha=ha, va=va, rotation=rotation, fontsize=_FONT, linespacing=1.1, parse_math=math)
+
+
+def _wrap(text: str, width: float, most: int) -> list[str]:
+    """Lines of a caption in a box `width` inches wide; what does not fit into `most` lines is cut with an ellipsis."""
+    across = max(4, int(width * 72 / (0.55 * _FONT)))
+    return textwrap.wrap(text, across, max_lines=most, placeholder="…") or [""]

@@ -1,0 +1,178 @@
+"""A study's scores as the tables need them: every run the params call for, the comparisons, the published rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from genseg.artifacts.files import read_json
+from genseg.artifacts.scores import read_summary
+from genseg.errors import UserError
+from genseg.params import Cell, Params
+
+SPLITS = ("overall", "things", "stuff", "singulars", "plurals")
+READOUTS = ("bilinear", "nearest", "vae")
+PUBLISHED = {
+    "table2": ("method", "citation", "venue", "diffusion", "ps_pretrain", *SPLITS, "source"),
+    "table3_size": ("size", *SPLITS, "source"),
+    "table4_steps": ("steps", *SPLITS, "source"),
+    "table5_guidance": ("guidance", *SPLITS, "source"),
+}
+"""Files of `data/published/` and their columns; AR there is in points, as printed."""
+
+_NEEDED = ("protocol", "split", "run", "ar", "interval", "ceiling", "ceiling_latent", "boundary_iou", "counts")
+_REMEDY = "run `genseg score` with this study's params"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scored run: its summary (fractions) and the file it was read from."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.summary["run"]["name"])
+
+    @property
+    def phrases(self) -> int:
+        return int(self.summary["counts"]["phrases"])
+
+
+@dataclass(frozen=True)
+class StudyScores:
+    main: Scored
+    text_permuted: Scored
+    discriminative: Scored
+    colour_threshold: Scored
+    cells: dict[Cell, Scored]
+    """The sampling grid, in the order of `params.sample.cells()`, base first."""
+    readouts: dict[str, Scored]
+    """The base cell's maps by read-out; the study's own read-out is the base cell itself."""
+    protocols: dict[tuple[str, str], Scored]
+    """(run, protocol) for the runs main and discriminative and every protocol the study scores, its own first."""
+    comparisons: dict[str, dict[str, Any]]
+    comparisons_path: Path
+
+    def paths(self) -> list[Path]:
+        """Every file that was read."""
+        singles = (self.main, self.text_permuted, self.discriminative, self.colour_threshold)
+        scored = [*singles, *self.cells.values(), *self.readouts.values(), *self.protocols.values()]
+        return sorted({item.path for item in scored} | {self.comparisons_path})
+
+    def base(self) -> Scored:
+        return next(iter(self.cells.values()))
+
+    def comparison(self, a: Scored, b: Scored, split: str = "overall") -> dict[str, Any]:
+        """Paired difference a - b in AR (fractions) with its 95 % interval; all null where a run has no phrase of the split.
+
+        Raises:
+            UserError: it was not scored.
+        """
+        key = f"{a.name} - {b.name}" + ("" if split == "overall" else f" ({split})")
+        if a.summary["ar"][split] is None or b.summary["ar"][split] is None:
+            return dict.fromkeys(("n", "difference", "ci_low", "ci_high"))
+        if key not in self.comparisons:
+            raise UserError(f"{self.comparisons_path}: no comparison {key!r}; {_REMEDY}")
+        return self.comparisons[key]
+
+
+def read_study(params: Params) -> StudyScores:
+    """Read `results/<study>/scores`.
+
+    Raises:
+        UserError: a run that the params call for was not scored, or a file lacks a field; the message names it.
+    """
+    folder = params.results_dir / "scores"
+    grid = _grid(folder)
+    cells = {}
+    for cell in params.sample.cells():
+        place = (cell.size, cell.steps, cell.guidance)
+        if place not in grid:
+            raise UserError(
+                f"{folder}/grid: no scores of the cell size {cell.size}, steps {cell.steps}, guidance {cell.guidance:g}; "
+                "run `genseg sample` and `genseg score` with this study's params"
+            )
+        cells[cell] = grid[place]
+    main, discriminative = _read(folder / "main.json"), _read(folder / "discriminative.json")
+    others = [name for name in READOUTS if name != params.sample.readout]
+    own: str = params.score.protocol
+    protocols = {("main", own): main, ("discriminative", own): discriminative}
+    for protocol in params.score.also:
+        if protocol == own:
+            continue
+        for run in ("main", "discriminative"):
+            protocols[run, protocol] = _read(folder / "protocols" / f"{run}.{protocol}.json")
+    return StudyScores(
+        main=main,
+        text_permuted=_read(folder / "text_permuted.json"),
+        discriminative=discriminative,
+        colour_threshold=_read(folder / "colour_threshold.json"),
+        cells=cells,
+        readouts={params.sample.readout: cells[params.sample.base]}
+        | {name: _read(folder / "readouts" / f"{name}.json") for name in others},
+        protocols=protocols,
+        comparisons=_read_json(folder / "comparisons.json"),
+        comparisons_path=folder / "comparisons.json",
+    )
+
+
+def _grid(folder: Path) -> dict[tuple[int, int, float], Scored]:
+    """Scored grid cells by what they were sampled with, so that the naming of their files is not told twice."""
+    found = [_read(path) for path in sorted((folder / "grid").rglob("*.json"))]
+    return {
+        (item.summary["run"]["size"], item.summary["run"]["steps"], float(item.summary["run"]["guidance"])): item
+        for item in found
+    }
+
+
+def _read(path: Path) -> Scored:
+    summary = _read_json(path)
+    missing = [key for key in _NEEDED if key not in summary]
+    if missing:
+        raise UserError(f"{path}: scores without {', '.join(missing)}; {_REMEDY}")
+    for key in ("ar", "interval", "ceiling", "ceiling_latent", "boundary_iou"):
+        lacking = [split for split in SPLITS if split not in (summary[key] or {})]
+        if lacking and not (key == "ceiling_latent" and summary[key] is None):
+            raise UserError(f"{path}: {key} without {', '.join(lacking)}; {_REMEDY}")
+    return Scored(path, summary)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file; {_REMEDY}")
+    found = read_summary(path) if path.name != "comparisons.json" else read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}; {_REMEDY}")
+    return found
+
+
+def published_path(name: str) -> Path:
+    return Path("data/published") / f"{name}.csv"
+
+
+def read_published(name: str) -> list[dict[str, Any]]:
+    """Published rows (`PUBLISHED`, one mapping a row), AR in points. Raises UserError for a missing file, column or number."""
+    path = published_path(name)
+    try:
+        frame = pd.read_csv(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; restore it with `git checkout -- {path}`") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as CSV ({' '.join(str(error).split())}); restore it from git") from None
+    for column in PUBLISHED[name]:
+        if column not in frame:
+            raise UserError(f"{path}: no column {column}; it has {', '.join(map(str, frame.columns))}")
+        if column in SPLITS:
+            numbers = pd.to_numeric(frame[column], errors="coerce")
+            if numbers.isna().any():
+                row = int(numbers.isna().to_numpy().argmax())
+                raise UserError(
+                    f"{path}: row {row}, column {column}: {frame.at[row, column]!r} is no number; restore it from git"
+                )
+            frame[column] = numbers
+    return [dict(zip(PUBLISHED[name], row, strict=True)) for row in frame[list(PUBLISHED[name])].itertuples(index=False)]

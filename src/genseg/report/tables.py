@@ -1,0 +1,486 @@
+"""The study's tables, from scores and published rows alone. AR, ceilings and differences are in points (percent)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from genseg.params import Cell, Params
+from genseg.report.render import DASH, Column, Table
+from genseg.report.study import SPLITS, Scored, StudyScores, published_path, read_published
+
+SOURCES = {
+    "scenes": "generated scenes",
+    "png": "COCO panoptic with narratives in the layout of PNG",
+    "index_masks": "images with index masks, class names as phrases",
+    "coco_object": "COCO-Object, class names as phrases",
+}
+OPTIONAL = ("miou",)
+"""Tables that a study may not have."""
+PUBLISHED_BASE = Cell(size=1024, steps=50, guidance=7.5)
+"""What the paper's base row of Tables 3-5 was sampled with (its section 4.2)."""
+EVALUATION = "An evaluation is one U-Net pass for one phrase; a step with classifier-free guidance takes two."
+
+_WHOLE = ("n", "images", "evaluations", "size", "steps")
+_AR = [Column(split, split, over="Average recall") for split in SPLITS]
+
+
+def build_tables(params: Params, study: StudyScores) -> list[Table]:
+    """Every table of the study, in the order a reader meets them; `miou` only where class phrases were scored."""
+    tables = [
+        table2(params, study),
+        controls(params, study),
+        table3(params, study),
+        table4(params, study),
+        table5(params, study),
+        readouts(params, study),
+        ceilings(params, study),
+        breakdown(params, study),
+    ]
+    if study.main.summary.get("miou"):
+        tables.append(miou(params, study))
+    return [*tables, comparisons(params, study)]
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+def measured(params: Params, scored: Scored) -> dict[str, Any]:
+    """Columns that every measured row has."""
+    summary = scored.summary
+    low, high = summary["interval"]["overall"] or (None, None)
+    return {
+        "source": "measured",
+        "data": f"{params.study} ({params.data.source})",
+        "protocol": summary["protocol"],
+        "n": scored.phrases,
+        "images": summary["counts"]["images"],
+        "evaluations": summary["run"].get("evaluations"),
+        **{split: _points(summary["ar"][split]) for split in SPLITS},
+        "ci_low": _points(low),
+        "ci_high": _points(high),
+        "boundary_iou": _points(summary["boundary_iou"]["overall"]),
+        "ceiling": _points(summary["ceiling"]["overall"]),
+        "ceiling_latent": _points((summary["ceiling_latent"] or {}).get("overall")),
+        "scores": str(scored.path),
+    }
+
+
+def difference(comparison: dict[str, Any], name: str = "difference") -> dict[str, Any]:
+    return {
+        f"{name}_n": comparison["n"],
+        name: _points(comparison["difference"]),
+        f"{name}_low": _points(comparison["ci_low"]),
+        f"{name}_high": _points(comparison["ci_high"]),
+    }
+
+
+def _points(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
+    """Rows with the given columns first; counts stay whole numbers where some are missing."""
+    frame = pd.DataFrame(rows)
+    frame = frame[columns + [name for name in frame.columns if name not in columns]]
+    for name in frame.columns:
+        if name in _WHOLE or name.endswith("_n"):
+            frame[name] = frame[name].astype("Int64")
+    return frame
+
+
+# ----------------------------------------------------------------------------------------------------- captions, notes
+def data(params: Params) -> str:
+    return f"study {params.study} ({SOURCES[params.data.source]})"
+
+
+def where(params: Params, scored: Scored) -> str:
+    """On which data a number was measured, in words."""
+    counts = scored.summary["counts"]
+    return (
+        f"{data(params)}, {scored.summary['split']} split, {counts['phrases']} phrases in {counts['images']} images, "
+        f"protocol {scored.summary['protocol']}"
+    )
+
+
+def caution(params: Params) -> str:
+    """What a reader must know before setting measured beside published rows."""
+    if params.data.source == "png":
+        return "Comparable with the published rows only if these are the files of the PNG benchmark, scored by its protocol."
+    return "These are other data than those of the published rows, so the two are not comparable."
+
+
+def _with_interval(comparison: dict[str, Any]) -> str:
+    value = f"{100 * comparison['difference']:+.1f}"
+    if comparison["ci_low"] is not None:
+        value += f" {_interval([comparison['ci_low'], comparison['ci_high']])}"
+    return value.replace("-", "−")
+
+
+def _interval(found: list[float] | None) -> str:
+    return DASH if found is None else f"[{100 * found[0]:.1f}, {100 * found[1]:.1f}]".replace("-", "−")
+
+
+def _skipped(scored: Scored) -> str:
+    """What the scorer reports of phrases that it could not score as usual; empty when there is nothing to say."""
+    counts = scored.summary["counts"]
+    told = {"missing": "without a prediction (IoU 0)", "empty_union": "with an empty union (a miss)", "left_out": "left out"}
+    return ", ".join(f"{counts[key]} {text}" for key, text in told.items() if counts.get(key))
+
+
+def _ceilings(scored: Scored) -> str:
+    latent = (scored.summary["ceiling_latent"] or {}).get("overall")
+    found = {
+        "a perfect prediction scores": scored.summary["ceiling"]["overall"],
+        "the ground truth at label-latent size": latent,
+    }
+    return ", ".join(f"{text} {100 * value:.1f}" for text, value in found.items() if value is not None)
+
+
+def sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ Table 2
+def table2(params: Params, study: StudyScores) -> Table:
+    """The paper's Table 2 and, apart, our rows on our data."""
+    rows: list[dict[str, Any]] = [
+        {**record, "source": "published", "data": "PNG", "scores": str(published_path("table2"))}
+        for record in read_published("table2")
+    ]
+    ours = {"GS": (study.main, True), "Discriminative": (study.discriminative, False)}
+    rows += [
+        {"method": name, "venue": "this study", "diffusion": diffusion, "ps_pretrain": False, **measured(params, scored)}
+        for name, (scored, diffusion) in ours.items()
+    ]
+    run = study.main.summary["run"]
+    facts = {
+        name: [f"95 % interval {_interval(scored.summary['interval']['overall'])}", _ceilings(scored), _skipped(scored)]
+        for name, (scored, _) in ours.items()
+    }
+    return Table(
+        name="table2",
+        caption=f"Average recall (points): published on the PNG benchmark, and measured here on {data(params)}.",
+        frame=_frame(rows, ["method", "venue", "diffusion", "ps_pretrain", "source", *SPLITS, "data", "protocol", "n"]),
+        columns=[
+            Column("method", "Method", "text"),
+            Column("venue", "Venue", "text"),
+            Column("diffusion", "Diffusion", "flag"),
+            Column("ps_pretrain", "P.S. Pretrain", "flag"),
+            *_AR,
+        ],
+        group_by="source",
+        groups={
+            "published": "Published, on PNG (Table 2 of the GS paper)",
+            "measured": f"Measured here, on {data(params)}, n = {study.main.phrases}",
+        },
+        notes=[
+            f"Measured on {where(params, study.main)}. {caution(params)}",
+            *(f"{name}, overall: {'; '.join(filter(None, texts))}." for name, texts in facts.items()),
+            f"GS was sampled at {run['size']} × {run['size']} pixels with {run['steps']} steps and guidance "
+            f"{run['guidance']:g}: {run['evaluations']} evaluations per mask. {EVALUATION} Discriminative: a U-Net of the same "
+            "size, data and budget that predicts the mask in one pass.",
+        ],
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- Tables 3-5
+def table3(params: Params, study: StudyScores) -> Table:
+    return _ablation(params, study, "table3", "size", "Image size", list(params.sample.grid.sizes), "image sizes")
+
+
+def table4(params: Params, study: StudyScores) -> Table:
+    what = f"numbers of {params.sample.rule.upper()} steps"
+    table = _ablation(params, study, "table4", "steps", "Steps", list(params.sample.grid.steps), what)
+    main, found = params.sample.main, study.comparison(study.main, study.base())
+    if found["n"]:
+        table.notes.append(
+            f"The study's main row (size {main.size}, {main.steps} steps, guidance {main.guidance:g}: {main.evaluations} "
+            f"evaluations per mask) minus the base row: {_with_interval(found)} points on the {found['n']} phrases that both "
+            "hold."
+        )
+    return table
+
+
+def table5(params: Params, study: StudyScores) -> Table:
+    return _ablation(params, study, "table5", "guidance", "Guidance", list(params.sample.grid.guidance), "guidance scales")
+
+
+def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: str, values: list[Any], what: str) -> Table:
+    """One coordinate of the base cell replaced by each of `values`, below the published rows of the same ablation."""
+    published = f"{name}_{axis}"
+    rows: list[dict[str, Any]] = []
+    for record in read_published(published):
+        cell = PUBLISHED_BASE.model_copy(update={axis: record[axis]})
+        rows.append({**record, **cell.model_dump(), "evaluations": cell.evaluations, "source": "published"})
+        rows[-1] |= {"data": "PNG, about 7 % of test", "scores": str(published_path(published))}
+    base = params.sample.base
+    for cell in dict.fromkeys([base, *(base.model_copy(update={axis: value}) for value in values)]):
+        row = {**cell.model_dump(), **measured(params, study.cells[cell])}
+        rows.append(row if cell == base else row | difference(study.comparison(study.cells[cell], study.base())))
+    others = [key for key in ("size", "steps", "guidance") if key != axis]
+    return Table(
+        name=name,
+        caption=f"Average recall (points) over {what}: published on PNG, and GS measured here on {data(params)}.",
+        frame=_frame(rows, [axis, *others, "source", *SPLITS, "n", "evaluations"]),
+        columns=[
+            Column(axis, head, "number"),
+            *_AR,
+            Column("n", "n", "count"),
+            Column("evaluations", "Eval.", "count"),
+            Column("ceiling_latent", "Ceiling"),
+            Column("difference", "Δ", "signed"),
+            Column("difference", "95 % CI", "interval"),
+        ],
+        group_by="source",
+        groups={
+            "published": "Published, on about 7 % of PNG's test set",
+            "measured": f"Measured here, on {data(params)}, n = {study.base().phrases}",
+        },
+        notes=[
+            f"Measured on {where(params, study.base())}: a fixed part of test. {caution(params)} Base row, first and "
+            f"repeated in Tables 3 to 5: size {base.size}, {base.steps} steps, guidance {base.guidance:g}.",
+            "Eval.: U-Net evaluations per mask, two for each step with guidance. Ceiling: overall AR of the ground truth at "
+            "label-latent size, read bilinearly (native protocol). Δ: difference in overall AR from the base row, paired "
+            "bootstrap over images.",
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------------------------- read-outs, controls
+def readouts(params: Params, study: StudyScores) -> Table:
+    """The comparison of the paper's Fig. 4, as numbers; the study's own read-out first."""
+    names = {"bilinear": "bilinear", "nearest": "nearest", "vae": "VAE decoding"}
+    base, own = params.sample.base, names[params.sample.readout]
+    found = [(names[name], scored) for name, scored in study.readouts.items()]
+    found.append((f"{own}, no CFG", study.cells[base.model_copy(update={"guidance": 1.0})]))
+    rows = [
+        {"readout": name, **measured(params, scored)}
+        | (difference(study.comparison(scored, study.base())) if scored is not study.base() else {})
+        for name, scored in found
+    ]
+    return Table(
+        name="readouts",
+        caption=f"Read-out of the label latent (the paper's Fig. 4 as numbers): AR (points), measured here on {data(params)}.",
+        frame=_frame(rows, ["readout", "protocol", "n", "evaluations", *SPLITS, "boundary_iou"]),
+        columns=[
+            Column("readout", "Read-out", "text"),
+            Column("evaluations", "Eval.", "count"),
+            *_AR,
+            Column("boundary_iou", "B. IoU"),
+            Column("difference", "Δ", "signed"),
+            Column("difference", "95 % CI", "interval"),
+        ],
+        notes=[
+            f"Measured on {where(params, study.base())}: a fixed part of test. Size {base.size}, {base.steps} steps, "
+            f"guidance {base.guidance:g}. {sentence(_ceilings(study.base()))}",
+            f"Eval.: U-Net evaluations per mask. {EVALUATION} B. IoU: mean boundary IoU. "
+            "Δ: difference in overall AR from the first row, paired bootstrap over images.",
+        ],
+    )
+
+
+def controls(params: Params, study: StudyScores) -> Table:
+    """What GS owes to the text, to colour alone, and to being generative."""
+    found = {
+        "none": study.main,
+        "text_permuted": study.text_permuted,
+        "colour_threshold": study.colour_threshold,
+        "discriminative": study.discriminative,
+    }
+    rows = []
+    for name, scored in found.items():
+        row = {"control": name, **measured(params, scored)}
+        if scored is not study.main:
+            row |= difference(study.comparison(study.main, scored))
+            row |= difference(study.comparison(study.main, scored, "things"), "difference_things")
+        rows.append(row)
+    return Table(
+        name="controls",
+        caption=f"Controls: average recall (points) of GS and of what it is checked against, measured here on {data(params)}.",
+        frame=_frame(rows, ["control", "protocol", "n", *SPLITS]),
+        columns=[
+            Column("control", "Control", "text"),
+            Column("n", "n", "count"),
+            *_AR,
+            Column("difference", "Δ all", "signed"),
+            Column("difference", "95 % CI", "interval"),
+            Column("difference_things", "Δ things", "signed"),
+            Column("difference_things", "95 % CI", "interval"),
+        ],
+        notes=[
+            f"Measured on {where(params, study.main)}. {sentence(_ceilings(study.main))}",
+            "none: GS itself. text_permuted: GS given another phrase of the same image (a derangement among phrases whose "
+            "ground truths differ; images with no such pair are left out). colour_threshold: colour histograms of the "
+            "training phrases' words, thresholded on val. discriminative: a U-Net of the same size, data and budget that "
+            "predicts the mask in one pass.",
+            "Δ: AR of GS minus AR of the control, overall and of things, on the phrases that both hold, paired bootstrap over "
+            "images.",
+            *(f"{name}: {_skipped(scored)}." for name, scored in found.items() if _skipped(scored)),
+        ],
+        small=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- ceilings, parts
+def ceilings(params: Params, study: StudyScores) -> Table:
+    """By protocol: what a perfect prediction scores, what the label latent allows, and what was reached."""
+    rows = []
+    for protocol in dict.fromkeys(protocol for _, protocol in study.protocols):
+        main, discriminative = study.protocols["main", protocol], study.protocols["discriminative", protocol]
+        rows.append(_quantity(protocol, "perfect prediction", main, main.summary["ceiling"]))
+        if protocol == "native":
+            rows.append(_quantity(protocol, "ground truth at label-latent size", main, main.summary["ceiling_latent"]))
+        rows.append(_quantity(protocol, "GS", main, main.summary["ar"]))
+        rows.append(_quantity(protocol, "discriminative", discriminative, discriminative.summary["ar"]))
+    return Table(
+        name="ceilings",
+        caption=f"Average recall (points) that each protocol allows, and that was reached, measured here on {data(params)}.",
+        frame=_frame(rows, ["protocol", "quantity", "n", *SPLITS]),
+        columns=[
+            Column("protocol", "Protocol", "text"),
+            Column("quantity", "Prediction", "text"),
+            Column("n", "n", "count"),
+            *_AR,
+        ],
+        group_by="protocol",
+        notes=[
+            f"Measured on {where(params, study.main)} and, below it, under the other protocols.",
+            "Ground truth at label-latent size: the mask reduced by area to the size of the latent that GS generates, and read "
+            "bilinearly: what its resolution allows.",
+        ],
+    )
+
+
+def _quantity(protocol: str, quantity: str, scored: Scored, values: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "protocol": protocol,
+        "quantity": quantity,
+        "n": scored.phrases,
+        **{split: _points((values or {}).get(split)) for split in SPLITS},
+        "source": "measured",
+        "scores": str(scored.path),
+    }
+
+
+def breakdown(params: Params, study: StudyScores) -> Table:
+    """Overall AR by object size and by tag, and boundary IoU."""
+    gs, discriminative = _parts(study.main), _parts(study.discriminative)
+    rows = [
+        {"part": part, "n": n, "gs": value, "discriminative": discriminative.get(part, (None, None))[1]}
+        | {"scores": f"{study.main.path}; {study.discriminative.path}"}
+        for part, (n, value) in gs.items()
+    ]
+    return Table(
+        name="breakdown",
+        caption=f"Overall average recall and boundary IoU (points) by part of the phrases, measured here on {data(params)}.",
+        frame=_frame(rows, ["part", "n", "gs", "discriminative"]),
+        columns=[
+            Column("part", "Part", "text"),
+            Column("n", "n", "count"),
+            Column("gs", "GS"),
+            Column("discriminative", "Discriminative"),
+        ],
+        notes=[
+            f"Measured on {where(params, study.main)}. Small, medium and large are COCO's areas (bounds 32² and 96² pixels of "
+            "a 640 × 480 image), scaled with the image's area."
+        ],
+    )
+
+
+def _parts(scored: Scored) -> dict[str, tuple[int | None, float | None]]:
+    """Part of the test phrases -> (phrases in it where the scores say so, points)."""
+    summary = scored.summary
+    sizes = summary.get("ar_by_size") or {}
+    tags = sorted((summary.get("tags") or {}).items())
+    return {
+        "all phrases": (scored.phrases, _points(summary["ar"]["overall"])),
+        **{f"{size} objects": (None, _points(sizes.get(size))) for size in ("small", "medium", "large")},
+        **{tag: (value["n"], _points(value["overall"])) for tag, value in tags},
+        "boundary IoU, all phrases": (scored.phrases, _points(summary["boundary_iou"]["overall"])),
+    }
+
+
+def miou(params: Params, study: StudyScores) -> Table:
+    """mIoU over class phrases, per class and its mean."""
+    sides = {"gs": study.main, "discriminative": study.discriminative}
+    found = {side: scored.summary.get("miou") or {"mean": None, "per_class": {}} for side, scored in sides.items()}
+    names = dict.fromkeys(name for value in found.values() for name in value["per_class"])
+    origin = {"scores": "; ".join(str(scored.path) for scored in sides.values())}
+    rows: list[dict[str, Any]] = [
+        {"class": name, **{side: _points(value["per_class"].get(name)) for side, value in found.items()}, "kind": "class"}
+        | origin
+        for name in names
+    ]
+    rows.append({"class": "mean", **{side: _points(value["mean"]) for side, value in found.items()}, "kind": "mean"} | origin)
+    return Table(
+        name="miou",
+        caption=f"Intersection over union per class and its mean (points), measured here on {data(params)}.",
+        frame=_frame(rows, ["class", "gs", "discriminative"]),
+        columns=[Column("class", "Class", "text"), Column("gs", "GS"), Column("discriminative", "Discriminative")],
+        group_by="kind",
+        notes=[
+            f"{sentence(study.main.summary['split'] + ' split')} Every class of the list is a phrase of its own, "
+            f"“{params.data.class_template}”, and a pixel takes the class of the highest score. The mean "
+            "is over the classes that have ground truth.",
+            *_miou_facts(study, found),
+        ],
+    )
+
+
+def _miou_facts(study: StudyScores, found: dict[str, dict[str, Any]]) -> list[str]:
+    """Intervals of the mean, and of the difference between the two methods."""
+    names = {"gs": "GS", "discriminative": "Discriminative"}
+    facts = [
+        f"{names[side]}, mean: 95 % interval {_interval(value['interval'])}."
+        for side, value in found.items()
+        if value.get("interval")
+    ]
+    compared = study.comparisons.get("main - discriminative (miou)")
+    if compared:
+        facts.append(f"GS minus discriminative, mean: {_with_interval(compared)} points, paired bootstrap over images.")
+    return facts
+
+
+# -------------------------------------------------------------------------------------------------------- comparisons
+def comparisons(params: Params, study: StudyScores) -> Table:
+    """Every paired comparison that was scored."""
+    base = params.sample.base
+    labels = {scored.name: _cell_label(cell, base) for cell, scored in study.cells.items()}
+    labels |= {f"readouts/{name}": f"read-out {name}" for name in study.readouts}
+    rows = []
+    for key, value in study.comparisons.items():
+        pair, _, quantity = key.removesuffix(")").partition(" (")
+        rows.append(
+            {
+                "comparison": pair,
+                "split": quantity or "overall",
+                "n": value["n"],
+                "difference": _points(value["difference"]),
+                "ci_low": _points(value["ci_low"]),
+                "ci_high": _points(value["ci_high"]),
+                "label": " − ".join(labels.get(name, name) for name in pair.split(" - ")),
+                "scores": str(study.comparisons_path),
+            }
+        )
+    return Table(
+        name="comparisons",
+        caption=f"Paired differences of AR and mIoU (points) with 95 % intervals, measured here on {data(params)}.",
+        frame=_frame(rows, ["comparison", "split", "n", "difference", "ci_low", "ci_high"]),
+        columns=[
+            Column("label", "Comparison", "text"),
+            Column("split", "Of", "text"),
+            Column("n", "n", "count"),
+            Column("difference", "Difference", "signed"),
+            Column("ci", "95 % CI", "interval"),
+        ],
+        notes=[
+            "overall and things: AR on the phrases that both runs hold (n); miou: mIoU over the same images (n). Paired "
+            f"bootstrap over images. A grid cell is named by what differs from base: size {base.size}, {base.steps} steps, "
+            f"guidance {base.guidance:g}."
+        ],
+    )
+
+
+def _cell_label(cell: Cell, base: Cell) -> str:
+    parts = {"size": f"size {cell.size}", "steps": f"{cell.steps} steps", "guidance": f"guidance {cell.guidance:g}"}
+    return ", ".join(text for key, text in parts.items() if getattr(cell, key) != getattr(base, key)) or "base"

@@ -1,0 +1,260 @@
+"""One job of sampling: the blocks of one shard, for every run at one size.
+
+A run's phrases are cut into fixed blocks of `sample.batch` in key order, the last one padded; a shard is every n-th block.
+So a block is the same computation whatever the number of shards, and the gathered bytes do not depend on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from genseg.artifacts import masks
+from genseg.artifacts.files import atomic_path, file_sha256, read_json, write_json
+from genseg.artifacts.latents import LatentStore
+from genseg.artifacts.manifest import code_hash, read_manifest
+from genseg.artifacts.parquet import KEY, read_metadata
+from genseg.artifacts.phrases import read_phrases
+from genseg.artifacts.predictions import maps_path, read_maps, read_predictions, write_maps, write_predictions
+from genseg.baselines.colour import choose_threshold, fit_colours, predict_colours
+from genseg.diffusion.pipeline import GSPipeline, load_pipeline
+from genseg.diffusion.schedule import make_scheduler
+from genseg.errors import UserError
+from genseg.latents import Texts, image_store, text_store
+from genseg.models.device import DTYPES, choose_device, describe
+from genseg.params import Params, canonical_json, digest
+from genseg.sampling.readout import VaeReadout, quantise, read_mask
+from genseg.sampling.runs import Run, base_run, run_rows, study_runs
+
+Maps = NDArray[np.float32]
+CODE = ("params.py", "artifacts", "latents.py", "models", "diffusion", "baselines", "sampling")
+EVOLUTION_PHRASES = 4
+
+
+def part_path(study: Params, run: Run, shard: int, shards: int) -> Path:
+    return study.work_dir / "samples" / run.name / f"part-{shard:03d}-of-{shards:03d}.parquet"
+
+
+def predictions_path(study: Params, run: Run) -> Path:
+    return study.results_dir / "predictions" / run.name / "predictions.parquet"
+
+
+def run_key(study: Params, run: Run) -> str:
+    """Hash of everything a run's bytes depend on: a prediction that carries it need not be made again."""
+    folder = "control" if run.method == "discriminative" else "model"
+    sample = study.sample
+    facts = [
+        run.entry() | {"name": None, "role": None},
+        file_sha256(study.data_dir / "phrases.parquet"),
+        file_sha256(study.data_dir / "class_phrases.parquet") if run.phrases == "class_phrases" else None,
+        study.subtree("seed", "latents"),
+        sample.grid_fraction if run.phrases == "grid" else None,
+        code_hash(*CODE),
+    ]
+    if run.method != "colour_threshold":
+        facts += [read_json(study.results_dir / folder / "manifest.json")["weights"]]
+        facts += [sample.rule, sample.spacing, sample.clip_x_0, sample.threshold, sample.batch, sample.precision]
+    return digest(facts)
+
+
+def runs_of_job(study: Params, size: int) -> list[Run]:
+    """Runs whose cells have this size; what has no size goes with the main one. Read-outs follow their base cell."""
+    return [run for run in study_runs(study) if (run.size or study.sample.main.size) == size]
+
+
+def sample_shard(study: Params, size: int, shard: int, shards: int) -> None:
+    """Write the parts of every run at `size` that are not there yet, and last the job's small JSON.
+
+    Raises:
+        UserError: no run at this size, model or latents are missing, the disk is full, no GPU for `device: cuda`.
+    """
+    started = time.time()
+    runs = runs_of_job(study, size)
+    if not runs:
+        raise UserError(f"--size {size}: no cell of sample.grid, sample.base or sample.main has it")
+    if not 0 <= shard < shards:
+        raise UserError(f"--shard {shard}: must be between 0 and {shards - 1}")
+    device = choose_device(study.device, study.resources["sample"].threads)
+    print(f"sample: device {describe(device)}, size {size}, shard {shard} of {shards}", flush=True)
+    keys = {run: run_key(study, run) for run in runs}
+    missing = [run for run in runs if not is_made(study, run, keys[run], shard, shards)]
+    print(f"sample: {len(missing)} of {len(runs)} runs to make", flush=True)
+    phrases = read_phrases(study.data_dir / "phrases.parquet")
+    class_phrases = read_phrases(study.data_dir / "class_phrases.parquet")
+    sampler = Sampler(study, device)
+    for run in missing:
+        begun = time.monotonic()
+        rows = run_rows(study, run, phrases, class_phrases)
+        blocks = shard_blocks(rows, study.sample.batch, shard, shards)
+        if run.method == "colour_threshold":
+            frame, maps = _colour_predictions(study, phrases, pd.concat(blocks) if blocks else rows.iloc[:0]), None
+        else:
+            frame, maps = sampler.predict(run, blocks, (shard, shards))
+        path = part_path(study, run, shard, shards)
+        if maps is not None:
+            write_maps(maps, path)
+        write_predictions(frame, path, key=keys[run], shard=f"{shard}/{shards}")
+        seconds = time.monotonic() - begun
+        cost = f"{run.evaluations} evaluations a mask" if run.evaluations else "no network"
+        print(f"sample: {run.name}: {len(frame)} masks, {cost}, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
+    if shard == 0 and size == study.sample.base.size:
+        _write_evolution(study, sampler, phrases)
+    target = study.work_dir / "samples" / f"size={size:04d}.shard={shard}-of-{shards}.json"
+    write_json(
+        target, {"keys": {run.name: keys[run] for run in runs}, "device": describe(device), "seconds": time.time() - started}
+    )
+
+
+def is_made(study: Params, run: Run, key: str, shard: int, shards: int) -> bool:
+    """Whether this shard of a run is finished: as a part, or in the gathered predictions."""
+    gathered = predictions_path(study, run)
+    part = part_path(study, run, shard, shards)
+    if read_metadata(gathered).get("key") == key:
+        return True
+    return read_metadata(part).get("key") == key and (run.method == "colour_threshold" or maps_path(part).exists())
+
+
+def shard_blocks(rows: pd.DataFrame, batch: int, shard: int, shards: int) -> list[pd.DataFrame]:
+    """Every n-th block of `batch` rows in key order."""
+    rows = rows.sort_values(KEY, kind="stable", ignore_index=True)
+    return [rows.iloc[low : low + batch] for low in range(shard * batch, len(rows), shards * batch)]
+
+
+class Sampler:
+    """Loads each model once and predicts blocks of phrases with it."""
+
+    def __init__(self, study: Params, device: torch.device) -> None:
+        self.study, self.device = study, device
+        self.texts = Texts(text_store(study), device)
+        self._pipelines: dict[str, GSPipeline] = {}
+
+    def pipeline(self, method: str) -> GSPipeline:
+        if method not in self._pipelines:
+            folder = self.study.results_dir / ("control" if method == "discriminative" else "model")
+            sample = self.study.sample
+            pipeline = load_pipeline(folder, DTYPES[sample.precision])
+            pipeline.vae.to(torch.float32)  # only read-outs use it, and SDXL's is not safe in fp16
+            if method == "gs":
+                betas = read_manifest(self.study.results_dir / "backbone" / "manifest.json")["betas"]
+                clip = pipeline.config.label_scale if sample.clip_x_0 else None
+                pipeline.scheduler = make_scheduler(
+                    betas, self.study.train.prediction, self.study.train.zero_terminal_snr, sample.rule, sample.spacing, clip
+                )
+            self._pipelines[method] = pipeline.to(self.device)
+        return self._pipelines[method]
+
+    def predict(self, run: Run, blocks: list[pd.DataFrame], shard: tuple[int, int]) -> tuple[pd.DataFrame, Maps]:
+        """Predictions, and soft maps [N, h, w] in the same (key) order."""
+        frames, maps = [], []
+        for rows, soft in self._maps(run, blocks, shard):
+            decoded = soft
+            if run.readout == "vae":
+                decoded = VaeReadout(self.pipeline(run.method).vae, run.size or 0)(soft)
+            found = []
+            shapes = rows[["height", "width"]].to_numpy()
+            for key, (height, width), picture in zip(rows[KEY].itertuples(index=False), shapes, decoded, strict=True):
+                mask, score = read_mask(picture, run.readout, int(height), int(width), self.study.sample.threshold)
+                found.append((*key, masks.encode(mask), score))
+            frames.append(pd.DataFrame(found, columns=[*KEY, "mask", "score"]))
+            maps.append(soft)
+        if not frames:
+            return pd.DataFrame({name: [] for name in [*KEY, "mask", "score"]}), np.zeros((0, 1, 1), np.float32)
+        return pd.concat(frames, ignore_index=True), np.concatenate(maps)
+
+    def _maps(self, run: Run, blocks: list[pd.DataFrame], shard: tuple[int, int]) -> Iterator[tuple[pd.DataFrame, Maps]]:
+        """Soft maps [B, h, w] of each block, as they are stored."""
+        if run.role == "readout":
+            yield from self._stored_maps(run, blocks, shard)
+            return
+        pipeline, batch = self.pipeline(run.method), self.study.sample.batch
+        images = LatentStore(image_store(self.study, run.size or 0))
+        last = time.monotonic()
+        for number, rows in enumerate(blocks):
+            padded = rows.iloc[[*range(len(rows)), *[len(rows) - 1] * (batch - len(rows))]]
+            latents = torch.stack([images[image_id]["latent"] for image_id in padded["image_id"]]).to(self.device)
+            soft = pipeline.label_maps(
+                latents,
+                [self.texts[text] for text in padded["text"]],
+                list(zip(*(padded[name] for name in KEY), strict=True)),
+                run.size or 0,
+                run.steps,
+                run.guidance,
+                self.study.seed,
+            )
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                print(f"sample: {run.name}: block {number + 1} of {len(blocks)}", flush=True)
+            yield rows, quantise(soft[: len(rows)].float().cpu().numpy())
+
+    def _stored_maps(self, run: Run, blocks: list[pd.DataFrame], shard: tuple[int, int]) -> Iterator[tuple[pd.DataFrame, Maps]]:
+        """Maps of the base cell, which was sampled before: another read-out needs no evaluation."""
+        base = base_run(self.study)
+        gathered = predictions_path(self.study, base)
+        fresh = read_metadata(gathered).get("key") == run_key(self.study, base)
+        source = gathered if fresh else part_path(self.study, base, *shard)
+        maps = read_maps(source)
+        places = {key: place for place, key in enumerate(read_predictions(source)[KEY].itertuples(index=False, name=None))}
+        for rows in blocks:
+            yield rows, maps[[places[key] for key in rows[KEY].itertuples(index=False, name=None)]]
+
+
+def _colour_predictions(study: Params, phrases: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    model = fit_colours(phrases[phrases["split"] == "train"], study.seed)
+    return predict_colours(model, rows, choose_threshold(model, phrases[phrases["split"] == "val"]))
+
+
+def _write_evolution(study: Params, sampler: Sampler, phrases: pd.DataFrame) -> None:
+    """The base cell's x_t and x_0 estimates over t for a few phrases of the grid (Fig. 5), one per image where possible."""
+    base = study.sample.base
+    run = base_run(study)
+    key = digest([run_key(study, run), "evolution"])
+    target = study.work_dir / "samples" / "evolution.safetensors"
+    if target.exists():
+        from safetensors import safe_open
+
+        with safe_open(target, "np") as handle:
+            if handle.metadata().get("key") == key:
+                return
+    rows = run_rows(study, run, phrases, phrases.iloc[:0]).sort_values(KEY)
+    rows = pd.concat([rows.drop_duplicates("image_id"), rows]).drop_duplicates(KEY).head(EVOLUTION_PHRASES)
+    images = LatentStore(image_store(study, base.size))
+    latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(sampler.device)
+    pipeline = sampler.pipeline("gs")
+    scale = pipeline.config.label_scale
+    seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    keys = list(zip(*(rows[name] for name in KEY), strict=True))
+    pipeline.label_maps(
+        latents,
+        [sampler.texts[text] for text in rows["text"]],
+        keys,
+        base.size,
+        base.steps,
+        base.guidance,
+        study.seed,
+        observe=lambda t, x_t, x_0: seen.append((t, x_t.float().cpu(), x_0.float().cpu())),
+    )
+
+    def stacked(states: list[torch.Tensor]) -> NDArray[np.uint8]:
+        values = torch.stack([state[:, 0] for state in states], dim=1).numpy() / scale
+        return np.rint(np.clip((values + 1) / 2, 0, 1) * 255).astype(np.uint8)  # (K, T, h, w)
+
+    metadata = {
+        "timesteps": canonical_json([t for t, _, _ in seen]),
+        "keys": canonical_json(
+            [[int(image_id), str(narrative_id), int(phrase_id)] for image_id, narrative_id, phrase_id in keys]
+        ),
+        "key": key,
+    }
+    with atomic_path(target) as temporary:
+        save_file(
+            {"xt": stacked([x_t for _, x_t, _ in seen]), "x0": stacked([x_0 for _, _, x_0 in seen])},
+            temporary,
+            metadata=metadata,
+        )

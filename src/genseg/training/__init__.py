@@ -1,0 +1,1 @@
+"""Training: the miniature backbone, the label-diffusion model and its discriminative control."""

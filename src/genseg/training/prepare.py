@@ -1,0 +1,128 @@
+"""The phase `backbone`: name the pipeline that the study starts from, fitted or trained on its images where asked."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from diffusers import StableDiffusionXLInpaintPipeline, UNet2DConditionModel
+
+from genseg.artifacts.files import atomic_directory, file_sha256
+from genseg.artifacts.manifest import code_hash, write_manifest
+from genseg.artifacts.phrases import read_phrases
+from genseg.errors import UserError
+from genseg.models.backbone import noise_schedule
+from genseg.models.device import choose_device, describe
+from genseg.models.miniature import build_miniature
+from genseg.params import Params, digest
+from genseg.training.backbone import fit_unet, fit_vae, load_images, measure_psnr
+
+CODE = ("params.py", "artifacts", "data/images.py", "models", "training/backbone.py", "training/prepare.py", "training/loop.py")
+PSNR_IMAGES = 64
+
+
+def prepare_backbone(study: Params) -> None:
+    """Write `results/<study>/backbone/manifest.json`, whose fact `pipeline` names a diffusers directory or a hub id.
+
+    With training steps in the params, the trained pipeline is saved beside it in half precision; without, nothing is
+    copied: the manifest names `backbone.init` itself.
+
+    Raises:
+        UserError: the pipeline is missing or has another architecture, or no GPU for `device: cuda`.
+    """
+    started = time.time()
+    device = choose_device(study.device, study.resources["backbone"].threads)
+    print(f"backbone: device {describe(device)}", flush=True)
+    folder = study.results_dir / "backbone"
+    backbone = study.backbone
+    facts: dict[str, Any] = {}
+    if backbone.init is None or backbone.vae.steps or backbone.unet.steps:
+        facts = _train(study, folder / "pipeline", device)
+        source, revision = str(folder / "pipeline"), None
+    else:
+        source, revision = backbone.init, backbone.revision
+    unet_config = load_unet_config(source, revision)
+    if unet_config["in_channels"] != 9:
+        raise UserError(
+            f"{source}: its U-Net has {unet_config['in_channels']} input channels; GS needs an in-painting U-Net (9)"
+        )
+    write_manifest(
+        folder / "manifest.json",
+        "backbone",
+        study.subtree("seed", "backbone"),
+        [study.data_dir / "manifest.json"],
+        [folder / "pipeline"] if source == str(folder / "pipeline") else [],
+        started,
+        describe(device),
+        code=code_hash(*CODE),
+        pipeline=source,
+        revision=revision,
+        weights=weights_hash(source, revision),
+        betas=noise_schedule(source, revision),
+        **facts,
+    )
+    print(f"backbone: {source}", flush=True)
+
+
+def load_unet_config(source: str, revision: str | None) -> dict[str, Any]:
+    """The U-Net's config, without its weights. Raises UserError when it cannot be had."""
+    try:
+        return UNet2DConditionModel.load_config(source, subfolder="unet", revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no U-Net in diffusers format there ({' '.join(str(error).split())[:200]})") from error
+
+
+def weights_hash(source: str, revision: str | None) -> str:
+    """What identifies the pipeline's weights: hashes of its files, or the hub id and its resolved commit."""
+    folder = Path(source)
+    if folder.is_dir():
+        return digest(
+            {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        )
+    from huggingface_hub import HfApi
+
+    try:
+        return digest([source, HfApi().model_info(source, revision=revision).sha])
+    except Exception as error:
+        raise UserError(f"{source}: the hub does not tell its commit ({' '.join(str(error).split())[:200]})") from error
+
+
+def _train(study: Params, target: Path, device: torch.device) -> dict[str, Any]:
+    backbone = study.backbone
+    phrases = read_phrases(study.data_dir / "phrases.parquet")
+    train = phrases[phrases["split"] == "train"]
+    files, captions = captions_by_image(train)
+    if backbone.shape is not None:
+        pipeline = build_miniature(backbone.shape, backbone.size, [text for texts in captions for text in texts], study.seed)
+    else:
+        try:
+            pipeline = StableDiffusionXLInpaintPipeline.from_pretrained(
+                backbone.init, revision=backbone.revision, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{backbone.init}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    images = load_images(files, backbone.size)
+    work = (
+        study.work_dir
+        / "backbone"
+        / digest([study.subtree("seed", "backbone"), file_sha256(study.data_dir / "phrases.parquet")])
+    )
+    some = images[:: max(1, len(images) // PSNR_IMAGES)][:PSNR_IMAGES]
+    pipeline.vae.to(device)
+    before = measure_psnr(pipeline.vae, some, device)
+    fit_vae(pipeline.vae, images, backbone.vae, study.seed, work / "vae", device)
+    after = measure_psnr(pipeline.vae, some, device)
+    print(f"backbone: VAE at {before:.2f} dB PSNR before, {after:.2f} dB after {backbone.vae.steps} steps", flush=True)
+    fit_unet(pipeline, images, captions, backbone.unet, backbone.shape is not None, study.seed, work / "unet", device)
+    with atomic_directory(target) as temporary:
+        pipeline.to(torch.float16).save_pretrained(temporary)
+    return {"vae_psnr_db_before": before, "vae_psnr_db": after, "images": len(images)}
+
+
+def captions_by_image(train: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Files of the training images and the distinct captions of each."""
+    grouped = train.groupby("image_id", sort=True)
+    return list(grouped["file_name"].first()), [sorted(set(texts.dropna())) for _, texts in grouped["caption"]]

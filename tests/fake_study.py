@@ -1,0 +1,146 @@
+"""A project whose phases do nothing: Snakefile, rules and params are the real ones, `genseg data`, `genseg train` ... only
+write their manifests. What runs when can so be seen in seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genseg.dag.phases import PHASES
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+# Each command appends its name to ran.txt; with FAKE_SLOW=<command> that one hangs after its start.
+GENSEG = f"""#!/bin/bash
+set -euo pipefail
+command=$1; shift
+if [ "$command" = lease ]; then exec {BIN}/genseg lease "$@"; fi
+model= size= shard= shards= gather=
+while [ $# -gt 0 ]; do
+  case $1 in --gather) gather=1; shift;; *) declare "${{1#--}}=$2"; shift 2;; esac
+done
+[ -f "$params" ]
+study=$(cut -d/ -f2 <<< "$params")
+echo "$command${{model:+ $model}}${{size:+ $size}}" >> ran.txt
+if [ "${{FAKE_SLOW:-}}" = "$command" ]; then echo $$ > slow.pid; exec sleep 60; fi
+made() {{ mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }}
+results=results/$study
+case $command in
+  data) made data/$study;;
+  train) if [ $model = gs ]; then made $results/model; echo step,loss > $results/model/log.csv; else made $results/control; fi;;
+  sample)
+    if [ "$gather" ]; then made $results/predictions
+    else mkdir -p work/$study/samples; echo > work/$study/samples/size=$size.shard=$shard-of-$shards.json; fi;;
+  latents) made $results/latents; mkdir -p $results/latents/text; echo > $results/latents/text/index.parquet;;
+  score) made $results/scores; echo '{{"ar": {{"overall": 0.5}}}}' > $results/scores/main.json;;
+  tables) made $results/figures; made $results/tables;;
+  *) made $results/$command;;
+esac
+"""
+
+# Many dry runs of one process: each is a fork, so that the imports (0.6 s of 0.9 s) are paid once.
+DRY_RUNS = """
+import os, sys
+import genseg.dag.rules, pandas, requests, snakemake.cli, snakemake.dag, snakemake.report, snakemake.workflow
+for params in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        log = os.open(params + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        snakemake.cli.main(["--dry-run", "--configfile", params])
+    os.waitpid(child, 0)
+"""
+
+
+class FakeStudy:
+    """A copy of the project's DAG in a folder, with the fake commands on its PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        self.environment |= {"PATH": f"{folder}/bin:{BIN}:{os.environ['PATH']}", "GENSEG_DEVICES": "", "TMPDIR": str(folder)}
+
+    @staticmethod
+    def make(folder: Path) -> FakeStudy:
+        folder.mkdir(parents=True)
+        for name in ("Snakefile", "params.yaml", "dvc.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, folder)
+        shutil.copytree(ROOT / "workflow", folder / "workflow")
+        shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
+        (folder / "profiles").symlink_to("workflow/profiles")
+        needed = {need for phase in PHASES.values() for need in phase.needs if "{study}" not in need}
+        for path in needed | {f"src/genseg/{room}" for phase in PHASES.values() for room in phase.rooms}:
+            _stand_in(folder / path)
+        fake = folder / "bin" / "genseg"
+        fake.parent.mkdir()
+        fake.write_text(GENSEG)
+        fake.chmod(0o755)
+        (folder / ".gitignore").open("a").write("/bin/\n/ran.txt\n/slow.pid\n")
+        return FakeStudy(folder)
+
+    def call(self, *command: str, check: bool = True, **environment: str) -> str:
+        """Output (both streams) of a command in the study's folder."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0 or not check, done.stdout
+        return done.stdout
+
+    def params(self) -> dict[str, Any]:
+        return yaml.safe_load((self.folder / "params.yaml").read_text())
+
+    def ran(self) -> Counter[str]:
+        """The commands that ran since the last question."""
+        log = self.folder / "ran.txt"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return Counter(lines)
+
+    def would_run(self, documents: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
+        """For each named params document the rules that Snakemake would run, `sample_shard` with its size."""
+        names = {name: f"{number}.yaml" for number, name in enumerate(documents)}
+        for name, file in names.items():
+            (self.folder / file).write_text(yaml.safe_dump(documents[name]))
+        self.call(sys.executable, "-c", DRY_RUNS, *names.values())
+        return {name: _rules((self.folder / f"{file}.out").read_text()) for name, file in names.items()}
+
+
+def changed(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of a params document with another value at a dotted key."""
+    head, _, rest = key.partition(".")
+    return document | {head: changed(document[head], rest, value) if rest else value}
+
+
+def _rules(output: str) -> set[str]:
+    assert "Nothing to be done" in output or "This was a dry-run" in output, output
+    found = set()
+    for block in re.split(r"^(?=(?:local)?rule )", output, flags=re.MULTILINE)[1:]:
+        name, size = re.match(r"\w+ (\w+)", block), re.search(r"wildcards: .*size=(\d+)", block)
+        assert name
+        found.add(f"{name[1]} {size[1]}" if size else name[1])
+    return found - {"all"}
+
+
+def _stand_in(path: Path) -> None:
+    """A source file, or a folder with a file in it."""
+    if not path.suffix:
+        path.mkdir(parents=True, exist_ok=True)
+        path = path / "content.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("stand-in\n")

@@ -1,0 +1,190 @@
+"""What runs when: the DAG on fake commands, so that only its logic is seen."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fake_study import BIN, ROOT, FakeStudy, changed
+from genseg.dag.phases import PHASES
+from genseg.params import load_params
+
+SIZES = [f"{size:04d}" for size in load_params(ROOT / "params.yaml").sample.sizes()]
+MAIN, BASE = (f"sample_shard {getattr(load_params(ROOT / 'params.yaml').sample, cell).size:04d}" for cell in ("main", "base"))
+SHARDS = {f"sample_shard {size}" for size in SIZES}
+TABLES = {"tables"}
+SCORE = {"score"} | TABLES
+GATHER = {"sample"} | SCORE
+SAMPLE = SHARDS | GATHER
+TRAIN = {"train_gs", "train_control"} | SAMPLE
+LATENTS = {"latents"} | TRAIN
+BACKBONE = {"backbone"} | LATENTS
+ALL = {"data"} | BACKBONE
+
+# params key, another value, what Snakemake then runs
+CHANGES = [
+    ("device", "cpu", set()),
+    ("resources.train.threads", 7, set()),
+    ("resources.train.gpu", 8, set()),
+    ("seed", 12345, ALL),
+    ("data.class_template", "some {name}", ALL),
+    ("backbone.unet.lr", 0.123, BACKBONE),
+    ("latents.batch", 77, LATENTS),
+    ("train.size", 72, LATENTS),
+    ("train.optimizer.lr", 0.123, TRAIN),
+    ("sample.grid.sizes", [72], {"latents", "sample_shard 0072"} | GATHER),  # one more size: no training
+    ("sample.grid.guidance", [9.5], {BASE} | GATHER),
+    ("sample.grid.steps", [17], {BASE} | GATHER),
+    ("sample.main.guidance", 3.25, {MAIN} | GATHER),
+    ("sample.threshold", 0.375, SAMPLE),
+    ("sample.grid_fraction", 0.375, SAMPLE),
+    ("sample.shards", 2, SAMPLE),
+    ("score.bootstrap", 77, SCORE),
+    ("tables.dpi", 77, TABLES),
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A fake study that `snakemake` has made."""
+    study = FakeStudy.make(tmp_path_factory.mktemp("dag") / "study")
+    study.call("snakemake", "--cores", "all", "--resources", "gpu=8")
+    return study
+
+
+@pytest.fixture(scope="module")
+def dry_runs(study):
+    params = study.params()
+    return study.would_run({"unchanged": params} | {key: changed(params, key, value) for key, value, _ in CHANGES})
+
+
+def test_second_run_does_nothing(dry_runs):
+    assert dry_runs["unchanged"] == set()
+
+
+@pytest.mark.parametrize(("key", "value", "rules"), CHANGES, ids=[key for key, _, _ in CHANGES])
+def test_change_of_params_runs(dry_runs, key, value, rules):
+    assert dry_runs[key] == rules
+
+
+def test_each_job_ran_once(study):
+    ran = study.ran()
+    assert set(ran.values()) == {1}
+    assert ran.keys() == {"data", "backbone", "latents", "train gs", "train discriminative", "sample", "score", "tables"} | {
+        f"sample {size}" for size in SIZES
+    }
+    assert {path.name for path in (study.folder / "work/mini/logs").iterdir()} == {
+        f"{rule}.log" for rule in ("data", "backbone", "latents", "train_gs", "train_control", "sample", "score", "tables")
+    } | {f"sample.size={size}.shard=0.log" for size in SIZES}
+
+
+def test_change_of_source_runs_the_phases_that_use_it(study):
+    """`code_hash` reads the installed package; here its value is what changes."""
+    wrapper = (
+        "import sys, genseg.dag.rules as rules; real = rules.code_hash;"
+        "rules.code_hash = lambda *rooms: real(*rooms) + ('x' if 'report' in rooms else '');"
+        "import snakemake.cli; snakemake.cli.main(['--dry-run', '--quiet', 'host'])"
+    )
+    output = study.call(sys.executable, "-c", wrapper)
+    assert "rule tables" in output
+    assert "rule score" not in output
+
+
+def test_phase_names_are_targets(study):
+    listed = study.call("snakemake", "--list-rules").split()
+    assert set(PHASES) <= set(listed)
+
+
+def test_mistake_in_params_is_one_line(study):
+    (study.folder / "typo.yaml").write_text((study.folder / "params.yaml").read_text().replace("guidance:", "guidence:", 1))
+    output = study.call("snakemake", "--dry-run", "--configfile", "typo.yaml", check=False)
+    [line] = [line for line in output.splitlines() if not line.startswith("Using")]
+    assert line.startswith("snakemake: error: typo.yaml: unknown key sample.main.guidence; did you mean sample.main.guidance?")
+
+
+def test_configfile_replaces_params(study):
+    """Merged into params.yaml, a study that lacks a key would silently take it from there."""
+    text = (study.folder / "params.yaml").read_text()
+    (study.folder / "lacking.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("seed:")))
+    output = study.call("snakemake", "--dry-run", "--configfile", "lacking.yaml", check=False)
+    assert "lacking.yaml: key seed is missing" in output
+
+
+def test_killed_snakemake_leaves_no_orphan_and_the_next_run_goes_on(tmp_path):
+    study = FakeStudy.make(tmp_path / "study")
+    run = subprocess.Popen(
+        ["snakemake", "--cores", "2"],
+        cwd=study.folder,
+        env=study.environment | {"FAKE_SLOW": "latents"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    pid = study.folder / "slow.pid"
+    _wait(lambda: pid.exists() and pid.read_text().strip())
+    job = Path("/proc") / pid.read_text().strip()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    _wait(lambda: not job.exists())
+    assert {"data", "backbone", "latents"} == study.ran().keys()
+    study.call("snakemake", "--unlock")
+    study.call("snakemake", "--cores", "2")
+    assert study.ran().keys() >= {"latents", "train gs", "tables"}
+    assert "data" not in study.ran()
+
+
+def _wait(condition):
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for 20 seconds in vain")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_rooms_hold_all_that_the_command_imports(phase):
+    """Source that a phase runs and its `rooms` lack could change without a rerun."""
+    exempt = {"errors.py", "params.py", "__init__.py", "cli/__init__.py", "cli/main.py"}
+    imported = _imports(f"cli/{phase}.py", set()) - exempt
+    outside = {
+        file for file in imported if not any(file == room or file.startswith(f"{room}/") for room in PHASES[phase].rooms)
+    }
+    assert not outside
+    unused = {room for room in PHASES[phase].rooms if not any(file == room or file.startswith(f"{room}/") for file in imported)}
+    assert not unused
+
+
+def _imports(file: str, seen: set[str]) -> set[str]:
+    """Modules of the package that a module imports, directly or not, as files."""
+    if file in seen:
+        return seen
+    seen.add(file)
+    source = ROOT / "src" / "genseg"
+    for node in ast.walk(ast.parse((source / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genseg"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("genseg")]
+        else:
+            continue
+        for name in names:
+            path = source.joinpath(*name.split(".")[1:])
+            for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+                if candidate.exists():
+                    _imports(candidate.relative_to(source).as_posix(), seen)
+    return seen
+
+
+def test_dvc_yaml_is_up_to_date():
+    subprocess.run([BIN / "genseg", "dvc", "--check"], cwd=ROOT, check=True)
+
+
+def test_lint():
+    subprocess.run(
+        [BIN / "snakemake", "--lint"], cwd=ROOT, check=True, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    )
+    subprocess.run([BIN / "snakefmt", "--check", "Snakefile", "workflow"], cwd=ROOT, check=True)

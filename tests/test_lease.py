@@ -1,0 +1,146 @@
+"""GPU leases, as jobs meet them: no device is ever in two hands, and none is lost when its holder is killed."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from genseg.dag import lease as room
+
+GENSEG = str(Path(sys.executable).parent / "genseg")
+ALL_DEVICES = "d0,d1,d2,d3,d4,d5,d6,d7"
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Eight fake devices, and lock files of this test's own."""
+    kept = {name: value for name, value in os.environ.items() if name != room.VISIBLE}
+    return kept | {room.DEVICES: ALL_DEVICES, "TMPDIR": str(tmp_path)}
+
+
+def leased(gpus, script, environment, *options, **arguments):
+    command = [GENSEG, "lease", "--gpus", str(gpus), *options, "--", "bash", "-c", script]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **arguments)
+
+
+def answer(*arguments, **keywords):
+    process = leased(*arguments, **keywords)
+    output, error = process.communicate(timeout=20)
+    return process.returncode, output.strip(), error.strip()
+
+
+def wait_for(condition):
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for 10 seconds in vain")
+
+
+def test_no_device_is_in_two_hands(environment, tmp_path):
+    held = tmp_path / "held"
+    held.mkdir()
+    # `mkdir` of a folder that exists fails, and with it the job.
+    script = (
+        f"cd {held}; for d in ${{{room.VISIBLE}//,/ }}; do mkdir $d || exit 9; done; sleep 0.05; rmdir ${{{room.VISIBLE}//,/ }}"
+    )
+    jobs = [(gpus, leased(gpus, script + f"; echo ${room.VISIBLE}", environment)) for gpus in [1, 1, 1, 4, 8, 1, 4] * 4]
+    for gpus, job in jobs:
+        output, error = job.communicate(timeout=60)
+        assert job.returncode == 0, error
+        assert len(set(output.strip().split(","))) == gpus
+
+
+def test_killed_holder_frees_its_devices(environment, tmp_path):
+    holder = leased(8, f"touch {tmp_path}/up; exec sleep 60", environment)
+    wait_for((tmp_path / "up").exists)
+    waiting = leased(1, "true", environment)
+    time.sleep(0.5)
+    assert waiting.poll() is None  # the device is taken, so the second job waits
+    holder.kill()
+    assert waiting.wait(timeout=10) == 0
+    holder.communicate()
+    waiting.communicate()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "extra", "seen"),
+    [
+        (2, {}, "d0,d1"),
+        (0, {}, ""),
+        (2, {room.VISIBLE: "5"}, "5"),  # a scheduler chose
+        (2, {room.DEVICES: ""}, "unset"),  # no GPU here
+    ],
+)
+def test_devices_the_command_sees(environment, gpus, extra, seen):
+    assert answer(gpus, f"echo ${{{room.VISIBLE}-unset}}", environment | extra) == (0, seen, "")
+
+
+def test_mistakes_are_one_line(environment):
+    code, _, error = answer(9, "true", environment)
+    assert code == 2
+    assert error == "genseg lease: error: 9 GPUs asked for, this machine has 8: lower resources.*.gpu in the params"
+    missing = subprocess.run(
+        [GENSEG, "lease", "--gpus", "0", "--", "no-such-command"], capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("genseg lease: error: no-such-command: ")
+
+
+def test_exit_code_and_log(environment, tmp_path):
+    log = tmp_path / "logs" / "job.log"
+    code, output, error = answer(
+        1, "echo one; echo two >&2; printf '10%%\\r20%%\\r30%%\\nlast'; exit 7", environment, "--log", log
+    )
+    assert code == 7
+    assert (output, error) == ("", "one\ntwo\n10%\n20%\n30%\nlast")  # text mode reads \r as \n
+    wait_for(lambda: log.read_text() == "one\ntwo\n30%\nlast")
+    assert answer(1, "echo new", environment, "--log", log)[0] == 0
+    wait_for(lambda: log.read_text() == "new\n")
+
+
+def test_command_sees_a_terminal_where_there_is_one(environment, tmp_path):
+    ours, theirs = pty.openpty()
+    script = "test -t 2 && echo terminal"
+    command = [GENSEG, "lease", "--gpus", "0", "--log", str(tmp_path / "log"), "--", "bash", "-c", script]
+    assert subprocess.run(command, env=environment, stdout=theirs, stderr=theirs, check=False).returncode == 0
+    assert os.read(ours, 100).split() == [b"terminal"]
+    wait_for(lambda: (tmp_path / "log").read_text() == "terminal\n")
+
+
+def test_second_job_with_the_same_log_waits_for_the_first(environment, tmp_path):
+    log = tmp_path / "log"
+    first = leased(0, f"touch {tmp_path}/up; sleep 0.7; echo first", environment, "--log", log)
+    wait_for((tmp_path / "up").exists)
+    code, _, error = answer(0, "echo second", environment, "--log", log)
+    assert first.wait() == 0
+    assert code == 0
+    assert "waiting for it to end" in error
+    first.communicate()
+
+
+def test_job_dies_with_its_parent(environment, tmp_path):
+    script = f"echo $$ > {tmp_path}/pid; touch {tmp_path}/up; exec sleep 60"
+    parent = subprocess.Popen(["bash", "-c", f"{GENSEG} lease --gpus 1 -- bash -c '{script}'; true"], env=environment)
+    wait_for((tmp_path / "up").exists)
+    job = int((tmp_path / "pid").read_text())
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    wait_for(lambda: not Path(f"/proc/{job}").exists() or " Z " in Path(f"/proc/{job}/stat").read_text())
+
+
+def test_devices_of_a_listing():
+    listing = (
+        "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aa)\n"
+        "  MIG 3g.40gb     Device  0: (UUID: MIG-11)\n"
+        "  MIG 3g.40gb     Device  1: (UUID: MIG-22)\n"
+        "GPU 1: NVIDIA A100-SXM4-80GB (UUID: GPU-bb)\n"
+        "GPU 2: NVIDIA A100-SXM4-80GB (UUID: GPU-cc)\n"
+        "  MIG 7g.80gb     Device  0: (UUID: MIG-33)\n"
+    )
+    assert room.listed(listing) == ["MIG-11", "MIG-22", "GPU-bb", "MIG-33"]
