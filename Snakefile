@@ -7,8 +7,11 @@ if not workflow.overwrite_configfiles:  # `--configfile` replaces params.yaml: m
     configfile: "params.yaml"
 
 
-STUDY = open_study(config, origin=", ".join(map(str, workflow.overwrite_configfiles)) or "params.yaml")
+STUDY = open_study(config, workflow.overwrite_configfiles or ["params.yaml"])
 DATA, RESULTS, WORK = STUDY.data, STUDY.results, STUDY.work
+
+
+report: "workflow/report/workflow.rst"
 
 
 wildcard_constraints:

@@ -3,6 +3,7 @@ write their manifests. What runs when can so be seen in seconds."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,19 +21,19 @@ ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
 # Each command appends its name to ran.txt; with FAKE_SLOW=<command> that one hangs after its start.
-GENSEG = f"""#!/bin/bash
+GENSEG = """#!/bin/bash
 set -euo pipefail
 command=$1; shift
-if [ "$command" = lease ]; then exec {BIN}/genseg lease "$@"; fi
+if [ "$command" = lease ]; then exec BIN/genseg lease "$@"; fi
 model= size= shard= shards= gather=
 while [ $# -gt 0 ]; do
-  case $1 in --gather) gather=1; shift;; *) declare "${{1#--}}=$2"; shift 2;; esac
+  case $1 in --gather) gather=1; shift;; *) declare "${1#--}=$2"; shift 2;; esac
 done
 [ -f "$params" ]
 study=$(cut -d/ -f2 <<< "$params")
-echo "$command${{model:+ $model}}${{size:+ $size}}" >> ran.txt
-if [ "${{FAKE_SLOW:-}}" = "$command" ]; then echo $$ > slow.pid; exec sleep 60; fi
-made() {{ mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }}
+echo "$command${model:+ $model}${size:+ $size}" >> ran.txt
+if [ "${FAKE_SLOW:-}" = "$command" ]; then echo $$ > slow.pid; exec sleep 60; fi
+made() { mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }
 results=results/$study
 case $command in
   data) made data/$study;;
@@ -41,23 +42,30 @@ case $command in
     if [ "$gather" ]; then made $results/predictions
     else mkdir -p work/$study/samples; echo > work/$study/samples/size=$size.shard=$shard-of-$shards.json; fi;;
   latents) made $results/latents; mkdir -p $results/latents/text; echo > $results/latents/text/index.parquet;;
-  score) made $results/scores; echo '{{"ar": {{"overall": 0.5}}}}' > $results/scores/main.json;;
-  tables) made $results/figures; made $results/tables;;
+  score) made $results/scores; echo '{"ar": {"overall": 0.5}}' > $results/scores/main.json;;
+  tables)
+    made $results/figures; made $results/tables
+    touch $results/{tables/{index.html,table2.csv},figures/{examples,evolution}.png};;
   *) made $results/$command;;
 esac
 """
 
-# Many dry runs of one process: each is a fork, so that the imports (0.6 s of 0.9 s) are paid once.
-DRY_RUNS = """
-import os, sys
+# Many Snakemakes of one process, each a fork: the imports, most of the time of a dry run, are paid once.
+SNAKEMAKES = """
+import json, os, sys
 import genseg.dag.rules, pandas, requests, snakemake.cli, snakemake.dag, snakemake.report, snakemake.workflow
-for params in sys.argv[1:]:
+for name, arguments in json.loads(sys.argv[1]).items():
     child = os.fork()
     if child == 0:
-        log = os.open(params + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(name + ".out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        snakemake.cli.main(["--dry-run", "--configfile", params])
+        try:
+            snakemake.cli.main(arguments)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     os.waitpid(child, 0)
 """
 
@@ -83,7 +91,7 @@ class FakeStudy:
             _stand_in(folder / path)
         fake = folder / "bin" / "genseg"
         fake.parent.mkdir()
-        fake.write_text(GENSEG)
+        fake.write_text(GENSEG.replace("BIN", str(BIN)))
         fake.chmod(0o755)
         (folder / ".gitignore").open("a").write("/bin/\n/ran.txt\n/slow.pid\n")
         return FakeStudy(folder)
@@ -112,13 +120,14 @@ class FakeStudy:
         log.unlink(missing_ok=True)
         return Counter(lines)
 
-    def would_run(self, documents: dict[str, dict[str, Any]]) -> dict[str, set[str]]:
-        """For each named params document the rules that Snakemake would run, `sample_shard` with its size."""
-        names = {name: f"{number}.yaml" for number, name in enumerate(documents)}
-        for name, file in names.items():
-            (self.folder / file).write_text(yaml.safe_dump(documents[name]))
-        self.call(sys.executable, "-c", DRY_RUNS, *names.values())
-        return {name: _rules((self.folder / f"{file}.out").read_text()) for name, file in names.items()}
+    def snakemakes(self, runs: dict[str, list[str]]) -> dict[str, str]:
+        """Outputs of Snakemakes that run no job, by name; each with its arguments."""
+        self.call(sys.executable, "-c", SNAKEMAKES, json.dumps(runs))
+        return {name: (self.folder / f"{name}.out").read_text() for name in runs}
+
+    def write_params(self, name: str, document: dict[str, Any]) -> str:
+        (self.folder / name).write_text(yaml.safe_dump(document))
+        return name
 
 
 def changed(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -127,7 +136,8 @@ def changed(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return document | {head: changed(document[head], rest, value) if rest else value}
 
 
-def _rules(output: str) -> set[str]:
+def rules_in(output: str) -> set[str]:
+    """The rules that a dry run says it would run, `sample_shard` with its size."""
     assert "Nothing to be done" in output or "This was a dry-run" in output, output
     found = set()
     for block in re.split(r"^(?=(?:local)?rule )", output, flags=re.MULTILINE)[1:]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fake_study import BIN, ROOT, FakeStudy, changed
+from fake_study import BIN, ROOT, FakeStudy, changed, rules_in
 from genseg.dag.phases import PHASES
 from genseg.params import load_params
 
@@ -37,12 +37,12 @@ CHANGES = [
     ("latents.batch", 77, LATENTS),
     ("train.size", 72, LATENTS),
     ("train.optimizer.lr", 0.123, TRAIN),
-    ("sample.grid.sizes", [72], {"latents", "sample_shard 0072"} | GATHER),  # one more size: no training
+    ("sample.grid.sizes", [72], LATENTS - SHARDS | {"sample_shard 0072", MAIN, BASE}),
     ("sample.grid.guidance", [9.5], {BASE} | GATHER),
     ("sample.grid.steps", [17], {BASE} | GATHER),
     ("sample.main.guidance", 3.25, {MAIN} | GATHER),
     ("sample.threshold", 0.375, SAMPLE),
-    ("sample.grid_fraction", 0.375, SAMPLE),
+    ("sample.grid_fraction", 0.375, LATENTS),
     ("sample.shards", 2, SAMPLE),
     ("score.bootstrap", 77, SCORE),
     ("tables.dpi", 77, TABLES),
@@ -58,18 +58,38 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dry_runs(study):
+def outputs(study):
+    """What Snakemake says to each change, and to mistakes."""
     params = study.params()
-    return study.would_run({"unchanged": params} | {key: changed(params, key, value) for key, value, _ in CHANGES})
+    documents = {key: changed(params, key, value) for key, value, _ in CHANGES}
+    documents["unchanged"] = params
+    documents["typo"] = changed(params, "sample.threshhold", 0.5)
+    documents["lacking"] = {key: value for key, value in params.items() if key != "seed"}
+    dry = {name: ["--dry-run", "--configfile", study.write_params(f"{name}.yaml", doc)] for name, doc in documents.items()}
+    return study.snakemakes(dry | {"rules": ["--list-rules"]})
 
 
-def test_second_run_does_nothing(dry_runs):
-    assert dry_runs["unchanged"] == set()
+def test_second_run_does_nothing(outputs):
+    assert rules_in(outputs["unchanged"]) == set()
 
 
 @pytest.mark.parametrize(("key", "value", "rules"), CHANGES, ids=[key for key, _, _ in CHANGES])
-def test_change_of_params_runs(dry_runs, key, value, rules):
-    assert dry_runs[key] == rules
+def test_change_of_params_runs(outputs, key, value, rules):
+    assert rules_in(outputs[key]) == rules
+
+
+def test_mistake_in_params_is_one_line(outputs):
+    [line] = [line for line in outputs["typo"].splitlines() if not line.startswith("Using")]
+    assert line == ("snakemake: error: typo.yaml: unknown key sample.threshhold; did you mean sample.threshold?")
+
+
+def test_configfile_replaces_params(outputs):
+    """Merged into params.yaml, a study that lacks a key would silently take it from there."""
+    assert "lacking.yaml: key seed is missing" in outputs["lacking"]
+
+
+def test_phase_names_are_targets(outputs):
+    assert set(PHASES) <= set(outputs["rules"].split())
 
 
 def test_each_job_ran_once(study):
@@ -93,26 +113,6 @@ def test_change_of_source_runs_the_phases_that_use_it(study):
     output = study.call(sys.executable, "-c", wrapper)
     assert "rule tables" in output
     assert "rule score" not in output
-
-
-def test_phase_names_are_targets(study):
-    listed = study.call("snakemake", "--list-rules").split()
-    assert set(PHASES) <= set(listed)
-
-
-def test_mistake_in_params_is_one_line(study):
-    (study.folder / "typo.yaml").write_text((study.folder / "params.yaml").read_text().replace("guidance:", "guidence:", 1))
-    output = study.call("snakemake", "--dry-run", "--configfile", "typo.yaml", check=False)
-    [line] = [line for line in output.splitlines() if not line.startswith("Using")]
-    assert line.startswith("snakemake: error: typo.yaml: unknown key sample.main.guidence; did you mean sample.main.guidance?")
-
-
-def test_configfile_replaces_params(study):
-    """Merged into params.yaml, a study that lacks a key would silently take it from there."""
-    text = (study.folder / "params.yaml").read_text()
-    (study.folder / "lacking.yaml").write_text("\n".join(line for line in text.splitlines() if not line.startswith("seed:")))
-    output = study.call("snakemake", "--dry-run", "--configfile", "lacking.yaml", check=False)
-    assert "lacking.yaml: key seed is missing" in output
 
 
 def test_killed_snakemake_leaves_no_orphan_and_the_next_run_goes_on(tmp_path):
@@ -184,7 +184,6 @@ def test_dvc_yaml_is_up_to_date():
 
 
 def test_lint():
-    subprocess.run(
-        [BIN / "snakemake", "--lint"], cwd=ROOT, check=True, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-    )
-    subprocess.run([BIN / "snakefmt", "--check", "Snakefile", "workflow"], cwd=ROOT, check=True)
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    subprocess.run(["snakemake", "--lint"], cwd=ROOT, check=True, env=environment)
+    subprocess.run(["snakefmt", "--check", "Snakefile", "workflow"], cwd=ROOT, check=True, env=environment)

@@ -48,13 +48,15 @@ def grid_phrases(study: Params, phrases: pd.DataFrame) -> pd.DataFrame:
     return test[test["image_id"].isin(chosen)]
 
 
-def images_by_size(study: Params, phrases: pd.DataFrame) -> dict[int, pd.DataFrame]:
+def images_by_size(study: Params, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """Which images are needed at which size: (image_id, file_name), each image once per size.
 
-    The training size holds train and val, the main size all of test, every other size of the grid its subset.
+    The training size holds train and val, the main size all of test (an image without a narrative still has class
+    phrases), every other size of the grid its subset.
     """
     wanted: dict[int, list[pd.DataFrame]] = {study.train.size: [phrases[phrases["split"] != "test"]]}
-    wanted.setdefault(study.sample.main.size, []).append(phrases[phrases["split"] == "test"])
+    tests = [table[table["split"] == "test"] for table in (phrases, class_phrases)]
+    wanted.setdefault(study.sample.main.size, []).extend(tests)
     for size in study.sample.sizes():
         wanted.setdefault(size, []).append(grid_phrases(study, phrases))
     columns = ["image_id", "file_name"]
@@ -78,7 +80,8 @@ def compute_latents(study: Params) -> None:
     class_phrases = read_phrases(study.data_dir / "class_phrases.parquet")
     origin = [file_sha256(study.data_dir / "phrases.parquet"), backbone["weights"], study.latents.model_dump(mode="json")]
 
-    facts = _encode_images(study, phrases, source, revision, device, digest(origin))
+    images = images_by_size(study, phrases, class_phrases)
+    facts = _encode_images(study, images, source, revision, device, digest(origin))
     texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
     truncated = _encode_texts(study, texts, source, revision, device, digest([backbone["weights"], texts]))
     if truncated:
@@ -102,13 +105,13 @@ def compute_latents(study: Params) -> None:
 
 
 def _encode_images(
-    study: Params, phrases: pd.DataFrame, source: str, revision: str | None, device: torch.device, key: str
+    study: Params, wanted: dict[int, pd.DataFrame], source: str, revision: str | None, device: torch.device, key: str
 ) -> dict[str, object]:
     vae = load_vae(source, revision, DTYPES[study.latents.encode_precision]).to(device)
     factor = vae_factor(vae)
     psnrs: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for size, images in sorted(images_by_size(study, phrases).items()):
+    for size, images in sorted(wanted.items()):
         files = dict(zip(map(str, images["image_id"]), images["file_name"], strict=True))
 
         def encode(ids: Sequence[str], size: int = size, files: dict[str, str] = files) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 rule sample_shard:
     input:
         f"{DATA}/manifest.json",
-        ancient(f"{RESULTS}/latents/manifest.json"),
+        f"{RESULTS}/latents/manifest.json",
         f"{RESULTS}/model/manifest.json",
         f"{RESULTS}/control/manifest.json",
     output:

@@ -7,6 +7,10 @@ rule tables:
         f"{RESULTS}/scores/manifest.json",
     output:
         f"{RESULTS}/tables/manifest.json",
+        report(f"{RESULTS}/tables/index.html", caption="../report/tables.rst", category="Tables"),
+        report(f"{RESULTS}/tables/table2.csv", caption="../report/table2.rst", category="Tables"),
+        report(f"{RESULTS}/figures/examples.png", caption="../report/examples.rst", category="Figures"),
+        report(f"{RESULTS}/figures/evolution.png", caption="../report/evolution.rst", category="Figures"),
     log:
         f"{WORK}/logs/tables.log",
     benchmark:

@@ -1,10 +1,8 @@
-# `ancient`: the latents of one more size to sample at must not train again. What training reads of them is a function of
-# the other inputs and of the params in `uses`.
 rule train_gs:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/backbone/manifest.json",
-        ancient(f"{RESULTS}/latents/manifest.json"),
+        f"{RESULTS}/latents/manifest.json",
     output:
         f"{RESULTS}/model/manifest.json",
     log:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from genseg.params import Sample
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -29,6 +31,9 @@ class Phase:
     hold and removes those that do not."""
 
 
+# Everything of `sample` but `shards`, on which no byte depends.
+_SAMPLE = tuple(f"sample.{name}" for name in Sample.model_fields if name != "shards")
+
 PHASES = {
     "data": Phase(
         keys=("seed", "data"),
@@ -39,36 +44,41 @@ PHASES = {
     ),
     "backbone": Phase(
         keys=("seed", "backbone"),
-        rooms=("artifacts", "cli/backbone.py", "data", "models", "diffusion", "training"),
+        rooms=(
+            *("artifacts", "cli/backbone.py", "data/images.py", "models"),
+            *("training/backbone.py", "training/loop.py", "training/prepare.py"),
+        ),
         needs=("data/{study}", "data/backbone"),
         outs=("results/{study}/backbone",),
         targets=("results/{study}/backbone/manifest.json",),
     ),
     "latents": Phase(
-        keys=("latents", "train.size", "sample.main.size", "sample.base.size", "sample.grid.sizes"),
-        rooms=("artifacts", "cli/latents.py", "data", "models"),
+        keys=(
+            *("seed", "latents", "train.size", "sample.main.size", "sample.base.size", "sample.grid.sizes"),
+            "sample.grid_fraction",
+        ),
+        rooms=("artifacts", "cli/latents.py", "data/images.py", "latents.py", "models"),
         needs=("results/{study}/backbone",),
         outs=("results/{study}/latents",),
         targets=("results/{study}/latents/manifest.json",),
         persist=True,
     ),
     "train": Phase(
-        # The latents of the training size are a function of the data, the backbone and these params. So `latents` stands
-        # here and not the latents' manifest below: one more size to sample at must not train again.
         keys=("seed", "latents", "train"),
-        rooms=("artifacts", "cli/train.py", "data", "models", "diffusion", "training"),
-        needs=("results/{study}/backbone", "results/{study}/latents/text"),
+        rooms=(
+            *("artifacts", "cli/train.py", "data/images.py", "diffusion", "latents.py", "models"),
+            *("training/gs.py", "training/loop.py"),
+        ),
+        needs=("results/{study}/backbone", "results/{study}/latents"),
         outs=("results/{study}/model", "results/{study}/control"),
         targets=("results/{study}/model/manifest.json", "results/{study}/control/manifest.json"),
     ),
     "sample": Phase(
-        keys=(
-            "seed",
-            "latents",
-            *(f"sample.{key}" for key in ("main", "base", "grid", "grid_fraction", "rule", "spacing", "readout")),
-            *(f"sample.{key}" for key in ("threshold", "batch", "precision")),
+        keys=("seed", "latents", *_SAMPLE),
+        rooms=(
+            *("artifacts", "baselines/colour.py", "cli/sample.py", "data/images.py", "diffusion", "latents.py", "models"),
+            "sampling",
         ),
-        rooms=("artifacts", "cli/sample.py", "models", "diffusion", "sampling"),
         needs=("results/{study}/latents", "results/{study}/model", "results/{study}/control"),
         outs=("results/{study}/predictions",),
         targets=("results/{study}/predictions/manifest.json",),
@@ -82,8 +92,8 @@ PHASES = {
         targets=("results/{study}/scores/manifest.json",),
     ),
     "tables": Phase(
-        keys=("seed", "tables", "sample.main", "sample.base", "sample.grid"),
-        rooms=("artifacts", "cli/tables.py", "report"),
+        keys=("seed", "data.source", "data.class_template", *_SAMPLE, "score", "tables"),
+        rooms=("artifacts", "cli/tables.py", "data/images.py", "report"),
         needs=("data/published", "results/{study}/scores"),
         outs=("results/{study}/tables", "results/{study}/figures"),
         targets=("results/{study}/tables/manifest.json",),

@@ -15,10 +15,11 @@ from genseg.errors import UserError
 from genseg.params import Params, canonical_json, digest, validate_params
 
 
-def open_study(config: dict[str, Any], origin: str) -> Study:
-    """The study of a parsed params document; a user's mistake ends Snakemake with one line and exit code 2."""
+def open_study(config: dict[str, Any], files: list[str | Path]) -> Study:
+    """The study of a params document that was read from `files`; a user's mistake ends Snakemake with one line and exit
+    code 2."""
     try:
-        study = Study(validate_params(dict(config), origin))
+        study = Study(validate_params(dict(config), ", ".join(os.path.relpath(file) for file in files)))
         study.write_params()
     except UserError as error:
         print(f"snakemake: error: {error}", file=sys.stderr)
@@ -58,7 +59,7 @@ class Study:
     def uses_at_size(self, wildcards: Any) -> str:
         """The params one `sample_shard` job uses: of the cells only those of its size."""
         size, sample = int(wildcards.size), self.params.sample
-        keys = [key for key in PHASES["sample"].keys if key not in ("sample.main", "sample.base", "sample.grid")]
+        keys = set(PHASES["sample"].keys) - {"sample.main", "sample.base", "sample.grid"}
         cells = {"main": [sample.main], "base": [sample.base], "grid": sample.cells()}
         chosen = {
             name: sorted((cell.steps, cell.guidance) for cell in members if cell.size == size)

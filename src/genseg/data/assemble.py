@@ -45,7 +45,7 @@ def assemble(study: params.Params) -> dict[str, Any]:
     _refuse_inputs_inside(study.data, directory)
     (directory / "manifest.json").unlink(missing_ok=True)
     try:
-        source = open_source(study.data, directory)
+        source = open_source(study.data, directory, study.resources["data"].threads)
     except PermissionError as error:
         raise UserError(f"{error.filename}: cannot read ({error.strerror}); check the permissions") from None
     class_texts = [study.data.class_template.replace("{name}", item.name) for item in source.classes]
@@ -96,7 +96,7 @@ def assemble(study: params.Params) -> dict[str, Any]:
     return found
 
 
-def open_source(data: params.Data, directory: Path) -> Source:
+def open_source(data: params.Data, directory: Path, workers: int = 1) -> Source:
     """Look at the source that the params name; the embedded scenes are generated first, into `directory`/scenes."""
     if data.index_masks is not None and data.source == "index_masks":
         return index_masks.open_source(data.index_masks, data.val_fraction, data.phrase_templates)
@@ -106,7 +106,7 @@ def open_source(data: params.Data, directory: Path) -> Source:
         from genseg.data.scenes import write_scenes
 
         root = directory / "scenes"
-        write_scenes(data.scenes, root)
+        write_scenes(data.scenes, root, workers)
         annotations = str(root / "annotations")
         png = params.Png(images=str(root), annotations=annotations, narratives=annotations, download=False)
     else:

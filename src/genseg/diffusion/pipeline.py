@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from genseg.artifacts.resample import bilinear
-from genseg.diffusion.sampling import Observe, initial_noise, phrase_generator, sample_labels
+from genseg.diffusion.sampling import Observe, draw_noise, phrase_generator, sample_labels
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import use_injected_attention
@@ -151,7 +151,7 @@ class GSPipeline(DiffusionPipeline):
             return run_unet(unet, x_t.to(dtype), latents, t, both, (size, size))
 
         generators = [phrase_generator(seed, *key, size) for key in keys]
-        x_t = initial_noise(generators, shape).to(device)
+        x_t = draw_noise(generators, shape).to(device)
         x_0 = sample_labels(denoise, self.scheduler, x_t, steps or self.config.steps, guidance, generators, observe)
         return soft_labels(x_0, self.config.label_scale)
 

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from genseg.artifacts.seeds import derive_seed
-from genseg.diffusion.schedule import Scheduler
+from genseg.diffusion.objectives import estimate_x_0
+from genseg.diffusion.schedule import PREDICTIONS, Scheduler
 
 Denoise = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 """(x_t [B, K, h, w], t scalar, guided) -> the network's answer; guided: [2 B, K, h, w], conditional then unconditional."""
@@ -21,9 +22,24 @@ def phrase_generator(seed: int, image_id: object, narrative_id: object, phrase_i
     return torch.Generator().manual_seed(derive_seed(seed, "sample", image_id, narrative_id, phrase_id, size))
 
 
-def initial_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
-    """x_T ~ N(0, I) [B, *shape], row i from generator i, drawn on the CPU so that devices agree."""
+def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
+    """N(0, I) [B, *shape], row i from generator i, drawn on the CPU so that devices agree."""
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def ddim_step(x_t: torch.Tensor, x_0: torch.Tensor, alpha: torch.Tensor, alpha_next: torch.Tensor) -> torch.Tensor:
+    """DDIM (Song et al. 2021, Eq. 12, eta = 0): keep the noise that x_t and the estimate of x_0 imply."""
+    noise = (x_t - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
+    return alpha_next.sqrt() * x_0 + (1 - alpha_next).sqrt() * noise
+
+
+def ddpm_step(
+    x_t: torch.Tensor, x_0: torch.Tensor, alpha: torch.Tensor, alpha_next: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """DDPM (Ho et al. 2020, Eq. 6-7, over the chosen timesteps): a draw from q(x_next | x_t, x_0)."""
+    ratio = alpha / alpha_next
+    mean = (alpha_next.sqrt() * (1 - ratio) * x_0 + ratio.sqrt() * (1 - alpha_next) * x_t) / (1 - alpha)
+    return mean + ((1 - alpha_next) / (1 - alpha) * (1 - ratio)).sqrt() * noise
 
 
 @torch.no_grad()
@@ -36,19 +52,33 @@ def sample_labels(
     generators: Sequence[torch.Generator],
     observe: Observe | None = None,
 ) -> torch.Tensor:
-    """Denoise x_T [B, K, h, w] to x_0 [B, K, h, w] in `steps` steps.
+    """Denoise x_T [B, K, h, w] to x_0 [B, K, h, w] in `steps` steps (Eq. 8-11).
+
+    The scheduler names schedule, timesteps, prediction type, clipping and rule; the step itself is ours, because
+    diffusers derives the next timestep from t - 1000 // steps, which misses the grid where steps do not divide 1000 and
+    ends with noise left.
 
     Guidance w = 1 costs one evaluation a step and phrase; any other w two: Eq. 10, uncond + w (cond - uncond).
     """
     scheduler.set_timesteps(steps, device=x_t.device)
-    for t in scheduler.timesteps:
+    alphas = scheduler.alphas_cumprod.to(x_t.device)
+    clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
+    prediction = PREDICTIONS[scheduler.config.prediction_type]
+    for position, t in enumerate(scheduler.timesteps):
         answer = denoise(x_t, t, guidance != 1)
         if guidance != 1:
             conditional, unconditional = answer.chunk(2)
             answer = unconditional + guidance * (conditional - unconditional)
-        options = {"generator": list(generators)} if isinstance(scheduler, DDPMScheduler) else {}
-        result = scheduler.step(answer.float(), t, x_t, **options)
+        x_0 = estimate_x_0(prediction, answer.float(), x_t, alphas, t.expand(len(x_t)))
+        if clip is not None:
+            x_0 = x_0.clamp(-clip, clip)
         if observe is not None:
-            observe(int(t), x_t, result.pred_original_sample)
-        x_t = result.prev_sample
-    return x_t
+            observe(int(t), x_t, x_0)
+        if position + 1 == len(scheduler.timesteps):
+            return x_0
+        alpha, alpha_next = alphas[t], alphas[scheduler.timesteps[position + 1]]
+        if isinstance(scheduler, DDPMScheduler):
+            x_t = ddpm_step(x_t, x_0, alpha, alpha_next, draw_noise(generators, x_t.shape[1:]).to(x_t.device))
+        else:
+            x_t = ddim_step(x_t, x_0, alpha, alpha_next)
+    raise ValueError("steps must be positive")

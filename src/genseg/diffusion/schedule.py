@@ -9,14 +9,15 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from genseg.params import Prediction
 
 Rule = Literal["ddim", "ddpm"]
-PREDICTION_TYPES = {"noise": "epsilon", "v": "v_prediction", "x0": "sample", "logits": "sample"}
+PREDICTION_TYPES = {"noise": "epsilon", "v": "v_prediction", "x0": "sample"}
 """diffusers' names of what the network predicts."""
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "noise", "v_prediction": "v", "sample": "x0"}
 Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler
 
 
 def make_scheduler(
     betas: dict[str, Any],
-    prediction: Prediction | Literal["logits"],
+    prediction: Prediction,
     zero_terminal_snr: bool,
     rule: Rule = "ddim",
     spacing: Literal["trailing", "leading"] = "trailing",

@@ -15,6 +15,8 @@ from genseg.errors import UserError
 from genseg.latents import grid_phrases
 from genseg.params import Cell, Params
 
+BACKGROUND = "background"
+"""Tag of the class phrase that is scored but never sampled: mIoU's background rule makes it."""
 _CELL = re.compile(r"size=(\d{4})/steps=(\d{4})/cfg=(\d{2}\.\d{2})")
 
 
@@ -100,6 +102,7 @@ def run_rows(study: Params, run: Run, phrases: pd.DataFrame, class_phrases: pd.D
     """Rows of a run, ordered by key, with the column `text`: the phrase that the model is given."""
     if run.phrases == "class_phrases":
         rows = class_phrases[class_phrases["split"] == "test"]
+        rows = rows[[tags is None or BACKGROUND not in tags for tags in rows["tags"]]]
     elif run.phrases == "grid":
         rows = grid_phrases(study, phrases)
     else:

@@ -201,8 +201,8 @@ def train_model(study: Params, kind: Kind) -> None:
     images = LatentStore(image_store(study, train.size))
     data = PhraseData(phrases[phrases["split"] == "train"], images, texts, device)
     val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts, device)
-    prediction: Any = train.prediction if kind == "gs" else "logits"
-    scheduler = make_scheduler(backbone["betas"], prediction, train.zero_terminal_snr)
+    prediction = train.prediction if kind == "gs" else "logits"
+    scheduler = make_scheduler(backbone["betas"], train.prediction, train.zero_terminal_snr)
     objective = Objective(kind, study, scheduler.alphas_cumprod.to(device))
 
     networks = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""]).to(device)

@@ -1,0 +1,46 @@
+# make         the environment, then the embedded study: tables and figures in results/mini
+# make test    the tests          make lint    style, types, the DAG
+# make full    the embedded study once more with other seeds
+# make clean   removes what the embedded study made (DVC's cache keeps a copy)
+# make lock    writes requirements.txt from the environment
+
+PYTHON ?= python3
+INSTALLED := .venv/installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONUNBUFFERED := 1
+
+.PHONY: all test lint full clean lock
+
+all: $(INSTALLED)
+	dvc repro
+	@echo "Tables and figures: results/mini/tables/index.html"
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
+
+lint: $(INSTALLED)
+	ruff check src tests
+	ruff format --check src tests
+	mypy
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+	genseg dvc --check
+
+full: all
+	for seed in 1 2; do \
+	  snakemake --cores all --configfile params.yaml --config study=mini-seed$$seed seed=$$seed || exit; \
+	done
+
+clean:
+	rm -rf data/mini results/mini work/mini
+
+lock: $(INSTALLED)
+	{ sed -n '/^#/p' requirements.txt; pip freeze --exclude-editable | sed 's/+.*//'; } > requirements.new
+	mv requirements.new requirements.txt

@@ -1,0 +1,236 @@
+"""The networks against the paper's literal equations and against the properties that users rely on."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from PIL import Image
+
+from genseg.diffusion.pipeline import GSPipeline
+from genseg.diffusion.schedule import make_scheduler
+from genseg.errors import UserError
+from genseg.models.adapter import TextAdapter
+from genseg.models.attention import InjectedAttnProcessor, self_attention_widths
+from genseg.models.backbone import TextEncoders, load_component, load_unet
+from genseg.models.device import choose_device
+from genseg.models.miniature import build_miniature
+from genseg.models.text import encode_phrases
+from genseg.models.unet import label_unet, run_unet
+from genseg.models.vae import decode_latents, encode_images, image_tensor, vae_factor
+from genseg.params import BackboneShape
+
+SHAPE = BackboneShape(
+    unet_channels=[16, 32, 48],
+    transformer_layers=[1, 1, 1],
+    attention_head_channels=16,
+    vae_channels=[8, 16, 16],
+    text_width=32,
+    text_layers=2,
+    vocabulary=120,
+)
+CAPTIONS = ["two small red circles near the grass", "a large striped blue star", "some water"]
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    pipeline = build_miniature(SHAPE, 64, CAPTIONS, seed=0)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def encoders(backbone):
+    return TextEncoders((backbone.tokenizer, backbone.tokenizer_2), (backbone.text_encoder, backbone.text_encoder_2))
+
+
+@pytest.fixture(scope="module")
+def pipeline(backbone, encoders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("backbone")
+    backbone.unet.save_pretrained(folder / "unet")
+    torch.manual_seed(1)
+    unet = label_unet(load_unet(str(folder)), "masked_image")
+    adapter = TextAdapter(2 * SHAPE.text_width, SHAPE.text_width, tuple(self_attention_widths(unet)))
+    adapter.start_nulls_from(encode_phrases(encoders, [""])[0])
+    return GSPipeline(
+        vae=backbone.vae,
+        text_encoder=backbone.text_encoder,
+        text_encoder_2=backbone.text_encoder_2,
+        tokenizer=backbone.tokenizer,
+        tokenizer_2=backbone.tokenizer_2,
+        unet=unet,
+        adapter=adapter.eval(),
+        scheduler=make_scheduler(BETAS, "v", zero_terminal_snr=True),
+        image_size=64,
+        steps=2,
+        guidance=3.0,
+    )
+
+
+@pytest.mark.parametrize(("tokens", "injected"), [(16, 5), (1, 1), (9, 77)])
+def test_injection_is_exactly_equations_3_to_5(tokens, injected):
+    torch.manual_seed(0)
+    attn = Attention(query_dim=32, heads=4, dim_head=8).double()
+    x, p = torch.randn(2, tokens, 32, dtype=torch.float64), torch.randn(2, injected, 32, dtype=torch.float64)
+    joint = torch.cat([x, p], dim=1)  # Eq. 3
+    q, k, v = (f(joint).view(2, -1, 4, 8).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+    z = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v  # Eq. 4
+    z = attn.to_out[0](z.transpose(1, 2).reshape(2, -1, 32))
+    literal = z[:, :tokens]  # Eq. 5
+    attn.set_processor(InjectedAttnProcessor())
+    assert torch.allclose(attn(x, injected={32: p}), literal, rtol=0, atol=1e-14)
+    assert not torch.allclose(attn(x), literal, atol=1e-3), "injection must matter"
+
+
+def test_padding_of_text_changes_nothing():
+    torch.manual_seed(0)
+    attn = Attention(query_dim=32, cross_attention_dim=24, heads=4, dim_head=8, processor=InjectedAttnProcessor()).double()
+    self_attn = Attention(query_dim=32, heads=4, dim_head=8, processor=InjectedAttnProcessor()).double()
+    x = torch.randn(1, 9, 32, dtype=torch.float64)
+    text, extra = torch.randn(1, 4, 24, dtype=torch.float64), torch.randn(1, 4, 32, dtype=torch.float64)
+    padded_text = torch.cat([text, torch.full((1, 3, 24), 7.0, dtype=torch.float64)], 1)
+    padded_extra = torch.cat([extra, torch.full((1, 3, 32), 7.0, dtype=torch.float64)], 1)
+    mask = torch.tensor([[True] * 4 + [False] * 3])
+    assert torch.allclose(attn(x, padded_text, text_mask=mask), attn(x, text), atol=1e-12)
+    assert torch.allclose(
+        self_attn(x, injected={32: padded_extra}, text_mask=mask), self_attn(x, injected={32: extra}), atol=1e-12
+    )
+
+
+def test_without_injection_the_processor_is_the_stock_one(backbone):
+    unet, size = backbone.unet, 16
+    inputs = (torch.randn(2, 9, size, size), torch.tensor([10, 900]), torch.randn(2, 7, 64))
+    added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.zeros(2, 6)}
+    stock = unet(*inputs, added_cond_kwargs=added).sample
+    before = unet.attn_processors
+    unet.set_attn_processor(InjectedAttnProcessor())
+    ours = unet(*inputs, added_cond_kwargs=added).sample
+    unet.set_attn_processor(before)
+    assert torch.allclose(stock, ours, atol=1e-5)
+
+
+@pytest.mark.parametrize(("columns", "image"), [("masked_image", slice(5, 9)), ("latent", slice(0, 4))])
+def test_label_unet_keeps_the_columns_it_names(backbone, tmp_path, columns, image):
+    backbone.unet.save_pretrained(tmp_path / "unet")
+    original = load_unet(str(tmp_path))
+    unet = label_unet(load_unet(str(tmp_path)), columns)
+    assert torch.equal(unet.conv_in.weight[:, 1:], original.conv_in.weight[:, image])
+    assert torch.equal(unet.conv_in.weight[:, :1], original.conv_in.weight[:, 4:5])
+    assert torch.equal(unet.conv_in.bias, original.conv_in.bias)
+    assert (unet.config.in_channels, unet.config.out_channels) == (5, 1)
+    with pytest.raises(UserError, match="9"):
+        label_unet(unet, "latent")
+
+
+def test_dropout_replaces_every_text_path_together(encoders):
+    torch.manual_seed(0)
+    adapter = TextAdapter(64, 32, (32, 48))
+    texts = encode_phrases(encoders, ["a large striped blue star", "water"])
+    adapter.start_nulls_from(encode_phrases(encoders, [""])[0])
+    one = adapter(texts, torch.tensor([True, False]))
+    null = adapter.unconditional(1)
+    kept = adapter(texts[1:])
+    rows = one.mask[0].sum()
+    assert rows == null.tokens.shape[1]
+    assert torch.equal(one.tokens[0, :rows], null.tokens[0])
+    assert torch.equal(one.pooled[0], null.pooled[0])
+    length = kept.tokens.shape[1]
+    for width in (32, 48):
+        assert torch.equal(one.injected[width][0, :rows], null.injected[width][0])
+        assert torch.allclose(one.injected[width][1, :length], kept.injected[width][0], atol=1e-6)
+    assert torch.equal(one.tokens[1, :length], kept.tokens[0])
+
+
+@pytest.mark.parametrize("text", ["tokens", "pooled"])
+def test_gradients_reach_new_layers_and_nulls(pipeline, encoders, text):
+    unet = pipeline.unet
+    adapter = TextAdapter(64, 32, tuple(self_attention_widths(unet)), text=text, null_tokens=2 if text == "tokens" else 1)
+    unet.requires_grad_(True)
+    condition = adapter(encode_phrases(encoders, ["some water", "a star"]), torch.tensor([True, False]))
+    run_unet(
+        unet, torch.randn(2, 1, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([5, 7]), condition, (64, 64)
+    ).sum().backward()
+    for name, parameter in [*adapter.named_parameters(), *unet.conv_in.named_parameters(), *unet.conv_out.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    unet.requires_grad_(False)
+    unet.zero_grad(set_to_none=True)
+
+
+def test_text_embedding_does_not_depend_on_company_and_long_text_is_cut_visibly(encoders):
+    alone = encode_phrases(encoders, ["a star"])[0]
+    company = encode_phrases(encoders, ["two small red circles near the grass", "a star", "some water"])[1]
+    assert torch.allclose(alone.tokens, company.tokens, atol=1e-5)
+    assert torch.allclose(alone.pooled, company.pooled, atol=1e-5)
+    assert alone.tokens.shape == (4, 64), "start, a, star, end: nothing padded"
+    assert not alone.truncated
+    long = encode_phrases(encoders, ["red " * 200])[0]
+    assert long.truncated
+    assert long.tokens.shape[0] == 77
+
+
+def test_tokenizer_writes_any_lower_case_word(backbone):
+    tokenizer = backbone.tokenizer
+    ids = tokenizer("the zebra's 3 jackdaws, quizzed!").input_ids
+    assert tokenizer.eos_token_id not in ids[1:-1], "no unknown token"
+
+
+def test_pipeline_round_trip_is_bit_equal(pipeline, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
+    phrases = ["a star", "the grass", "two small red circles"]
+    before = pipeline(image, phrases)
+    pipeline.save_pretrained(tmp_path / "model")
+    loaded = GSPipeline.from_pretrained(tmp_path / "model")
+    after = loaded(image, phrases)
+    assert np.array_equal(before.maps, after.maps)
+    assert before.masks.shape == (3, 50, 80)
+    assert before.maps.shape == (3, 16, 16)
+    assert (before.maps.min(), before.maps.max()) >= (0.0, 0.0)
+    assert before.maps.max() <= 1
+    assert isinstance(loaded.adapter, TextAdapter)
+
+
+def test_maps_do_not_depend_on_the_batch(pipeline):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    phrases = ["a star", "the grass", "two small red circles near the grass", "some water"]
+    together, alone = pipeline(image, phrases, batch=4), pipeline(image, phrases, batch=1)
+    assert np.abs(together.maps - alone.maps).max() < 1e-4
+    other_seed = pipeline(image, phrases, seed=1)
+    assert np.abs(together.maps - other_seed.maps).max() > 1e-3, "the seed matters"
+
+
+def test_vae_scaling_is_undone(backbone):
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = encode_images(backbone.vae, images)
+    assert latents.shape == (2, 4, 8, 8)
+    assert vae_factor(backbone.vae) == 4
+    raw = backbone.vae.decode(latents / backbone.vae.config.scaling_factor).sample.clamp(-1, 1)
+    assert torch.equal(decode_latents(backbone.vae, latents), raw)
+
+
+def test_image_tensor_range():
+    white = image_tensor(Image.new("RGB", (30, 20), "white"), 16)
+    assert white.shape == (3, 16, 16)
+    assert torch.equal(white, torch.ones(3, 16, 16))
+
+
+def test_cuda_without_a_gpu_is_an_error():
+    if torch.cuda.is_available():
+        assert choose_device("cuda").type == "cuda"
+    else:
+        with pytest.raises(UserError, match="cuda"):
+            choose_device("cuda")
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_a_missing_backbone_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no such directory"):
+        load_unet(str(tmp_path / "nowhere"))
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot be loaded"):
+        load_unet(str(tmp_path))
+    with pytest.raises(UserError, match=r"no folder vae"):
+        load_component(type(None), str(tmp_path), "vae", None)

@@ -1,0 +1,107 @@
+"""Params files: complete, typed, and with errors that help."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genseg.errors import UserError
+from genseg.params import Cell, load_params, validate_params
+from genseg.sampling.runs import cell_path, parse_cell
+
+PROJECT = Path(__file__).resolve().parents[1]
+FILES = [PROJECT / "params.yaml", *sorted((PROJECT / "params").glob("*.yaml"))]
+
+
+@pytest.fixture
+def document():
+    return yaml.safe_load((PROJECT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_shipped_file_is_valid(path):
+    params = load_params(path)
+    assert params.sample.cells()[0] == params.sample.base
+
+
+def test_studies_have_names_of_their_own():
+    names = [load_params(path).study for path in FILES]
+    assert len(set(names)) == len(names)
+
+
+def test_paper_is_the_paper():
+    paper = load_params(PROJECT / "params" / "paper.yaml")
+    train, sample = paper.train, paper.sample
+    assert (train.optimizer.name, train.optimizer.lr, train.optimizer.lr_new, train.optimizer.weight_decay) == (
+        "adam",
+        1e-7,
+        None,
+        0,
+    )
+    assert (train.batch, train.epochs, train.steps, train.prediction, train.zero_terminal_snr) == (
+        128,
+        10,
+        None,
+        "noise",
+        False,
+    )
+    assert sample.base == sample.main == Cell(size=1024, steps=50, guidance=7.5)
+    assert (sample.rule, sample.spacing, sample.readout) == ("ddim", "trailing", "bilinear")
+    assert (sample.grid.sizes, sample.grid.steps, sample.grid.guidance) == ([768, 512], [30, 20], [8.0, 7.0])
+    assert sample.grid_fraction == 0.07
+    assert paper.backbone.init == "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["train"].update(guidence=3), "train.guidence"),
+        (lambda d: d["train"]["optimizer"].update(lrnew=3), "did you mean train.optimizer.lr_new"),
+        (lambda d: d["sample"]["base"].update(step=3), "did you mean sample.base.steps"),
+        (lambda d: d.update(smaple=d.pop("sample")), "did you mean sample"),
+        (lambda d: d["train"].pop("p_drop"), "train.p_drop is missing"),
+        (lambda d: d["train"].update(p_drop=1.5), "train.p_drop"),
+        (lambda d: d["train"].update(prediction="noise"), "zero terminal SNR"),
+        (lambda d: d["train"].update(batch=30), "micro_batch"),
+        (lambda d: d["train"].update(epochs=2), "exactly one"),
+        (lambda d: d["data"].update(source="png"), "data.png must not be null"),
+        (lambda d: d["data"].update(class_template="a thing"), "{name}"),
+        (lambda d: d["backbone"].update(init=None), "exactly one"),
+        (lambda d: d["sample"]["grid"].update(guidance=[0.5]), "sample.grid.guidance"),
+        (lambda d: d["resources"].pop("score"), "score"),
+        (lambda d: d.update(study="a b"), "study"),
+        (lambda d: d.update(device="gpu"), "device"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(document, change, message):
+    change(document)
+    with pytest.raises(UserError) as caught:
+        validate_params(document, "params.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_params(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        load_params(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="mapping"):
+        load_params(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="YAML"):
+        load_params(tmp_path / "bad.yaml")
+
+
+@given(st.integers(1, 9999), st.integers(1, 1000), st.integers(100, 9999))
+def test_cell_paths_parse_back(size, steps, hundredths):
+    cell = Cell(size=size, steps=steps, guidance=hundredths / 100)
+    assert parse_cell(cell_path(cell)) == cell
+
+
+def test_cell_paths_refuse_what_they_cannot_hold():
+    with pytest.raises(UserError, match="two decimals"):
+        cell_path(Cell(size=1, steps=1, guidance=1.234))
+    with pytest.raises(UserError, match="not the path"):
+        parse_cell("size=1/steps=2")

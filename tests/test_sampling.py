@@ -1,0 +1,190 @@
+"""Sampling: the same bytes for any sharding, only new cells for a changed grid, controls that are what they say."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from genseg.artifacts import masks
+from genseg.artifacts.masks import decode
+from genseg.artifacts.parquet import KEY
+from genseg.artifacts.phrases import read_phrases
+from genseg.artifacts.predictions import read_maps, read_predictions
+from genseg.artifacts.resample import bilinear
+from genseg.baselines.colour import fit_colours, predict_colours
+from genseg.cli import main
+from genseg.params import load_params
+from genseg.sampling.readout import nearest, quantise, read_mask
+from genseg.sampling.runs import permute_texts, study_runs
+from genseg.sampling.shard import shard_blocks
+from test_training import variant
+
+BASE = "grid/size=0064/steps=0003/cfg=07.50"
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_study_has_the_runs_it_promises(finished_study):
+    params = load_params(finished_study / "params/smoke.yaml")
+    names = [run.name for run in study_runs(params)]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert (finished_study / "results/smoke/predictions" / name / "predictions.parquet").exists(), name
+    evaluations = {run.name: run.evaluations for run in study_runs(params)}
+    assert evaluations[BASE] == 6
+    assert evaluations["grid/size=0064/steps=0003/cfg=01.00"] == 3
+    assert evaluations["discriminative"] == 1
+    assert evaluations["colour_threshold"] is None
+
+
+def test_three_shards_give_the_bytes_of_one(study_copy, monkeypatch):
+    monkeypatch.chdir(study_copy)
+    before = tree(study_copy / "results/smoke/predictions")
+    shutil.rmtree(study_copy / "results/smoke/predictions")
+    shutil.rmtree(study_copy / "work/smoke/samples")
+    params = variant(study_copy, "sharded", sample__shards=3)
+    assert main(["sample", "--params", params]) == 0
+    assert tree(study_copy / "results/smoke/predictions") == before
+
+
+def test_a_new_guidance_samples_only_its_cell_and_prunes_the_old_one(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    before = tree(study_copy / "results/smoke/predictions")
+    shutil.rmtree(study_copy / "work/smoke/samples")  # as after `dvc pull`
+    params = variant(study_copy, "changed", sample__grid={"sizes": [48], "steps": [2], "guidance": [4.0]})
+    assert main(["sample", "--params", params]) == 0
+    assert "1 of 13 runs to make" in capsys.readouterr().out
+    after = tree(study_copy / "results/smoke/predictions")
+    gone = {name for name in before if name not in after}
+    new = {name for name in after if name not in before}
+    assert {Path(name).parent.name for name in gone} == {"cfg=07.00"}
+    assert {Path(name).parent.name for name in new} == {"cfg=04.00"}
+    assert all(after[name] == before[name] for name in after if name not in new)
+
+
+def test_stored_maps_give_the_stored_masks_again(finished_study):
+    path = finished_study / "results/smoke/predictions/main/predictions.parquet"
+    frame, maps = read_predictions(path), read_maps(path)
+    assert len(frame) == len(maps)
+    for row, soft in zip(frame.itertuples(), maps, strict=True):
+        assert np.array_equal(decode(row.mask, 64, 64), bilinear(soft[None], 64, 64)[0] >= 0.5)
+        assert 0 <= row.score <= 1
+
+
+def test_a_missing_part_is_named(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    shutil.rmtree(study_copy / "results/smoke/predictions/main")
+    shutil.rmtree(study_copy / "work/smoke/samples/main")
+    assert main(["sample", "--params", "params/smoke.yaml", "--gather"]) == 2
+    assert "part-000-of-001.parquet" in capsys.readouterr().err
+    assert main(["sample", "--params", "params/smoke.yaml", "--size", "77"]) == 2
+    assert "--size 77" in capsys.readouterr().err
+
+
+def test_a_model_that_is_none_is_named(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    weights = study_copy / "results/smoke/model/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    picture = next((study_copy / "data/smoke/scenes/val2017").glob("*.jpg"))
+    command = ["predict", str(picture), "--phrase", "a", "--model", "results/smoke/model", "--out", "out"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "results/smoke/model" in error
+    assert error.count("\n") == 1
+    assert not (study_copy / "out").exists()
+
+
+def frame_of(masks_of_phrases: list[np.ndarray], image_id: int = 1) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "image_id": image_id,
+            "narrative_id": "n",
+            "phrase_id": range(len(masks_of_phrases)),
+            "phrase": [f"phrase {i}" for i in range(len(masks_of_phrases))],
+            "mask": [masks.encode(mask) for mask in masks_of_phrases],
+        }
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(0, 100))
+def test_permuted_texts_are_derangements_with_other_ground_truth(kinds, seed):
+    shapes = [np.eye(4, dtype=bool)[kind][None].repeat(4, 0) for kind in kinds]
+    rows = frame_of(shapes)
+    permuted = permute_texts(rows, seed)
+    truth = dict(zip(rows["phrase"], rows["mask"], strict=True))
+    for row in permuted.itertuples():
+        assert truth[row.text] != row.mask
+    assert permuted["text"].is_unique
+    most = max(np.bincount(kinds))
+    if len(set(kinds)) == 1:
+        assert permuted.empty
+    elif most <= len(kinds) - most:
+        assert len(permuted) == len(kinds), "a full derangement exists and is found"
+    assert len(permuted) == min(len(kinds), 2 * (len(kinds) - most))
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 5))
+def test_shards_are_unions_of_blocks(count, batch, shards):
+    rows = pd.DataFrame({"image_id": 1, "narrative_id": "n", "phrase_id": range(count)})
+    whole = [tuple(block["phrase_id"]) for block in shard_blocks(rows, batch, 0, 1)]
+    parts = [tuple(block["phrase_id"]) for shard in range(shards) for block in shard_blocks(rows, batch, shard, shards)]
+    assert sorted(parts) == sorted(whole)
+
+
+def test_readouts():
+    soft = np.array([[0.0, 1.0], [0.2, 0.8]], np.float32)
+    assert np.array_equal(nearest(soft[None], 4, 4)[0], np.kron(soft, np.ones((2, 2), np.float32)))
+    mask, score = read_mask(soft, "nearest", 4, 4, 0.5)
+    assert mask.sum() == 8
+    assert score == pytest.approx(0.9)
+    assert read_mask(np.zeros((2, 2), np.float32), "bilinear", 4, 4, 0.5)[1] == 0
+    values = np.random.default_rng(0).random((3, 3)).astype(np.float32)
+    assert np.array_equal(quantise(quantise(values)), quantise(values))
+
+
+def test_colour_control_finds_what_colour_tells_and_nothing_else(tmp_path):
+    """Red and blue squares: "red square" is found by colour; "left" says nothing about colour and is not."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for image_id in range(12):
+        picture = np.full((32, 32, 3), 128, np.uint8) + rng.integers(0, 20, (32, 32, 3), dtype=np.uint8)
+        red_left = rng.random() < 0.5
+        for colour, left in (("red", red_left), ("blue", not red_left)):
+            mask = np.zeros((32, 32), bool)
+            mask[8:24, 2:14] = left
+            mask[8:24, 18:30] = not left
+            picture[mask] = (220, 20, 20) if colour == "red" else (20, 20, 220)
+            for phrase in (f"the {colour} one", f"the {'left' if left else 'right'} one"):
+                rows.append((image_id, "n", len(rows), phrase, masks.encode(mask), str(tmp_path / f"{image_id}.png"), 32, 32))
+        Image.fromarray(picture).save(tmp_path / f"{image_id}.png")
+    frame = pd.DataFrame(rows, columns=[*KEY, "phrase", "mask", "file_name", "height", "width"])
+    train, test = frame[frame["image_id"] < 8], frame[frame["image_id"] >= 8]
+    found = predict_colours(fit_colours(train, 0), test, 0.5).merge(test, on=KEY, suffixes=("", "_true"))
+
+    def iou(row):
+        a, b = decode(row.mask, 32, 32), decode(row.mask_true, 32, 32)
+        return (a & b).sum() / (a | b).sum()
+
+    colour = [iou(row) for row in found.itertuples() if "red" in row.phrase or "blue" in row.phrase]
+    place = [iou(row) for row in found.itertuples() if "left" in row.phrase or "right" in row.phrase]
+    assert min(colour) > 0.95
+    assert np.mean(place) < 0.75
+
+
+def test_grid_rows_are_whole_images_of_test(finished_study):
+    phrases = read_phrases(finished_study / "data/smoke/phrases.parquet")
+    grid = read_predictions(finished_study / "results/smoke/predictions" / BASE / "predictions.parquet")
+    images = set(grid["image_id"])
+    test = phrases[phrases["split"] == "test"]
+    assert set(map(tuple, grid[KEY].to_numpy())) == set(map(tuple, test[test["image_id"].isin(images)][KEY].to_numpy()))
+    assert 0 < len(images) < test["image_id"].nunique()

@@ -1,0 +1,119 @@
+"""The embedded data set says what it shows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from genseg.data.scenes import (
+    ATTRIBUTES,
+    COMPOSITIONAL,
+    NUMBERS,
+    PLURALS,
+    SHAPES,
+    VISIBLE,
+    Thing,
+    _choose_things,
+    _describe,
+    write_scenes,
+)
+from genseg.params import Scenes
+
+SCENES = Scenes(seed=3, size=64, train_images=12, test_images=10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "made"
+    write_scenes(SCENES, root)
+    return root
+
+
+def read(folder: Path, name: str):
+    return json.loads((folder / "annotations" / name).read_text())
+
+
+def test_same_bytes_with_any_number_of_workers(folder, tmp_path):
+    write_scenes(SCENES, tmp_path / "again", workers=2)
+    first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    second = {
+        path.relative_to(tmp_path / "again"): path.read_bytes() for path in (tmp_path / "again").rglob("*") if path.is_file()
+    }
+    assert first == second
+    assert len(first) == 2 * (12 + 10) + 4
+
+
+def test_another_seed_is_another_data_set(folder, tmp_path):
+    write_scenes(SCENES.model_copy(update={"seed": 4}), tmp_path / "other")
+    name = "train2017/000000000001.jpg"
+    assert (folder / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_panoptic_pngs_hold_exactly_the_listed_segments(folder):
+    for split in ("train", "val"):
+        document = read(folder, f"panoptic_{split}2017.json")
+        for annotation in document["annotations"]:
+            picture = np.asarray(Image.open(folder / f"annotations/panoptic_{split}2017" / annotation["file_name"])).astype(int)
+            ids, areas = np.unique(picture @ [1, 256, 65536], return_counts=True)
+            assert {info["id"]: info["area"] for info in annotation["segments_info"]} == dict(
+                zip(ids.tolist(), areas.tolist(), strict=True)
+            )
+
+
+def test_captions_are_partitioned_and_plurals_have_several_segments(folder):
+    for narrative in read(folder, "png_coco_val2017.json"):
+        joined = " ".join(part["utterance"] for part in narrative["segments"]).replace(" ,", ",").replace(" .", ".")
+        assert joined == narrative["caption"]
+        assert any(part["noun"] and not part["segment_ids"] for part in narrative["segments"]), "an ungrounded noun"
+        for part in narrative["segments"]:
+            if part["segment_ids"]:
+                assert part["plural"] == (len(part["segment_ids"]) > 1)
+
+
+def test_unseen_pairs_stay_out_of_training():
+    for seed in range(300):
+        things = _choose_things(np.random.default_rng(seed), unseen_pairs=False)
+        assert things
+        assert not {(thing.colour, thing.shape) for thing in things} & COMPOSITIONAL
+    shown = [_choose_things(np.random.default_rng(seed), unseen_pairs=True) for seed in range(300)]
+    part = np.mean([any((t.colour, t.shape) in COMPOSITIONAL for t in things) for things in shown])
+    assert part > 0.4
+
+
+def test_phrases_are_true_of_exactly_what_they_name():
+    words = {word: key for key, values in ATTRIBUTES.items() for word in values}
+    singular = {PLURALS.get(shape, shape + "s"): shape for shape in SHAPES}
+    described = 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        things = _choose_things(rng, unseen_pairs=True)
+        for plural in (False, True):
+            found = _describe(rng, things, int(rng.integers(len(things))), plural)
+            if found is None:
+                continue
+            phrase, members = found
+            described += 1
+            wanted = {}
+            for word in phrase.split()[1:]:
+                word = singular.get(word, word)
+                wanted[words[word]] = word
+            true_of = [i for i, t in enumerate(things) if all(getattr(t, key) == value for key, value in wanted.items())]
+            assert members == true_of
+            assert (len(members) > 1) == plural
+            head = phrase.split()[0]
+            assert head in {"a", "the", NUMBERS.get(len(members))}
+    assert described > 400
+
+
+def test_distractors_differ_in_one_attribute():
+    near = 0
+    for seed in range(200):
+        things = _choose_things(np.random.default_rng(seed), unseen_pairs=True)
+        for i, one in enumerate(things):
+            for other in things[i + 1 :]:
+                near += sum(getattr(one, key) != getattr(other, key) for key in ATTRIBUTES) == 1
+    assert near > 150
+    assert isinstance(things[0], Thing)
+    assert 0 < VISIBLE < 1

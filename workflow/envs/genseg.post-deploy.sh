@@ -1,0 +1,3 @@
+set -euo pipefail
+pip install --requirement requirements.txt
+pip install --no-deps --editable .
