@@ -1,11 +1,12 @@
-# make         the environment, then the embedded study: tables and figures in results/mini
+# make         the environment, then the embedded study: tables and figures in results/
 # make test    the tests          make lint    style, types, the DAG
 # make full    the embedded study once more with other seeds
-# make clean   removes what the embedded study made (DVC's cache keeps a copy)
+# make clean   removes what the study made (DVC's cache keeps a copy)
 # make lock    writes requirements.txt from the environment
 
 PYTHON ?= python3
 INSTALLED := .venv/installed
+STUDY := $(shell sed -n "s/^study: *//p" params.yaml)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 
@@ -13,7 +14,7 @@ export PYTHONUNBUFFERED := 1
 
 all: $(INSTALLED)
 	dvc repro
-	@echo "Tables and figures: results/mini/tables/index.html"
+	@echo "Tables and figures: results/$(STUDY)/tables/index.html"
 
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -39,7 +40,7 @@ full: all
 	done
 
 clean:
-	rm -rf data/mini results/mini work/mini
+	rm -rf data/$(STUDY) results/$(STUDY) work/$(STUDY)
 
 lock: $(INSTALLED)
 	{ sed -n '/^#/p' requirements.txt; pip freeze --exclude-editable | sed 's/+.*//'; } > requirements.new

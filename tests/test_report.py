@@ -127,7 +127,7 @@ def build_study(root: Path, miou: bool = True) -> dict[str, Any]:
     predicted = frame.assign(mask=[encode(np.eye(24, 32) > 0)] * len(frame), score=0.5)
     write_predictions(predicted.iloc[1:], root / params.results_dir / "predictions" / "main" / "predictions.parquet")
     maps = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
-    header = {"timesteps": "[999, 499, 19]", "keys": '[[0, "0", 0], [1, "0", 2]]'}
+    header = {"evolution": '{"timesteps": [999, 499, 19], "keys": [[0, "0", 0], [1, "0", 2]]}'}
     save_file({"x0": maps, "xt": maps}, root / params.results_dir / "predictions" / "evolution.safetensors", metadata=header)
     for path in (
         "data/made_up",
@@ -490,7 +490,9 @@ def test_figures_name_what_does_not_fit(study: Path, capsys: pytest.CaptureFixtu
     evolution.write_bytes(good[:-10])
     assert "evolution.safetensors: not a readable record" in error_of(capsys)
     maps = np.zeros((1, 3, 8, 8), np.uint8)
-    save_file({"x0": maps, "xt": maps}, evolution, metadata={"timesteps": "[999, 499, 19]", "keys": '[[77, "0", 0]]'})
+    save_file(
+        {"x0": maps, "xt": maps}, evolution, metadata={"evolution": '{"timesteps": [999, 499, 19], "keys": [[77, "0", 0]]}'}
+    )
     assert "phrase (77, '0', 0) of the evolution figure is not in the phrase table" in error_of(capsys)
     evolution.write_bytes(good)
     for image in (study / "data/made_up/images").iterdir():

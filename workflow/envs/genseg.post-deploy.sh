@@ -1,3 +1,3 @@
-set -euo pipefail
+set -eu
 pip install --requirement requirements.txt
 pip install --no-deps --editable .

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers.utils.logging
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput, logging
 from numpy.typing import NDArray
@@ -162,12 +163,13 @@ def soft_labels(x_0: torch.Tensor, label_scale: float) -> torch.Tensor:
 
 
 def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> GSPipeline:
-    """Load a saved model without the library's progress bar.
+    """Load a saved model without the libraries' progress bars.
 
     Raises:
         UserError: the folder holds no complete `GSPipeline`.
     """
     logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
         return GSPipeline.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # diffusers, safetensors and json raise a dozen kinds

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.utils.logging
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -36,6 +37,7 @@ def load_component(cls: Any, source: str, subfolder: str, revision: str | None, 
     Raises:
         UserError: the directory or repository, or the component in it, is missing or unreadable.
     """
+    transformers.utils.logging.disable_progress_bar()
     options: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
     if dtype is not None:
         options["dtype"] = dtype

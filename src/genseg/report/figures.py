@@ -187,10 +187,10 @@ def read_evolution(path: Path) -> Evolution:
     """
     try:
         with safe_open(path, framework="numpy") as handle:
-            metadata = handle.metadata() or {}
+            metadata = json.loads((handle.metadata() or {})["evolution"])
             x0, xt = handle.get_tensor("x0"), handle.get_tensor("xt")
-        timesteps = [int(value) for value in json.loads(metadata["timesteps"])]
-        keys = [(int(image), str(narrative), int(phrase)) for image, narrative, phrase in json.loads(metadata["keys"])]
+        timesteps = [int(value) for value in metadata["timesteps"]]
+        keys = [(int(image), str(narrative), int(phrase)) for image, narrative, phrase in metadata["keys"]]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `genseg sample` with this study's params") from None
     except (SafetensorError, KeyError, ValueError, TypeError) as error:

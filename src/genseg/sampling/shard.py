@@ -6,6 +6,7 @@ So a block is the same computation whatever the number of shards, and the gather
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from genseg.artifacts import masks
@@ -140,7 +142,8 @@ class Sampler:
             folder = self.study.results_dir / ("control" if method == "discriminative" else "model")
             sample = self.study.sample
             pipeline = load_pipeline(folder, DTYPES[sample.precision])
-            pipeline.vae.to(torch.float32)  # only read-outs use it, and SDXL's is not safe in fp16
+            if sample.precision == "fp16":
+                pipeline.vae.to(torch.float32)  # SDXL's VAE gives NaN in fp16; only read-outs use it
             if method == "gs":
                 betas = read_manifest(self.study.results_dir / "backbone" / "manifest.json")["betas"]
                 clip = pipeline.config.label_scale if sample.clip_x_0 else None
@@ -216,12 +219,8 @@ def _write_evolution(study: Params, sampler: Sampler, phrases: pd.DataFrame) -> 
     run = base_run(study)
     key = digest([run_key(study, run), "evolution"])
     target = study.work_dir / "samples" / "evolution.safetensors"
-    if target.exists():
-        from safetensors import safe_open
-
-        with safe_open(target, "np") as handle:
-            if handle.metadata().get("key") == key:
-                return
+    if key in (_evolution_key(target), _evolution_key(study.results_dir / "predictions" / target.name)):
+        return
     rows = run_rows(study, run, phrases, phrases.iloc[:0]).sort_values(KEY)
     rows = pd.concat([rows.drop_duplicates("image_id"), rows]).drop_duplicates(KEY).head(EVOLUTION_PHRASES)
     images = LatentStore(image_store(study, base.size))
@@ -245,16 +244,23 @@ def _write_evolution(study: Params, sampler: Sampler, phrases: pd.DataFrame) -> 
         values = torch.stack([state[:, 0] for state in states], dim=1).numpy() / scale
         return np.rint(np.clip((values + 1) / 2, 0, 1) * 255).astype(np.uint8)  # (K, T, h, w)
 
-    metadata = {
-        "timesteps": canonical_json([t for t, _, _ in seen]),
-        "keys": canonical_json(
-            [[int(image_id), str(narrative_id), int(phrase_id)] for image_id, narrative_id, phrase_id in keys]
-        ),
+    facts = {
+        "timesteps": [t for t, _, _ in seen],
+        "keys": [[int(image_id), str(narrative_id), int(phrase_id)] for image_id, narrative_id, phrase_id in keys],
         "key": key,
     }
+    metadata = {"evolution": canonical_json(facts)}  # one entry: safetensors writes several in any order
     with atomic_path(target) as temporary:
         save_file(
             {"xt": stacked([x_t for _, x_t, _ in seen]), "x0": stacked([x_0 for _, _, x_0 in seen])},
             temporary,
             metadata=metadata,
         )
+
+
+def _evolution_key(path: Path) -> str | None:
+    try:
+        with safe_open(path, "np") as handle:
+            return json.loads(handle.metadata()["evolution"])["key"]
+    except (SafetensorError, OSError, KeyError, TypeError):
+        return None
