@@ -98,7 +98,7 @@ def test_exit_code_and_log(environment, tmp_path):
         1, "echo one; echo two >&2; printf '10%%\\r20%%\\r30%%\\nlast'; exit 7", environment, "--log", log
     )
     assert code == 7
-    assert (output, error) == ("", "one\ntwo\n10%\n20%\n30%\nlast")  # text mode reads \r as \n
+    assert (output, error) == ("", "one\ntwo\n30%\nlast")
     wait_for(lambda: log.read_text() == "one\ntwo\n30%\nlast")
     assert answer(1, "echo new", environment, "--log", log)[0] == 0
     wait_for(lambda: log.read_text() == "new\n")

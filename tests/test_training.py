@@ -198,3 +198,25 @@ def test_other_choices_train_and_predict(study_copy, monkeypatch, changes):
     out = study_copy / "out"
     assert main(["predict", str(picture), "--phrase", "the grass", "--model", "results/smoke/model", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"mask_0.png", "overlay.png", "predictions.json"}
+
+
+def test_a_full_disk_is_one_line_and_training_goes_on_when_there_is_space(study_copy, monkeypatch, capsys):
+    expected = weights(study_copy / "results/smoke/model")
+    disk = study_copy / "work/smoke/train"
+    shutil.rmtree(disk)
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        monkeypatch.chdir(study_copy)
+        assert main(["train", "--params", "params/smoke.yaml"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "the disk is full" in error
+        assert "work/smoke/train" in error
+        assert not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        assert main(["train", "--params", "params/smoke.yaml"]) == 0
+        found = weights(study_copy / "results/smoke/model")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -15,6 +15,9 @@ from typing import Any
 
 from genseg.errors import UserError
 
+_FULL = 4096
+"""Free bytes under which a write that failed is taken to have failed for want of space."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -33,12 +36,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and run again, finished work is kept") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot write ({error.strerror}); check the permissions") from error
-        raise
+    except Exception as error:
+        raise _plain(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,12 +54,31 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and run again, finished work is kept") from error
-        raise
+    except Exception as error:
+        raise _plain(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plain(error: Exception, path: Path) -> Exception:
+    """A full disk or missing permission as a UserError, whatever a library made of it; any other error as it is.
+
+    torch says "unexpected pos" and safetensors its own kind, so the disk itself is asked, too.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = full or "No space left" in str(error) or (not isinstance(error, UserError) and _free_bytes(path) < _FULL)
+    if full:
+        return UserError(f"{path}: the disk is full; free some space and run again, finished work is kept")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return UserError(f"{path}: cannot write ({error.strerror}); check the permissions")
+    return error
+
+
+def _free_bytes(path: Path) -> int:
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return _FULL
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -154,16 +154,24 @@ def _copy_output(log: int) -> None:
 
 
 def _copy(source: int, log: int) -> None:
-    """Copy until every writer has ended. The log gets whole lines, a progress bar only as it was last."""
+    """Copy until every writer has ended. The log gets whole lines, a progress bar only as it was last; so does stderr where
+    it is no terminal, and the lines of jobs side by side stay apart."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)  # the command decides when to end; its last words are wanted
-    line = b""
+    terminal, line = os.isatty(2), b""
     while chunk := _read(source):
-        with contextlib.suppress(OSError):  # the terminal may have gone; the log goes on
-            os.write(2, chunk)
         *complete, line = (line + chunk).split(b"\n")
-        os.write(log, b"".join(_last_state(part) + b"\n" for part in complete))
-    os.write(log, _last_state(line))
+        lines = b"".join(_last_state(part) + b"\n" for part in complete)
+        _write(chunk if terminal else lines)
+        os.write(log, lines)
+    rest = _last_state(line)
+    _write(b"" if terminal else rest)
+    os.write(log, rest)
+
+
+def _write(text: bytes) -> None:
+    with contextlib.suppress(OSError):  # the terminal may have gone; the log goes on
+        os.write(2, text)
 
 
 def _last_state(line: bytes) -> bytes:

@@ -30,7 +30,6 @@ from genseg.artifacts.seeds import derive_seed
 from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, noised, target
 from genseg.diffusion.pipeline import DISCRIMINATIVE_TIMESTEP, GSPipeline
 from genseg.diffusion.schedule import make_scheduler
-from genseg.errors import UserError
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import self_attention_widths
@@ -391,10 +390,5 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         label_scale=study.train.label_scale,
         image_size=study.train.size,
     )
-    try:
-        with atomic_directory(folder) as temporary:
-            pipeline.save_pretrained(temporary)
-    except RuntimeError as error:  # safetensors' word for a full disk
-        raise UserError(
-            f"{folder}: cannot be written ({error}); free some space and run again, training goes on from here"
-        ) from error
+    with atomic_directory(folder) as temporary:
+        pipeline.save_pretrained(temporary)
