@@ -25,13 +25,13 @@ GENSEG = """#!/bin/bash
 set -euo pipefail
 command=$1; shift
 if [ "$command" = lease ]; then exec BIN/genseg lease "$@"; fi
-model= size= shard= shards= gather=
+model= size= shard= shards= gather= training=
 while [ $# -gt 0 ]; do
-  case $1 in --gather) gather=1; shift;; *) declare "${1#--}=$2"; shift 2;; esac
+  case $1 in --gather) gather=1; shift;; --only-training) training=1; shift;; *) declare "${1#--}=$2"; shift 2;; esac
 done
 [ -f "$params" ]
 study=$(cut -d/ -f2 <<< "$params")
-echo "$command${model:+ $model}${size:+ $size}" >> ran.txt
+echo "$command${model:+ $model}${size:+ $size}${training:+ for training}" >> ran.txt
 if [ "${FAKE_SLOW:-}" = "$command" ]; then echo $$ > slow.pid; exec sleep 60; fi
 made() { mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }
 results=results/$study
@@ -41,7 +41,9 @@ case $command in
   sample)
     if [ "$gather" ]; then made $results/predictions
     else mkdir -p work/$study/samples; echo > work/$study/samples/size=$size.shard=$shard-of-$shards.json; fi;;
-  latents) made $results/latents; mkdir -p $results/latents/text; echo > $results/latents/text/index.parquet;;
+  latents)
+    mkdir -p $results/latents/text; echo > $results/latents/text/index.parquet
+    if [ "$training" ]; then echo > $results/latents/train.json; else made $results/latents; fi;;
   score) made $results/scores; echo '{"ar": {"overall": 0.5}}' > $results/scores/main.json;;
   tables)
     made $results/figures; made $results/tables

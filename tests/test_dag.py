@@ -22,7 +22,8 @@ SCORE = {"score"} | TABLES
 GATHER = {"sample"} | SCORE
 SAMPLE = SHARDS | GATHER
 TRAIN = {"train_gs", "train_control"} | SAMPLE
-LATENTS = {"latents"} | TRAIN
+NEW_SIZE = {"latents"} | SAMPLE
+LATENTS = {"latents_train", "latents"} | TRAIN
 BACKBONE = {"backbone"} | LATENTS
 ALL = {"data"} | BACKBONE
 
@@ -37,12 +38,12 @@ CHANGES = [
     ("latents.batch", 77, LATENTS),
     ("train.size", 72, LATENTS),
     ("train.optimizer.lr", 0.123, TRAIN),
-    ("sample.grid.sizes", [72], LATENTS - SHARDS | {"sample_shard 0072", MAIN, BASE}),
+    ("sample.grid.sizes", [72], NEW_SIZE - SHARDS | {"sample_shard 0072", MAIN, BASE}),  # nothing is trained again
     ("sample.grid.guidance", [9.5], {BASE} | GATHER),
     ("sample.grid.steps", [17], {BASE} | GATHER),
     ("sample.main.guidance", 3.25, {MAIN} | GATHER),
     ("sample.threshold", 0.375, SAMPLE),
-    ("sample.grid_fraction", 0.375, LATENTS),
+    ("sample.grid_fraction", 0.375, NEW_SIZE),
     ("sample.shards", 2, SAMPLE),
     ("score.bootstrap", 77, SCORE),
     ("tables.dpi", 77, TABLES),
@@ -95,11 +96,20 @@ def test_phase_names_are_targets(outputs):
 def test_each_job_ran_once(study):
     ran = study.ran()
     assert set(ran.values()) == {1}
-    assert ran.keys() == {"data", "backbone", "latents", "train gs", "train discriminative", "sample", "score", "tables"} | {
-        f"sample {size}" for size in SIZES
-    }
+    assert ran.keys() == {
+        "data",
+        "backbone",
+        "latents",
+        "latents for training",
+        "train gs",
+        "train discriminative",
+        "sample",
+        "score",
+        "tables",
+    } | {f"sample {size}" for size in SIZES}
     assert {path.name for path in (study.folder / "work/mini/logs").iterdir()} == {
-        f"{rule}.log" for rule in ("data", "backbone", "latents", "train_gs", "train_control", "sample", "score", "tables")
+        f"{rule}.log"
+        for rule in ("data", "backbone", "latents", "latents_train", "train_gs", "train_control", "sample", "score", "tables")
     } | {f"sample.size={size}.shard=0.log" for size in SIZES}
 
 
@@ -130,7 +140,7 @@ def test_killed_snakemake_leaves_no_orphan_and_the_next_run_goes_on(tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     _wait(lambda: not job.exists())
-    assert {"data", "backbone", "latents"} == study.ran().keys()
+    assert {"data", "backbone", "latents for training"} == study.ran().keys()
     study.call("snakemake", "--unlock")
     study.call("snakemake", "--cores", "2")
     assert study.ran().keys() >= {"latents", "train gs", "tables"}

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, estimate_x_0, noised, target
+from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, estimate_x_0, noised, target, task_loss
 from genseg.diffusion.sampling import draw_noise, phrase_generator, sample_labels
 from genseg.diffusion.schedule import make_scheduler
 
@@ -41,14 +41,14 @@ def test_the_papers_figure_5_is_on_the_trailing_grid():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(PREDICTIONS), st.integers(0, 998), st.integers(0, 10**6))
-def test_x_0_is_recovered_from_the_true_answer(prediction, t, seed):
+@given(st.sampled_from(PREDICTIONS), st.integers(0, 998), st.integers(0, 10**6), st.sampled_from([0.1, 1.0]))
+def test_x_0_is_recovered_from_the_true_answer(prediction, t, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     x_0, noise = (torch.randn(2, 1, 4, 4, generator=generator) for _ in range(2))
     alphas, step = levels(), torch.tensor([t, t // 2])
     x_t = noised(x_0, noise, alphas, step)
-    answer = target(prediction, x_0, noise, alphas, step)
-    assert torch.allclose(estimate_x_0(prediction, answer, x_t, alphas, step), x_0, atol=2e-4)
+    answer = target(prediction, x_0, noise, alphas, step, scale)
+    assert torch.allclose(estimate_x_0(prediction, answer, x_t, alphas, step, scale), x_0, atol=2e-4)
 
 
 def test_noising_and_velocity_agree_with_diffusers():
@@ -56,7 +56,7 @@ def test_noising_and_velocity_agree_with_diffusers():
     x_0, noise, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0, 500, 999])
     assert torch.allclose(noised(x_0, noise, scheduler.alphas_cumprod, t), scheduler.add_noise(x_0, noise, t), atol=1e-6)
     velocity = scheduler.get_velocity(x_0, noise, t)
-    assert torch.allclose(target("v", x_0, noise, scheduler.alphas_cumprod, t), velocity, atol=1e-6)
+    assert torch.allclose(target("v", x_0, noise, scheduler.alphas_cumprod, t, 1.0), velocity, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -71,7 +71,7 @@ def test_a_perfect_denoiser_is_sampled_to_x_0(prediction, rule, steps):
     def denoise(x_t, t, guided):
         signal, sigma = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
         noise = (x_t - signal * x_0) / sigma
-        return target(prediction, x_0, noise, alphas, t.expand(2)).float()
+        return target(prediction, x_0, noise, alphas, t.expand(2), 1.0).float()
 
     generators = [phrase_generator(0, 1, "n", phrase, 6) for phrase in range(2)]
     found = sample_labels(denoise, scheduler, draw_noise(generators, (1, 6, 6)), steps, 1.0, generators)
@@ -122,6 +122,14 @@ def test_ddpm_noise_of_a_phrase_does_not_depend_on_its_batch():
 
     together, alone = run([1, 2, 3]), run([2])
     assert torch.equal(together[1], alone[0])
+
+
+def test_the_task_loss_does_not_depend_on_the_label_scale_and_prefers_the_mask():
+    mask = (torch.rand(3, 1, 8, 8) > 0.5).float()
+    label = 2 * mask - 1
+    assert torch.allclose(task_loss(0.1 * label, mask, 0.1), task_loss(label, mask, 1.0))
+    assert torch.all(task_loss(label, mask, 1.0) < task_loss(0.5 * label, mask, 1.0))
+    assert torch.all(task_loss(0.5 * label, mask, 1.0) < task_loss(-label, mask, 1.0))
 
 
 def test_losses():

@@ -17,11 +17,22 @@ from genseg.data.scenes import (
     Thing,
     _choose_things,
     _describe,
+    attributes_of,
     write_scenes,
 )
 from genseg.params import Scenes
 
-SCENES = Scenes(seed=3, size=64, train_images=12, test_images=10)
+SCENES = Scenes(
+    seed=3,
+    size=64,
+    train_images=12,
+    test_images=10,
+    shapes=["circle", "star", "ring"],
+    colours=["red", "green"],
+    surfaces=["plain", "dotted"],
+    radii={"small": (0.09, 0.12), "large": (0.155, 0.21)},
+    most_things=7,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +85,10 @@ def test_captions_are_partitioned_and_plurals_have_several_segments(folder):
 
 def test_unseen_pairs_stay_out_of_training():
     for seed in range(300):
-        things = _choose_things(np.random.default_rng(seed), unseen_pairs=False)
+        things = _choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=False)
         assert things
         assert not {(thing.colour, thing.shape) for thing in things} & COMPOSITIONAL
-    shown = [_choose_things(np.random.default_rng(seed), unseen_pairs=True) for seed in range(300)]
+    shown = [_choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=True) for seed in range(300)]
     part = np.mean([any((t.colour, t.shape) in COMPOSITIONAL for t in things) for things in shown])
     assert part > 0.4
 
@@ -88,7 +99,7 @@ def test_phrases_are_true_of_exactly_what_they_name():
     described = 0
     for seed in range(400):
         rng = np.random.default_rng(seed)
-        things = _choose_things(rng, unseen_pairs=True)
+        things = _choose_things(rng, ATTRIBUTES, unseen_pairs=True)
         for plural in (False, True):
             found = _describe(rng, things, int(rng.integers(len(things))), plural)
             if found is None:
@@ -107,10 +118,17 @@ def test_phrases_are_true_of_exactly_what_they_name():
     assert described > 400
 
 
+def test_scenes_keep_to_the_attributes_of_the_params():
+    attributes = attributes_of(SCENES)
+    for seed in range(200):
+        for thing in _choose_things(np.random.default_rng(seed), attributes, unseen_pairs=seed % 2 == 0):
+            assert all(getattr(thing, key) in values for key, values in attributes.items())
+
+
 def test_distractors_differ_in_one_attribute():
     near = 0
     for seed in range(200):
-        things = _choose_things(np.random.default_rng(seed), unseen_pairs=True)
+        things = _choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=True)
         for i, one in enumerate(things):
             for other in things[i + 1 :]:
                 near += sum(getattr(one, key) != getattr(other, key) for key in ATTRIBUTES) == 1

@@ -6,6 +6,7 @@ Label latents are not stored: they are the area reduction of the masks' run-leng
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from genseg.artifacts.files import file_sha256
+from genseg.artifacts.files import file_sha256, write_json
 from genseg.artifacts.latents import LatentStore, write_store
 from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
 from genseg.artifacts.phrases import choose_images, read_phrases
@@ -65,8 +66,12 @@ def images_by_size(study: Params, phrases: pd.DataFrame, class_phrases: pd.DataF
     }
 
 
-def compute_latents(study: Params) -> None:
+def compute_latents(study: Params, only_training: bool = False) -> None:
     """Write the stores below `results/<study>/latents` and, last, its manifest; finished shards are kept.
+
+    Args:
+        only_training: write what training reads (the images at `train.size`, all texts) and then `train.json`, which holds
+            no times: made again of the same things it is the same, and nothing is trained again.
 
     Raises:
         UserError: an image is missing or corrupt, the backbone cannot be loaded, the disk is full, no GPU for `cuda`.
@@ -81,14 +86,24 @@ def compute_latents(study: Params) -> None:
     origin = [file_sha256(study.data_dir / "phrases.parquet"), backbone["weights"], study.latents.model_dump(mode="json")]
 
     images = images_by_size(study, phrases, class_phrases)
-    facts = _encode_images(study, images, source, revision, device, digest(origin))
+    if only_training:
+        images = {study.train.size: images[study.train.size]}
     texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
-    truncated = _encode_texts(study, texts, source, revision, device, digest([backbone["weights"], texts]))
+    image_key, text_key = digest(origin), digest([backbone["weights"], texts])
+    facts = _encode_images(study, images, source, revision, device, image_key)
+    truncated = _encode_texts(study, texts, source, revision, device, text_key)
     if truncated:
         print(
             f"latents: {len(truncated)} phrases are over the tokenizer's limit and were cut, e.g. {truncated[0]!r}",
             file=sys.stderr,
         )
+    if only_training:
+        facts = {"version": 1, "size": study.train.size, "images": image_key, "texts": text_key}
+        write_json(latents_dir(study) / "train.json", facts)
+        return
+    for store in sorted(set((latents_dir(study) / "images").iterdir()) - {image_store(study, size) for size in images}):
+        shutil.rmtree(store)
+        print(f"latents: removed {store}, which the study no longer has", flush=True)
     write_manifest(
         latents_dir(study) / "manifest.json",
         "latents",

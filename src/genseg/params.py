@@ -44,6 +44,13 @@ class Scenes(Section):
     """Side of the square pictures in pixels."""
     train_images: Positive
     test_images: Positive
+    shapes: Annotated[list[Literal["circle", "square", "triangle", "star", "cross", "ring"]], Field(min_length=2)]
+    colours: Annotated[list[Literal["red", "green", "blue", "yellow", "purple", "white"]], Field(min_length=2)]
+    surfaces: Annotated[list[Literal["plain", "striped", "dotted"]], Field(min_length=2)]
+    """What things look like: distractors differ in one of these, so each needs two values."""
+    radii: dict[Literal["small", "large"], tuple[Fraction, Fraction]]
+    """Radius of a thing as a part of the picture's side, from and to; a gap between them keeps the words unambiguous."""
+    most_things: Positive
 
 
 class Png(Section):
@@ -181,6 +188,8 @@ class Train(Section):
     zero_terminal_snr: bool
     label_scale: PositiveFloat
     """b: the mask is x_0 in [-b, b]."""
+    task_weight: Annotated[float, Field(ge=0)]
+    """Weight of BCE + Dice on the estimate of x_0, added to the diffusion loss; 0 in the paper."""
     image_columns: Literal["masked_image", "latent"]
     """Which pretrained conv_in columns the image latent inherits: 5:9 (masked image) or 0:4 (noisy latent)."""
     text: Literal["tokens", "pooled"]
@@ -212,6 +221,8 @@ class Train(Section):
             raise ValueError(f"train.batch {self.batch} is no multiple of train.micro_batch {self.micro_batch}")
         if self.zero_terminal_snr and self.prediction == "noise":
             raise ValueError("train.prediction: noise is undefined at zero terminal SNR (train.zero_terminal_snr); use v or x0")
+        if self.task_weight and self.prediction == "noise":
+            raise ValueError("train.task_weight needs an estimate of x_0 at every timestep: use train.prediction v or x0")
         return self
 
 

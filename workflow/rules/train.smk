@@ -2,7 +2,7 @@ rule train_gs:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/backbone/manifest.json",
-        f"{RESULTS}/latents/manifest.json",
+        f"{RESULTS}/latents/train.json",
     output:
         f"{RESULTS}/model/manifest.json",
     log:

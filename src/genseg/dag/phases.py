@@ -69,7 +69,9 @@ PHASES = {
             *("artifacts", "cli/train.py", "data/images.py", "diffusion", "latents.py", "models"),
             *("training/gs.py", "training/loop.py"),
         ),
-        needs=("results/{study}/backbone", "results/{study}/latents"),
+        # Of the latents the texts only: with the backbone and the params above they tell what training reads, and one more
+        # size to sample at must not train again.
+        needs=("results/{study}/backbone", "results/{study}/latents/text"),
         outs=("results/{study}/model", "results/{study}/control"),
         targets=("results/{study}/model/manifest.json", "results/{study}/control/manifest.json"),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,10 @@ class Study:
         of the file's name alone reruns nothing."""
         return lambda wildcards, resources: self._params_file
 
-    def uses(self, phase: str) -> Callable[..., str]:
-        """The params a phase uses, as canonical JSON: when it changes, the phase's rules run again. A function, because
-        Snakemake looks for wildcards in the braces of a text."""
-        return lambda wildcards: canonical_json(self.params.subtree(*PHASES[phase].keys))
+    def uses(self, phase: str, only: Sequence[str] = ()) -> Callable[..., str]:
+        """The params a phase uses (or a rule of it that uses `only` some), as canonical JSON: when it changes, the rule runs
+        again. A function, because Snakemake looks for wildcards in the braces of a text."""
+        return lambda wildcards: canonical_json(self.params.subtree(*(only or PHASES[phase].keys)))
 
     def uses_at_size(self, wildcards: Any) -> str:
         """The params one `sample_shard` job uses: of the cells only those of its size."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,7 @@ COLOURS = {
     "white": (0.88, 0.88, 0.90),
 }
 SURFACES = ("plain", "striped", "dotted")
-SIZES = {"small": (0.09, 0.12), "large": (0.155, 0.21)}
-"""Radius as a part of the picture's side; the gap keeps the words unambiguous."""
+SIZES = ("small", "large")
 COMPOSITIONAL = frozenset({("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "square"), ("purple", "ring")})
 """(colour, shape) pairs that no training scene holds."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -55,7 +54,19 @@ class Thing:
     size: str
 
 
-ATTRIBUTES = {"shape": SHAPES, "colour": tuple(COLOURS), "surface": SURFACES, "size": tuple(SIZES)}
+Attributes = dict[str, tuple[str, ...]]
+"""The values each attribute takes in a data set, by its name."""
+ATTRIBUTES: Attributes = {"shape": SHAPES, "colour": tuple(COLOURS), "surface": SURFACES, "size": SIZES}
+
+
+def attributes_of(scenes: Scenes) -> Attributes:
+    """The attributes a study's scenes use: all sizes, and the shapes, colours and surfaces its params name."""
+    return ATTRIBUTES | {"shape": tuple(scenes.shapes), "colour": tuple(scenes.colours), "surface": tuple(scenes.surfaces)}
+
+
+def unseen_pairs_of(attributes: Attributes) -> list[tuple[str, str]]:
+    """(colour, shape) pairs of `COMPOSITIONAL` that a data set with these attributes can show."""
+    return [pair for pair in sorted(COMPOSITIONAL) if pair[0] in attributes["colour"] and pair[1] in attributes["shape"]]
 
 
 def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
@@ -71,7 +82,7 @@ def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
             folders = (target / f"{split}2017", annotations / f"panoptic_{split}2017")
             for folder in folders:
                 folder.mkdir(parents=True)
-            write = partial(_write_scene, scenes.seed, scenes.size, split, *folders)
+            write = partial(_write_scene, scenes, split, *folders)
             made = list(pool.map(write, range(first_id, first_id + count), chunksize=16))
             document = {
                 "images": [image for image, _, _ in made],
@@ -84,11 +95,11 @@ def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
 
 
 def _write_scene(
-    seed: int, size: int, split: str, images: Path, masks: Path, image_id: int
+    scenes: Scenes, split: str, images: Path, masks: Path, image_id: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Write one picture and its panoptic PNG; returns its rows of `images`, `annotations` and the narratives."""
-    rng = np.random.default_rng(derive_seed(seed, "scene", split, image_id))
-    picture, segments, things, regions = _draw(rng, size, unseen_pairs=split == "val")
+    rng, size = np.random.default_rng(derive_seed(scenes.seed, "scene", split, image_id)), scenes.size
+    picture, segments, things, regions = _draw(rng, scenes, unseen_pairs=split == "val")
     name = f"{image_id:012d}"
     Image.fromarray(picture).save(images / f"{name}.jpg", quality=93)
     identity = [int(value) for value in rng.choice((1 << 24) - 1, size=len(things) + len(regions), replace=False) + 1]
@@ -111,23 +122,23 @@ def _write_scene(
 
 
 # ------------------------------------------------------------------------------------------------------ content
-def _choose_things(rng: np.random.Generator, unseen_pairs: bool) -> list[Thing]:
+def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pairs: bool) -> list[Thing]:
     """A referent, distractors one attribute away from it, sometimes a group of equals, and a stranger or two."""
 
     def pick(attribute: str) -> str:
-        return str(rng.choice(ATTRIBUTES[attribute]))
+        return str(rng.choice(attributes[attribute]))
 
     def random_thing() -> Thing:
         return Thing(pick("shape"), pick("colour"), pick("surface"), pick("size"))
 
     referent = random_thing()
-    if unseen_pairs and rng.random() < 0.4:
-        pairs = sorted(COMPOSITIONAL)
+    pairs = unseen_pairs_of(attributes)
+    if unseen_pairs and pairs and rng.random() < 0.4:
         colour, shape = pairs[rng.integers(len(pairs))]
         referent = Thing(shape, colour, referent.surface, referent.size)
     things = [referent]
     for attribute in rng.permutation(("shape", "colour", "colour", "surface", "size"))[: rng.integers(1, 3)]:
-        other = str(rng.choice([value for value in ATTRIBUTES[attribute] if value != getattr(referent, attribute)]))
+        other = str(rng.choice([value for value in attributes[attribute] if value != getattr(referent, attribute)]))
         things.append(Thing(**{**vars(referent), attribute: other}))
     if rng.random() < 0.6:
         leader = things[rng.integers(len(things))] if rng.random() < 0.5 else random_thing()
@@ -137,9 +148,14 @@ def _choose_things(rng: np.random.Generator, unseen_pairs: bool) -> list[Thing]:
     things += [random_thing() for _ in range(rng.integers(0, 2))]
     if not unseen_pairs:
         things = [thing for thing in things if (thing.colour, thing.shape) not in COMPOSITIONAL] or [
-            Thing("circle", "red", referent.surface, referent.size)
+            replace(referent, colour=_seen_colour(attributes, referent.shape))
         ]
-    return [things[i] for i in rng.permutation(len(things))][:7]
+    return [things[i] for i in rng.permutation(len(things))]
+
+
+def _seen_colour(attributes: Attributes, shape: str) -> str:
+    """The first colour that training scenes show this shape in."""
+    return next(colour for colour in attributes["colour"] if (colour, shape) not in COMPOSITIONAL)
 
 
 def _matches(things: list[Thing], wanted: dict[str, str]) -> list[int]:
@@ -213,9 +229,10 @@ def _narrate(
 
 # ------------------------------------------------------------------------------------------------------- pixels
 def _draw(
-    rng: np.random.Generator, size: int, unseen_pairs: bool
+    rng: np.random.Generator, scenes: Scenes, unseen_pairs: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32], list[Thing], list[str]]:
     """Picture [size, size, 3], segment index [size, size] (things first, then regions), things, region names."""
+    size, radii = scenes.size, {str(name): span for name, span in scenes.radii.items()}
     y, x = (axis.astype(np.float32) for axis in np.mgrid[:size, :size])
     wanted = [str(name) for name in rng.choice(STUFF, size=rng.integers(2, 4), replace=False)]
     ground = _partition(rng, x, y, size, len(wanted))
@@ -226,9 +243,9 @@ def _draw(
     owner = np.full((size, size), -1, np.int32)
     things: list[Thing] = []
     full: list[int] = []
-    for thing in _choose_things(rng, unseen_pairs):
+    for thing in _choose_things(rng, attributes_of(scenes), unseen_pairs)[: scenes.most_things]:
         for _ in range(12):
-            radius = size * rng.uniform(*SIZES[thing.size])
+            radius = size * rng.uniform(*radii[thing.size])
             cx, cy = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
             distance = _distance(thing.shape, x - cx, y - cy, radius, rng.uniform(0, 2 * np.pi))
             trial = np.where(distance < 0, len(things), owner)

@@ -21,23 +21,34 @@ def noised(x_0: torch.Tensor, noise: torch.Tensor, alphas_bar: torch.Tensor, t: 
 
 
 def target(
-    prediction: Prediction, x_0: torch.Tensor, noise: torch.Tensor, alphas_bar: torch.Tensor, t: torch.Tensor
+    prediction: Prediction,
+    x_0: torch.Tensor,
+    noise: torch.Tensor,
+    alphas_bar: torch.Tensor,
+    t: torch.Tensor,
+    label_scale: float,
 ) -> torch.Tensor:
-    """The wanted answer: noise, x_0, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022)."""
+    """The wanted answer: the noise; v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022); or x_0 / b,
+    the label in [-1, 1], so that neither the loss nor the network's last layer has to know the label scale b."""
     if prediction == "noise":
         return noise
     if prediction == "x0":
-        return x_0
+        return x_0 / label_scale
     signal, sigma = _levels(alphas_bar, t)
     return signal * noise - sigma * x_0
 
 
 def estimate_x_0(
-    prediction: Prediction, output: torch.Tensor, x_t: torch.Tensor, alphas_bar: torch.Tensor, t: torch.Tensor
+    prediction: Prediction,
+    output: torch.Tensor,
+    x_t: torch.Tensor,
+    alphas_bar: torch.Tensor,
+    t: torch.Tensor,
+    label_scale: float,
 ) -> torch.Tensor:
-    """The network's estimate of x_0 [B, K, h, w] from what it answered at x_t."""
+    """The network's estimate of x_0 [B, K, h, w] from what it answered at x_t (the inverse of `target`)."""
     if prediction == "x0":
-        return output
+        return output * label_scale
     signal, sigma = _levels(alphas_bar, t)
     return (x_t - sigma * output) / signal if prediction == "noise" else signal * x_t - sigma * output
 
@@ -54,3 +65,12 @@ def discriminative_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
     overlap = (probability * mask).sum((1, 2, 3))
     dice = 1 - (2 * overlap + 1) / (probability.sum((1, 2, 3)) + mask.sum((1, 2, 3)) + 1)
     return bce + dice
+
+
+LOGIT_SLOPE = 4.0
+
+
+def task_loss(x_0: torch.Tensor, mask: torch.Tensor, label_scale: float) -> torch.Tensor:
+    """`discriminative_loss` per sample [B] of an estimate of x_0 [B, 1, h, w], whose logit is 4 x_0 / b: a label at +-b is
+    a probability of 0.98 or 0.02, and the threshold of the read-out, x_0 = 0, is a probability of one half."""
+    return discriminative_loss(LOGIT_SLOPE * x_0 / label_scale, mask)

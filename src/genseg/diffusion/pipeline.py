@@ -153,8 +153,9 @@ class GSPipeline(DiffusionPipeline):
 
         generators = [phrase_generator(seed, *key, size) for key in keys]
         x_t = draw_noise(generators, shape).to(device)
-        x_0 = sample_labels(denoise, self.scheduler, x_t, steps or self.config.steps, guidance, generators, observe)
-        return soft_labels(x_0, self.config.label_scale)
+        scale = self.config.label_scale
+        x_0 = sample_labels(denoise, self.scheduler, x_t, steps or self.config.steps, guidance, generators, scale, observe)
+        return soft_labels(x_0, scale)
 
 
 def soft_labels(x_0: torch.Tensor, label_scale: float) -> torch.Tensor:

@@ -50,6 +50,7 @@ def sample_labels(
     steps: int,
     guidance: float,
     generators: Sequence[torch.Generator],
+    label_scale: float = 1.0,
     observe: Observe | None = None,
 ) -> torch.Tensor:
     """Denoise x_T [B, K, h, w] to x_0 [B, K, h, w] in `steps` steps (Eq. 8-11).
@@ -69,7 +70,7 @@ def sample_labels(
         if guidance != 1:
             conditional, unconditional = answer.chunk(2)
             answer = unconditional + guidance * (conditional - unconditional)
-        x_0 = estimate_x_0(prediction, answer.float(), x_t, alphas, t.expand(len(x_t)))
+        x_0 = estimate_x_0(prediction, answer.float(), x_t, alphas, t.expand(len(x_t)), label_scale)
         if clip is not None:
             x_0 = x_0.clamp(-clip, clip)
         if observe is not None:

@@ -25,7 +25,7 @@ def learn_tokenizer(captions: Iterable[str], vocabulary: int, pad_token: str) ->
     alphabet = sorted("!,.'-0123456789abcdefghijklmnopqrstuvwxyz")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<|startoftext|>", "<|endoftext|>", "!"],
+        special_tokens=["<|startoftext|>", "<|endoftext|>", "!", *(f"{letter}</w>" for letter in alphabet)],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,

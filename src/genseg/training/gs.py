@@ -27,7 +27,7 @@ from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
 from genseg.artifacts.phrases import hash_unit, read_phrases, row_mask
 from genseg.artifacts.resample import area_reduce
 from genseg.artifacts.seeds import derive_seed
-from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, noised, target
+from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, estimate_x_0, noised, target, task_loss
 from genseg.diffusion.pipeline import DISCRIMINATIVE_TIMESTEP, GSPipeline
 from genseg.diffusion.schedule import make_scheduler
 from genseg.latents import Texts, image_store, text_store
@@ -177,7 +177,12 @@ class Objective:
         x_0 = (2 * batch.label - 1) * train.label_scale
         x_t = noised(x_0, noise, self.alphas_bar, t)
         output = networks(x_t, batch.image, t, batch.texts, drop, train.size)
-        return diffusion_loss(output, target(train.prediction, x_0, noise, self.alphas_bar, t))
+        scale = train.label_scale
+        losses = diffusion_loss(output, target(train.prediction, x_0, noise, self.alphas_bar, t, scale))
+        if train.task_weight:
+            estimate = estimate_x_0(train.prediction, output.float(), x_t, self.alphas_bar, t, scale)
+            losses = losses + train.task_weight * task_loss(estimate, batch.label, scale)
+        return losses
 
 
 def train_model(study: Params, kind: Kind) -> None:

@@ -105,11 +105,8 @@ def _train(study: Params, target: Path, device: torch.device) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise UserError(f"{backbone.init}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     images = load_images(files, backbone.size)
-    work = (
-        study.work_dir
-        / "backbone"
-        / digest([study.subtree("seed", "backbone"), file_sha256(study.data_dir / "phrases.parquet")])
-    )
+    key = digest([study.subtree("seed", "backbone"), file_sha256(study.data_dir / "phrases.parquet"), code_hash(*CODE)])
+    work = study.work_dir / "backbone" / key
     some = images[:: max(1, len(images) // PSNR_IMAGES)][:PSNR_IMAGES]
     pipeline.vae.to(device)
     before = measure_psnr(pipeline.vae, some, device)
