@@ -164,7 +164,8 @@ def test_val_depends_on_the_image_ids_alone(project: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("genseg.data.scenes") is None, reason="the embedded scenes are not built yet")
 def test_the_embedded_scenes_pass_through_the_same_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assemble(study_params(source="scenes", scenes={"seed": 0, "size": 64, "train_images": 6, "test_images": 4}))
+    shipped = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["data"]["scenes"]
+    assemble(study_params(source="scenes", scenes=shipped | {"size": 64, "train_images": 6, "test_images": 4}))
     report = json.loads(Path("data/t/report.json").read_text())
     assert report["skipped"] == []
     frame = read_phrases("data/t/phrases.parquet")

@@ -33,9 +33,9 @@ def repository(finished_study, tmp_path_factory) -> Path:
     """The finished study as a git + DVC repository whose params.yaml is the smoke study."""
     target = tmp_path_factory.mktemp("readme") / "study"
     shutil.copytree(finished_study, target)
-    shutil.copy(PROJECT / "Makefile", target)
-    shutil.copy(PROJECT / "README.md", target)
-    shutil.copy(PROJECT / ".gitignore", target)
+    for name in ("Makefile", "README.md", ".gitignore", "pyproject.toml", "requirements.txt"):
+        shutil.copy(PROJECT / name, target)
+    shutil.copytree(PROJECT / "src", target / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copytree(PROJECT / ".dvc", target / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     shutil.copy(target / "params/smoke.yaml", target / "params.yaml")
     (target / ".venv").mkdir()

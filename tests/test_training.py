@@ -185,10 +185,27 @@ def test_epochs_become_steps():
     assert total_steps(validate_params(document).train, 100) == -(-300 // document["train"]["batch"])
 
 
-@pytest.mark.parametrize("changes", [{"train__prediction": "noise", "train__zero_terminal_snr": False, "train__inject": "none"},
-                                     {"train__prediction": "x0", "train__text": "pooled", "train__image_columns": "latent",
-                                      "train__ema": None, "train__precision": "bf16", "train__gradient_checkpointing": True,
-                                      "train__optimizer__lr_new": None, "train__optimizer__name": "adam"}])  # fmt: skip
+OTHER_CHOICES = {
+    "no injection, noise": {
+        "train__prediction": "noise",
+        "train__zero_terminal_snr": False,
+        "train__task_weight": 0.0,
+        "train__inject": "none",
+    },
+    "v, pooled text, one group": {
+        "train__prediction": "v",
+        "train__text": "pooled",
+        "train__image_columns": "masked_image",
+        "train__ema": None,
+        "train__precision": "bf16",
+        "train__gradient_checkpointing": True,
+        "train__optimizer__lr_new": None,
+        "train__optimizer__name": "adam",
+    },
+}
+
+
+@pytest.mark.parametrize("changes", OTHER_CHOICES.values(), ids=OTHER_CHOICES)
 def test_other_choices_train_and_predict(study_copy, monkeypatch, changes):
     monkeypatch.chdir(study_copy)
     params = variant(study_copy, "other", train__steps=2, **changes)
