@@ -19,8 +19,9 @@ all: $(INSTALLED)
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
-	.venv/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
+	@echo "Installing the environment into .venv: about two minutes"
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 test: $(INSTALLED)

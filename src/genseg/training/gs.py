@@ -217,7 +217,7 @@ def train_model(study: Params, kind: Kind) -> None:
     key = digest([kind, study.subtree("seed", "train", "latents"), backbone["weights"], code_hash(*CODE), _data_hash(study)])
     work = study.work_dir / "train" / f"{kind}-{key}"
     start = _resume(work, networks, averaged, optimizer, scaler)
-    log = TrainLog(work / "log.csv", LOG_COLUMNS, start)
+    log = TrainLog(work / "log.csv", LOG_COLUMNS, start, f"train {kind}")
     print(f"train {kind}: {len(data)} phrases, {steps} steps of {train.batch}, from step {start}", flush=True)
 
     waited, since = 0.0, time.monotonic()

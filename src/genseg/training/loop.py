@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import random
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,10 +54,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 class TrainLog:
-    """A CSV of losses that survives resume: rows at or after the resumed step are dropped; also prints each row."""
+    """A CSV of losses that survives resume (rows after the resumed step are dropped) and is printed under `name`."""
 
-    def __init__(self, path: Path, columns: tuple[str, ...], resume_step: int) -> None:
-        self.path, self.columns = path, columns
+    def __init__(self, path: Path, columns: tuple[str, ...], resume_step: int, name: str) -> None:
+        self.path, self.columns, self.name = path, columns, name
         rows: list[dict[str, str]] = []
         if resume_step and path.exists():
             with path.open(newline="") as handle:
@@ -68,14 +67,13 @@ class TrainLog:
             writer = csv.DictWriter(handle, columns)
             writer.writeheader()
             writer.writerows(rows)
-        self.started = time.time()
 
     def write(self, row: dict[str, Any], timing: str = "") -> None:
         """Append a row (reproducible figures only) and print it with `timing` (what differs from run to run)."""
         with self.path.open("a", newline="") as handle:
             csv.DictWriter(handle, self.columns).writerow(row)
         shown = "  ".join(f"{key} {value}" for key, value in row.items() if value != "")
-        print(f"{shown}  {timing}".rstrip(), flush=True)
+        print(f"{self.name}: {shown}  {timing}".rstrip(), flush=True)
 
 
 def check_finite(loss: torch.Tensor, step: int) -> None:
