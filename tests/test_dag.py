@@ -113,7 +113,7 @@ def test_each_job_ran_once(study):
     assert {path.name for path in (study.folder / "work/mini/logs").iterdir()} == {
         f"{rule}.log"
         for rule in ("data", "backbone", "latents", "latents_train", "train_gs", "train_control", "sample", "score", "tables")
-    } | {f"sample.size={size}.shard=0.log" for size in SIZES}
+    } | {f"sample.size={size}.shard={shard}.log" for size in SIZES for shard in range(shards)}
 
 
 def test_change_of_source_runs_the_phases_that_use_it(study):

@@ -23,7 +23,7 @@ ELSEWHERE = {
 DRY = (
     ("snakemake ", "snakemake --dry-run "),
     ("dvc repro", "dvc repro --dry"),
-    ("dvc exp run ", "dvc exp run --dry "),
+    ("dvc exp run ", "dvc exp run --queue "),
     ("make ", "make --dry-run "),
 )
 
@@ -56,7 +56,7 @@ def test_the_readme_has_commands():
 def test_command(repository, line):
     line = line.replace("mini", "smoke")
     for prefix, dry in DRY:
-        if line.startswith(prefix) and "--dry" not in line:
+        if line.startswith(prefix) and "--dry" not in line and "--queue" not in line:
             line = line.replace(prefix, dry, 1)
     if line.startswith("cp params/paper.yaml"):
         line = "cp params/paper.yaml /dev/null && dvc repro --dry"
