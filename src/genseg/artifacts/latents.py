@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
@@ -130,8 +129,3 @@ class LatentStore:
         low, high = handle.get_slice("offsets")[row : row + 2].tolist()
         rows = {name: handle.get_slice(name) for name in names if name != "offsets"}
         return {name: part[row] if name.startswith("pooled") else part[low:high] for name, part in rows.items()}
-
-
-def read_index(store: str | Path) -> pd.DataFrame:
-    """Index of a store as a frame (`id`, `shard`, `row`)."""
-    return pq.read_table(Path(store) / "index.parquet").to_pandas()
