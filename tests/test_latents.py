@@ -61,7 +61,6 @@ def test_a_truncated_shard_is_named_by_who_reads_it(study_copy, monkeypatch, cap
     store = image_store(load_params("params/smoke.yaml"), 64)
     for shard in store.glob("shard-*"):
         shard.write_bytes(shard.read_bytes()[:500])
-    assert main(["train", "--params", "params/smoke.yaml", "--model", "discriminative"]) in (0, 2)
     (study_copy / "work/smoke/train").rename(study_copy / "work/smoke/train.old")
     assert main(["train", "--params", "params/smoke.yaml"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
