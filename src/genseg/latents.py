@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -177,15 +178,17 @@ def _encode_texts(
 
 
 class Texts:
-    """Text embeddings by phrase, read once each."""
+    """Text embeddings by phrase; those last asked for are kept, not all (SDXL's for a million narratives are 15 GB)."""
+
+    KEPT = 4096
 
     def __init__(self, store: Path, device: torch.device) -> None:
         self._store, self._device = LatentStore(store), device
-        self._cache: dict[str, TextEmbedding] = {}
+        self._read = lru_cache(self.KEPT)(self._embedding)
 
     def __getitem__(self, phrase: str) -> TextEmbedding:
-        if phrase not in self._cache:
-            row = self._store[phrase]
-            tokens, pooled = row["tokens"].to(self._device), row["pooled"].to(self._device)
-            self._cache[phrase] = TextEmbedding(tokens, pooled, truncated=False)
-        return self._cache[phrase]
+        return self._read(phrase)
+
+    def _embedding(self, phrase: str) -> TextEmbedding:
+        row = self._store[phrase]
+        return TextEmbedding(row["tokens"].to(self._device), row["pooled"].to(self._device), truncated=False)

@@ -200,6 +200,10 @@ class Train(Section):
     batch: Positive
     """Global batch: independent of micro-batch, devices and workers."""
     micro_batch: Positive
+    """Rows that one device computes at a time."""
+    sharding: Literal["replicate", "shard"]
+    """Of several GPUs (`resources.train.gpu`): each holds everything (DDP), or its part of weights, gradients and moments
+    (FSDP). One GPU holds everything in either."""
     steps: Positive | None
     epochs: Positive | None
     optimizer: Optimizer

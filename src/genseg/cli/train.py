@@ -1,8 +1,14 @@
-"""Train the label-diffusion model, or the discriminative control (same U-Net, inputs, data and budget; one pass)."""
+"""Train the label-diffusion model, or the discriminative control (same U-Net, inputs, data and budget; one pass).
+
+On several GPUs (`resources.train.gpu`, as far as they are visible) one process a GPU is started; torchrun and `accelerate
+launch` can do so, too: `torchrun --nproc-per-node 8 -m genseg train --params params.yaml`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from genseg.dag.launch import launch, one_of_several, processes
     from genseg.params import load_params
     from genseg.training.gs import train_model
 
-    train_model(load_params(arguments.params), arguments.model)
+    study = load_params(arguments.params)
+    if "WORLD_SIZE" in os.environ:
+        with one_of_several():
+            train_model(study, arguments.model)
+    elif (count := processes(study)) > 1:
+        command = ["train", "--params", arguments.params, "--model", arguments.model]
+        sys.exit(launch(command, count, study.resources["train"].threads))
+    else:
+        train_model(study, arguments.model)

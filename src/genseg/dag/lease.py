@@ -39,7 +39,7 @@ def run_leased(command: list[str], gpus: int, log: str | None) -> NoReturn:
     Raises:
         UserError: more GPUs asked for than the machine has, or no such command.
     """
-    _die_with_parent()
+    die_with_parent()
     if log:
         _copy_output(_own_log(Path(log)))
     environment = dict(os.environ)
@@ -185,7 +185,8 @@ def _read(source: int) -> bytes:
         return b""
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have the kernel end this process (and what it becomes) when its parent ends, however that ends."""
     if sys.platform != "linux":
         return
     parent = os.getppid()

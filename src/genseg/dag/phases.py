@@ -67,7 +67,7 @@ PHASES = {
         keys=("seed", "latents", "train"),
         rooms=(
             *("artifacts", "cli/train.py", "data/images.py", "diffusion", "latents.py", "models"),
-            *("training/gs.py", "training/loop.py"),
+            *("training/data.py", "training/distributed.py", "training/gs.py", "training/loop.py"),
         ),
         # Of the latents the texts only: with the backbone and the params above they tell what training reads, and one more
         # size to sample at must not train again.

@@ -1,48 +1,57 @@
 """Training label diffusion (GS, section 3) and its discriminative control: the same U-Net, inputs, data and budget.
 
 Every random choice of a step derives from (seed, step), so a run that is cut and resumed takes the same steps, and the
-micro-batch or the number of workers change nothing but rounding.
+micro-batch or the number of processes change nothing but rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from genseg.artifacts.files import atomic_directory, file_sha256
 from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
-from genseg.artifacts.phrases import hash_unit, read_phrases, row_mask
-from genseg.artifacts.resample import area_reduce
+from genseg.artifacts.phrases import hash_unit, read_phrases
 from genseg.artifacts.seeds import derive_seed
 from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, estimate_x_0, noised, target, task_loss
 from genseg.diffusion.pipeline import DISCRIMINATIVE_TIMESTEP, GSPipeline
 from genseg.diffusion.schedule import make_scheduler
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.adapter import TextAdapter
-from genseg.models.attention import self_attention_widths
+from genseg.models.attention import self_attention_widths, use_injected_attention
 from genseg.models.backbone import load_text_encoders, load_unet, load_vae
 from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.text import TextEmbedding
 from genseg.models.unet import label_unet, run_unet
 from genseg.params import Optimizer, Params, Train, digest
-from genseg.training.loop import TrainLog, check_finite, load_checkpoint, lr_factor, save_checkpoint, step_generator, step_rng
+from genseg.training.data import Batch, Part, PhraseData, prefetched, step_parts, total_steps
+from genseg.training.distributed import (
+    Ranks,
+    accumulating,
+    join,
+    load_whole_optimizer_state,
+    load_whole_state,
+    spread,
+    whole_optimizer_state,
+    whole_state,
+)
+from genseg.training.loop import Meter, TrainLog, check_finite, load_checkpoint, lr_factor, save_checkpoint, step_generator
 
 Kind = Literal["gs", "discriminative"]
 FOLDERS: dict[str, str] = {"gs": "model", "discriminative": "control"}
-CODE = ("params.py", "artifacts", "latents.py", "models", "diffusion", "training/gs.py", "training/loop.py")
+FILES = ("data", "distributed", "gs", "loop")
+CODE = ("params.py", "artifacts", "latents.py", "models", "diffusion", *(f"training/{file}.py" for file in FILES))
 BANDS = ((0, 250), (250, 500), (500, 750), (750, 1000))
 """Timestep bands of the validation loss, half-open."""
 LOG_COLUMNS = ("step", "loss", "lr", *(f"val_t{low}_{high - 1}" for low, high in BANDS), "val_loss")
@@ -64,61 +73,11 @@ class Networks(nn.Module):
         drop: torch.Tensor | None,
         size: int,
     ) -> torch.Tensor:
-        return run_unet(self.unet, x_t, image_latents, t, self.adapter(texts, drop), (size, size))
-
-
-@dataclass
-class Batch:
-    """image [B, 4, h, w]; label: soft mask [B, 1, h, w] in [0, 1]; texts: B embeddings."""
-
-    image: torch.Tensor
-    label: torch.Tensor
-    texts: list[TextEmbedding]
-
-
-class PhraseData:
-    """Training rows: image latents from the store, labels reduced from the masks' codes, text from the store."""
-
-    def __init__(self, rows: pd.DataFrame, images: LatentStore, texts: Texts, device: torch.device) -> None:
-        self.rows, self.images, self.texts, self.device = rows.reset_index(drop=True), images, texts, device
-        self._image_cache: dict[int, torch.Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, indices: list[int], mirrored: list[bool]) -> Batch:
-        """Rows `indices`; where `mirrored`, image latent and label are flipped left to right (the flip of a latent is
-        nearly the latent of the flip: a convolutional VAE has no preferred side)."""
-        images, labels, texts = [], [], []
-        for index, mirror in zip(indices, mirrored, strict=True):
-            row = self.rows.iloc[index]
-            image = self.images[row["image_id"]]["latent"].float()
-            label = torch.from_numpy(area_reduce(row_mask(row), *image.shape[-2:]))[None]
-            images.append(image.flip(-1) if mirror else image)
-            labels.append(label.flip(-1) if mirror else label)
-            texts.append(self.texts[row["phrase"]])
-        return Batch(torch.stack(images).to(self.device), torch.stack(labels).to(self.device), texts)
-
-
-def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Order of the rows in an epoch."""
-    return np.random.default_rng(derive_seed(seed, "epoch", epoch)).permutation(count)
-
-
-def step_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
-    """Rows of the global batch of `step`: the epochs' orders, one after the other."""
-    orders: dict[int, np.ndarray] = {}
-    found = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, place = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = epoch_order(seed, epoch, count)
-        found.append(int(orders[epoch][place]))
-    return found
-
-
-def total_steps(train: Train, rows: int) -> int:
-    return train.steps or math.ceil((train.epochs or 0) * rows / train.batch)
+        output = run_unet(self.unet, x_t, image_latents, t, self.adapter(texts, drop), (size, size))
+        if torch.is_grad_enabled():
+            # A null that no row used gets a gradient of zero, not none: sharded processes must agree on who has one.
+            output = output + 0 * sum(parameter.sum() for parameter in self.adapter.parameters())
+        return output
 
 
 def build_networks(study: Params, source: str, revision: str | None, empty: TextEmbedding) -> Networks:
@@ -166,7 +125,7 @@ class Objective:
         self.kind, self.study, self.alphas_bar = kind, study, alphas_bar
 
     def __call__(
-        self, networks: Networks, batch: Batch, noise: torch.Tensor, t: torch.Tensor, drop: torch.Tensor | None
+        self, networks: nn.Module, batch: Batch, noise: torch.Tensor, t: torch.Tensor, drop: torch.Tensor | None
     ) -> torch.Tensor:
         """Loss [B]. noise: [B, 1, h, w]; t: [B]; drop: [B] bool. The control ignores noise and t and drops no text."""
         train = self.study.train
@@ -188,63 +147,89 @@ class Objective:
 def train_model(study: Params, kind: Kind) -> None:
     """Train and save `results/<study>/model` (or `control`), with `log.csv` and, last, its manifest.
 
-    Checkpoints lie in `work/<study>/train/<hash of everything the result depends on>/`; a run that finds some there goes
-    on from the newest and ends with the same weights as an uncut run.
+    One process of one or, under `torchrun` or `accelerate launch`, of several. Checkpoints lie in
+    `work/<study>/train/<hash of everything the result depends on>/`; a run that finds some there goes on from the newest
+    and, with as many processes, ends with the same weights as an uncut run.
 
     Raises:
         UserError: latents or backbone are missing or of other data, the loss is not finite, the disk is full, no GPU for
-            `device: cuda`.
+            `device: cuda`, a batch that the processes cannot share.
     """
+    with join(choose_device(study.device, study.resources["train"].threads)) as ranks:
+        _train(study, kind, ranks)
+
+
+def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
     started = time.time()
-    train = study.train
-    device = choose_device(study.device, study.resources["train"].threads)
-    print(f"train {kind}: device {describe(device)}, precision {train.precision}", flush=True)
+    train, device, first = study.train, ranks.device, ranks.rank == 0
+    name = describe(device) + (f" x {ranks.size}, {train.sharding}" if ranks.size > 1 else "")
+    if first:
+        print(f"train {kind}: device {name}, precision {train.precision}", flush=True)
     backbone = read_manifest(study.results_dir / "backbone" / "manifest.json")
     phrases = read_phrases(study.data_dir / "phrases.parquet")
-    texts = Texts(text_store(study), device)
+    texts = Texts(text_store(study), torch.device("cpu"))
     images = LatentStore(image_store(study, train.size))
-    data = PhraseData(phrases[phrases["split"] == "train"], images, texts, device)
-    val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts, device)
+    data = PhraseData(phrases[phrases["split"] == "train"], images, texts)
+    val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts)
     prediction = train.prediction if kind == "gs" else "logits"
     scheduler = make_scheduler(backbone["betas"], train.prediction, train.zero_terminal_snr)
     objective = Objective(kind, study, scheduler.alphas_cumprod.to(device))
 
-    networks = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""]).to(device)
-    optimizer = make_optimizer(networks, train.optimizer)
+    networks = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""])
     averaged = copy.deepcopy(networks).requires_grad_(False) if train.ema else networks
+    meter = Meter(device, ranks.size, sample_flops(networks, data, train) if device.type == "cuda" else 0.0)
+    model = spread(networks, ranks, train.sharding)
+    if averaged is not networks:
+        spread(averaged, ranks, train.sharding)
+    optimizer = make_optimizer(networks, train.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    steps = total_steps(train, len(data))
+    steps, places = total_steps(train, len(data)), ranks.places(train.batch)
     key = digest([kind, study.subtree("seed", "train", "latents"), backbone["weights"], code_hash(*CODE), _data_hash(study)])
     work = study.work_dir / "train" / f"{kind}-{key}"
     start = _resume(work, networks, averaged, optimizer, scaler)
-    log = TrainLog(work / "log.csv", LOG_COLUMNS, start, f"train {kind}")
-    print(f"train {kind}: {len(data)} phrases, {steps} steps of {train.batch}, from step {start}", flush=True)
+    if first:
+        log = TrainLog(work / "log.csv", LOG_COLUMNS, start, f"train {kind}")
+        print(f"train {kind}: {len(data)} phrases, {steps} steps of {train.batch}, from step {start}", flush=True)
 
-    waited, since = 0.0, time.monotonic()
+    since = time.monotonic()
+    timesteps = len(objective.alphas_bar)
+    stream = prefetched(lambda step: step_parts(data, train, timesteps, study.seed, step, places), range(start, steps))
     for step in range(start, steps):
         factor = lr_factor(step, steps, train.optimizer.warmup_steps, train.optimizer.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        loss, wait = _take_step(step, study, data, networks, objective, optimizer, scaler, device)
-        waited += wait
+        begun = time.monotonic()
+        parts = next(stream)
+        waited = time.monotonic() - begun
+        loss = _take_step(step, parts, train, ranks, model, objective, optimizer, scaler)
         if averaged is not networks:
             _average(averaged, networks, min(train.ema or 0.0, (step + 1) / (step + 10)))
+        meter.add(train.batch, begun, waited)
         done = step + 1
         validate = done % train.validate_every == 0 or done == steps
         if done % train.log_every == 0 or validate:
-            seconds = time.monotonic() - since
             row: dict[str, Any] = {"step": done, "loss": f"{loss:.6f}", "lr": f"{optimizer.param_groups[0]['lr']:.3e}"}
             if validate:
-                row |= _validate(objective, averaged, val, study, device)
-            log.write(row, _timing(done, start, steps, seconds, waited, train.batch, device))
+                row |= _validate(objective, averaged, val, study, ranks)
+            if first:
+                left = (steps - done) * (time.monotonic() - since) / (done - start) / 60
+                log.write(row, meter.figures(), left)
+                if validate:
+                    log.report()
         if done % train.checkpoint_every == 0 or done == steps:
-            state = {"networks": networks.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state = {"networks": whole_state(networks), "optimizer": whole_optimizer_state(networks, optimizer)}
             if averaged is not networks:
-                state["averaged"] = averaged.state_dict()
-            save_checkpoint(work, done, state)
+                state["averaged"] = whole_state(averaged)
+            if first:
+                save_checkpoint(work, done, state | {"scaler": scaler.state_dict()})
 
+    trained = whole_state(averaged)
+    if not first:
+        return
+    whole = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""])
+    whole.load_state_dict(trained)
     folder = study.results_dir / FOLDERS[kind]
-    _save(study, averaged, scheduler, prediction, backbone, folder)
+    _save(study, whole, scheduler, prediction, backbone, folder)
     (folder / "log.csv").write_bytes((work / "log.csv").read_bytes())
     write_manifest(
         folder / "manifest.json",
@@ -253,12 +238,12 @@ def train_model(study: Params, kind: Kind) -> None:
         [study.data_dir / "phrases.parquet", study.results_dir / "backbone" / "manifest.json"],
         [folder],
         started,
-        describe(device),
+        name,
         code=code_hash(*CODE),
         kind=kind,
         steps=steps,
         samples=steps * train.batch,
-        parameters=sum(parameter.numel() for parameter in networks.parameters()),
+        parameters=sum(parameter.numel() for parameter in whole.parameters()),
         weights=digest([file_sha256(path) for path in sorted(folder.glob("*/*.safetensors"))]),
     )
     print(f"train {kind}: saved {folder}", flush=True)
@@ -266,48 +251,56 @@ def train_model(study: Params, kind: Kind) -> None:
 
 def _take_step(
     step: int,
-    study: Params,
-    data: PhraseData,
-    networks: Networks,
+    parts: list[Part],
+    train: Train,
+    ranks: Ranks,
+    model: nn.Module,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    device: torch.device,
-) -> tuple[float, float]:
-    """One optimiser step over the global batch, in micro-batches. Returns (mean loss, seconds waited for data)."""
-    train = study.train
-    rng, generator = step_rng(study.seed, "step", step), step_generator(study.seed, "noise", step)
-    indices = step_indices(study.seed, step, train.batch, len(data))
-    mirrored = [train.flip and rng.random() < 0.5 for _ in indices]
-    drop = torch.tensor([rng.random() < train.p_drop for _ in indices])
-    t = torch.randint(0, len(objective.alphas_bar), (len(indices),), generator=generator)
-    total, waited = 0.0, 0.0
+) -> float:
+    """One optimiser step over the global batch, of which `parts` are this process's. Returns the batch's mean loss."""
+    device = ranks.device
+    total = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
-    for low in range(0, train.batch, train.micro_batch):
-        part = slice(low, low + train.micro_batch)
-        begun = time.monotonic()
-        batch = data.batch(indices[part], mirrored[part])
-        waited += time.monotonic() - begun
-        noise = torch.randn(batch.label.shape, generator=generator).to(device)
-        with _autocast(train, device):
-            losses = objective(networks, batch, noise, t[part].to(device), drop[part].to(device))
-        loss = losses.sum() / train.batch
-        check_finite(loss, step)
-        scaler.scale(loss).backward()
-        total += loss.item()
+    for number, part in enumerate(parts):
+        with accumulating(model, last=number == len(parts) - 1):
+            with _autocast(train, device):
+                losses = objective(model, part.batch.to(device), part.noise.to(device), part.t.to(device), part.drop.to(device))
+            loss = losses.sum() / train.batch
+            total += loss.detach()
+            scaler.scale(loss * ranks.size).backward()  # the processes' gradients are averaged, ours is a sum
+    check_finite(ranks.sum(total), step)
     scaler.unscale_(optimizer)
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if not scaler.is_enabled():  # the scaler skips such a step and lowers its scale
+        check_finite(norm, step, "gradient's norm")
     if train.optimizer.gradient_clip is not None:
-        torch.nn.utils.clip_grad_norm_(networks.parameters(), train.optimizer.gradient_clip)
+        torch.nn.utils.clip_grads_with_norm_(parameters, train.optimizer.gradient_clip, norm)
     scaler.step(optimizer)
     scaler.update()
-    return total, waited
+    return total.item()
+
+
+def sample_flops(networks: Networks, data: PhraseData, train: Train) -> float:
+    """Floating-point operations of one training sample, counted on tensors without content: forward and twice that back."""
+    batch = data.batch([0], [False])
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet = UNet2DConditionModel.from_config(networks.unet.config)
+        use_injected_attention(unet)
+        empty = Networks(unet, TextAdapter.from_config(networks.adapter.config))
+        noise, image = (torch.empty_like(tensor, device="meta") for tensor in (batch.label, batch.image))
+        empty(noise, image, torch.empty(1), batch.texts, None, train.size)
+    return 3 * counter.get_total_flops()
 
 
 def _autocast(train: Train, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision: fp32 master weights, arithmetic in `train.precision`."""
+    """Mixed precision: fp32 master weights, arithmetic in `train.precision`. Each weight is used once a pass, so its cast is
+    not kept (under FSDP it would be a whole copy in every process)."""
     if train.precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[train.precision])
+    return torch.autocast(device.type, DTYPES[train.precision], cache_enabled=False)
 
 
 @torch.no_grad()
@@ -325,23 +318,30 @@ def _validation_rows(phrases: pd.DataFrame, count: int, seed: int) -> pd.DataFra
 
 
 @torch.no_grad()
-def _validate(objective: Objective, networks: Networks, val: PhraseData, study: Params, device: torch.device) -> dict[str, str]:
-    """Mean validation loss per timestep band (of the averaged weights), each phrase at one fixed t and noise a band."""
+def _validate(objective: Objective, networks: Networks, val: PhraseData, study: Params, ranks: Ranks) -> dict[str, str]:
+    """Mean validation loss per timestep band (of the averaged weights), each phrase at one fixed t and noise a band.
+
+    The processes share the phrases, each making as many passes: sharded weights are gathered by all of them.
+    """
     networks.eval()
-    train = study.train
+    train, device = study.train, ranks.device
     found: dict[str, str] = {}
     means = []
+    blocks = list(_blocks(len(val), train.micro_batch))
     bands = BANDS if objective.kind == "gs" else BANDS[-1:]
     for low, high in bands:
-        losses = []
-        for part in _blocks(len(val), train.micro_batch):
+        losses = torch.zeros(len(val), device=device)
+        for number in range(ranks.rank, len(blocks) + ranks.rank, ranks.size):
+            part = blocks[number % len(blocks)]
             batch = val.batch(part, [False] * len(part))
             draws = [step_generator(study.seed, "validation", low, index) for index in part]
             t = torch.cat([torch.randint(low, high, (1,), generator=draw) for draw in draws])
             noise = torch.stack([torch.randn(batch.label.shape[1:], generator=draw) for draw in draws])
             with _autocast(train, device):
-                losses.append(objective(networks, batch, noise.to(device), t.to(device), None))
-        means.append(torch.cat(losses).mean().item())
+                found_losses = objective(networks, batch.to(device), noise.to(device), t.to(device), None)
+            if number < len(blocks):
+                losses[part] = found_losses.float()
+        means.append(ranks.sum(losses).mean().item())
         if objective.kind == "gs":
             found[f"val_t{low}_{high - 1}"] = f"{means[-1]:.6f}"
     networks.train()
@@ -351,13 +351,6 @@ def _validate(objective: Objective, networks: Networks, val: PhraseData, study: 
 def _blocks(count: int, size: int) -> Iterator[list[int]]:
     for low in range(0, count, size):
         yield list(range(low, min(low + size, count)))
-
-
-def _timing(done: int, start: int, steps: int, seconds: float, waited: float, batch: int, device: torch.device) -> str:
-    rate = (done - start) * batch / seconds
-    left = (steps - done) * seconds / (done - start)
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
-    return f"| {rate:.1f} samples/s, data wait {100 * waited / seconds:.1f} %, {left / 60:.1f} min left{memory}"
 
 
 def _data_hash(study: Params) -> str:
@@ -370,11 +363,11 @@ def _resume(
     checkpoint = load_checkpoint(work)
     if checkpoint is None:
         return 0
-    networks.load_state_dict(checkpoint["networks"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    load_whole_state(networks, checkpoint["networks"])
+    load_whole_optimizer_state(networks, optimizer, checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
     if averaged is not networks:
-        averaged.load_state_dict(checkpoint["averaged"])
+        load_whole_state(averaged, checkpoint["averaged"])
     return checkpoint["step"]
 
 
@@ -388,8 +381,8 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         text_encoder_2=encoders.models[1],
         tokenizer=encoders.tokenizers[0],
         tokenizer_2=encoders.tokenizers[1],
-        unet=networks.unet.cpu().eval(),
-        adapter=networks.adapter.cpu().eval(),
+        unet=networks.unet.eval(),
+        adapter=networks.adapter.eval(),
         scheduler=scheduler,
         prediction=prediction,
         label_scale=study.train.label_scale,

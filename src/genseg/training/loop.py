@@ -1,10 +1,13 @@
-"""What every training loop shares: learning-rate schedule, checkpoints for exact resume, the log."""
+"""What every training loop shares: learning-rate schedule, checkpoints for exact resume, the log and its figures."""
 
 from __future__ import annotations
 
 import csv
 import math
 import random
+import resource
+import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +16,7 @@ import torch
 from genseg.artifacts.files import atomic_path
 from genseg.artifacts.seeds import derive_seed
 from genseg.errors import UserError
+from genseg.models.device import peak_flops
 
 KEEP = 2
 """Checkpoints kept: the newest and, should its disk block be bad, the one before."""
@@ -47,16 +51,21 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest readable checkpoint, or None; an unreadable one is named and passed over."""
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # processes share the pages
         except Exception as error:  # a torn file raises anything from EOFError to RuntimeError
             print(f"{path}: unreadable checkpoint passed over ({' '.join(str(error).split())[:120]})", flush=True)
     return None
 
 
 class TrainLog:
-    """A CSV of losses that survives resume (rows after the resumed step are dropped) and is printed under `name`."""
+    """The log of a training run, in three forms: lines, a CSV of the reproducible figures, and DVCLive curves of them all.
+
+    It survives resume: rows after the resumed step are dropped, and the curves are drawn again from those that stay.
+    """
 
     def __init__(self, path: Path, columns: tuple[str, ...], resume_step: int, name: str) -> None:
+        from dvclive import Live  # a second of imports that only training needs
+
         self.path, self.columns, self.name = path, columns, name
         rows: list[dict[str, str]] = []
         if resume_step and path.exists():
@@ -67,23 +76,78 @@ class TrainLog:
             writer = csv.DictWriter(handle, columns)
             writer.writeheader()
             writer.writerows(rows)
+        self._live = Live(str(path.parent / "curves"), report="html", save_dvc_exp=False, dvcyaml=None)
+        for row in rows:
+            self._draw(row)
 
-    def write(self, row: dict[str, Any], timing: str = "") -> None:
-        """Append a row (reproducible figures only) and print it with `timing` (what differs from run to run)."""
+    def write(self, row: dict[str, Any], figures: dict[str, float], minutes_left: float) -> None:
+        """Append a row and print it with `figures`, which differ from run to run (`Meter.figures`)."""
         with self.path.open("a", newline="") as handle:
             csv.DictWriter(handle, self.columns).writerow(row)
+        self._draw(row | figures)
+        self._live.make_summary()
         shown = "  ".join(f"{key} {value}" for key, value in row.items() if value != "")
-        print(f"{self.name}: {shown}  {timing}".rstrip(), flush=True)
+        measured = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        print(f"{self.name}: {shown}  | {measured}, {minutes_left:.1f} min left", flush=True)
+
+    def report(self) -> None:
+        """Draw the curves in `curves/report.html` beside the CSV."""
+        self._live.make_report()
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        self._live.step = int(row["step"])
+        for key, value in row.items():
+            if key != "step" and value != "":
+                self._live.log_metric(key, float(value))
 
 
-def check_finite(loss: torch.Tensor, step: int) -> None:
+class Meter:
+    """Speed since the last log line, of training alone: validation and checkpoints do not count.
+
+    Args:
+        flops: floating-point operations of one training sample: three forward passes (the backward pass costs two).
+            What gradient checkpointing computes again is not useful and not counted.
+    """
+
+    def __init__(self, device: torch.device, processes: int, flops: float) -> None:
+        self.device, self.processes, self.flops = device, processes, flops
+        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
+
+    def add(self, samples: int, begun: float, waited: float) -> None:
+        """A step of `samples` in all processes that began at `time.monotonic()` = `begun` and waited for data."""
+        self._samples += samples
+        self._seconds += time.monotonic() - begun
+        self._waited += waited
+
+    def figures(self) -> dict[str, float]:
+        """samples/s of all processes, % of the time that this one waited for data, its peak memory in GiB (of the device, or
+        resident); on GPUs also TFLOP/s of each and, where its peak is known, MFU: % of the dense 16-bit peak."""
+        rate = self._samples / self._seconds
+        found = {"samples_per_s": rate, "data_wait_percent": 100 * self._waited / self._seconds}
+        found["memory_gib"] = _peak_bytes(self.device) / 2**30
+        self._samples, self._seconds, self._waited = 0, 0.0, 0.0
+        if self.device.type == "cuda":
+            done = rate * self.flops / self.processes
+            found["tflops"] = done / 1e12
+            if peak := peak_flops(torch.cuda.get_device_name(self.device)):
+                found["mfu_percent"] = 100 * done / peak
+        return found
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def check_finite(value: torch.Tensor, step: int, name: str = "loss") -> None:
     """Stop before a bad step reaches the weights.
 
     Raises:
-        UserError: the loss is NaN or infinite.
+        UserError: the value is NaN or infinite.
     """
-    if not torch.isfinite(loss):
+    if not torch.isfinite(value):
         raise UserError(
-            f"step {step}: the loss is {loss.item()}; the last checkpoint is unharmed: lower train.optimizer.lr, "
+            f"step {step}: the {name} is {value.item()}; the last checkpoint is unharmed: lower train.optimizer.lr, "
             "or use train.precision bf16 or fp32, and run again"
         )
