@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +26,6 @@ def run(arguments: argparse.Namespace) -> None:
             train_model(study, arguments.model)
     elif (count := processes(study)) > 1:
         command = ["train", "--params", arguments.params, "--model", arguments.model]
-        sys.exit(launch(command, count, study.resources["train"].threads))
+        launch(command, count, study.resources["train"].threads)
     else:
         train_model(study, arguments.model)

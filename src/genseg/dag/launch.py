@@ -6,16 +6,14 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 
 from genseg.dag.lease import die_with_parent
 from genseg.errors import UserError
 from genseg.params import Params
 
-_TOLD = 2
-"""Exit code of a process that has told its user's mistake."""
-_HEAD_START_SECONDS = 5.0
+_MARK = "GENSEG_LAUNCHED"
+"""Environment variable of processes that `launch` has started."""
 
 
 def processes(study: Params) -> int:
@@ -26,37 +24,42 @@ def processes(study: Params) -> int:
     return 1 if study.device == "cpu" else max(1, min(study.resources["train"].gpu, torch.cuda.device_count()))
 
 
-def launch(command: list[str], count: int, threads: int) -> int:
+def launch(command: list[str], count: int, threads: int) -> None:
     """Run `genseg COMMAND` in `count` processes of this machine until all have ended; they end when this one does.
 
-    Returns:
-        exit code: 0, 2 when one of them has told a user's mistake, else 1.
+    Raises:
+        UserError: the mistake that the first of them to fail has met, or how it was killed.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    logging.disable(logging.ERROR)  # torchrun's own account of a failure: a page
+    os.environ[_MARK] = "1"
+    logging.disable(logging.ERROR)  # torchrun's own account of a failure is a page
     try:
         main(["--standalone", "--nproc-per-node", str(count), "--module", "genseg", *command])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == _TOLD:
-            return _TOLD
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        print(f"process {rank} of {count} ended with {how}; checkpoints are kept, run again", file=sys.stderr)
-        return 1
-    return 0
+        if isinstance(failure.message, dict):
+            raise UserError(failure.message["message"].removeprefix("UserError: ")) from None
+        how = f"was killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+        raise UserError(f"process {rank} of {count} {how}; checkpoints are kept: run again") from None
+    finally:
+        logging.disable(logging.NOTSET)
+        del os.environ[_MARK]
 
 
 @contextlib.contextmanager
 def one_of_several() -> Iterator[None]:
-    """The work of a process that torchrun, `accelerate launch` or `launch` has started: it ends when they do, and a mistake
-    that all processes find is told by the first (the others wait, and are ended)."""
+    """The work of a process that torchrun, `accelerate launch` or `launch` has started: it ends when they do, and leaves
+    telling a mistake, which all of them may have found, to `launch`."""
     die_with_parent()
     try:
         yield
-    except UserError:
-        if os.environ["RANK"] != "0":
-            time.sleep(_HEAD_START_SECONDS)
-        raise
+    except UserError as error:
+        if _MARK not in os.environ:
+            raise
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+        sys.exit(2)

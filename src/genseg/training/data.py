@@ -30,6 +30,7 @@ AHEAD = 2
 """Steps whose data are prepared while the device computes."""
 
 Item = TypeVar("Item")
+DrawT = Callable[[int, torch.Generator], torch.Tensor]
 
 
 @dataclass
@@ -76,8 +77,8 @@ class PhraseData:
 
 
 @dataclass
-class Part:
-    """A micro-batch of a step: b rows and what was drawn for them."""
+class MicroBatch:
+    """b rows of a step and what was drawn for them."""
 
     batch: Batch
     noise: torch.Tensor
@@ -88,19 +89,22 @@ class Part:
     """[b] bool: rows whose text is replaced by the nulls."""
 
 
-def step_parts(data: PhraseData, train: Train, timesteps: int, seed: int, step: int, places: range) -> list[Part]:
+def micro_batches(data: PhraseData, train: Train, draw_t: DrawT, seed: int, step: int, places: range) -> list[MicroBatch]:
     """The micro-batches of `places` in the global batch of `step`.
 
     Everything is drawn for the whole global batch and then cut: a process that takes other places draws the same.
+
+    Args:
+        draw_t: (count, generator) -> timesteps [count].
     """
     rng, generator = step_rng(seed, "step", step), step_generator(seed, "noise", step)
     indices = step_indices(seed, step, train.batch, len(data))
     mirrored = [train.flip and rng.random() < 0.5 for _ in indices]
     drop = torch.tensor([rng.random() < train.p_drop for _ in indices])
-    t = torch.randint(0, timesteps, (train.batch,), generator=generator)
+    t = draw_t(train.batch, generator)
     noise = torch.randn((train.batch, *data.label_shape), generator=generator)
     cuts = [slice(low, min(low + train.micro_batch, places.stop)) for low in places[:: train.micro_batch]]
-    return [Part(data.batch(indices[cut], mirrored[cut]), noise[cut], t[cut], drop[cut]) for cut in cuts]
+    return [MicroBatch(data.batch(indices[cut], mirrored[cut]), noise[cut], t[cut], drop[cut]) for cut in cuts]
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:

@@ -35,7 +35,7 @@ from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.text import TextEmbedding
 from genseg.models.unet import label_unet, run_unet
 from genseg.params import Optimizer, Params, Train, digest
-from genseg.training.data import Batch, Part, PhraseData, prefetched, step_parts, total_steps
+from genseg.training.data import Batch, MicroBatch, PhraseData, micro_batches, prefetched, total_steps
 from genseg.training.distributed import (
     Ranks,
     accumulating,
@@ -124,6 +124,10 @@ class Objective:
     def __init__(self, kind: Kind, study: Params, alphas_bar: torch.Tensor) -> None:
         self.kind, self.study, self.alphas_bar = kind, study, alphas_bar
 
+    def timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """t [count], uniform."""
+        return torch.randint(0, len(self.alphas_bar), (count,), generator=generator)
+
     def __call__(
         self, networks: nn.Module, batch: Batch, noise: torch.Tensor, t: torch.Tensor, drop: torch.Tensor | None
     ) -> torch.Tensor:
@@ -162,6 +166,7 @@ def train_model(study: Params, kind: Kind) -> None:
 def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
     started = time.time()
     train, device, first = study.train, ranks.device, ranks.rank == 0
+    places = ranks.places(train.batch)
     name = describe(device) + (f" x {ranks.size}, {train.sharding}" if ranks.size > 1 else "")
     if first:
         print(f"train {kind}: device {name}, precision {train.precision}", flush=True)
@@ -183,7 +188,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         spread(averaged, ranks, train.sharding)
     optimizer = make_optimizer(networks, train.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    steps, places = total_steps(train, len(data)), ranks.places(train.batch)
+    steps = total_steps(train, len(data))
     key = digest([kind, study.subtree("seed", "train", "latents"), backbone["weights"], code_hash(*CODE), _data_hash(study)])
     work = study.work_dir / "train" / f"{kind}-{key}"
     start = _resume(work, networks, averaged, optimizer, scaler)
@@ -192,16 +197,17 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         print(f"train {kind}: {len(data)} phrases, {steps} steps of {train.batch}, from step {start}", flush=True)
 
     since = time.monotonic()
-    timesteps = len(objective.alphas_bar)
-    stream = prefetched(lambda step: step_parts(data, train, timesteps, study.seed, step, places), range(start, steps))
+    stream = prefetched(
+        lambda step: micro_batches(data, train, objective.timesteps, study.seed, step, places), range(start, steps)
+    )
     for step in range(start, steps):
         factor = lr_factor(step, steps, train.optimizer.warmup_steps, train.optimizer.schedule)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         begun = time.monotonic()
-        parts = next(stream)
+        batches = next(stream)
         waited = time.monotonic() - begun
-        loss = _take_step(step, parts, train, ranks, model, objective, optimizer, scaler)
+        loss = _take_step(step, batches, train, ranks, model, objective, optimizer, scaler)
         if averaged is not networks:
             _average(averaged, networks, min(train.ema or 0.0, (step + 1) / (step + 10)))
         meter.add(train.batch, begun, waited)
@@ -251,7 +257,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
 
 def _take_step(
     step: int,
-    parts: list[Part],
+    batches: list[MicroBatch],
     train: Train,
     ranks: Ranks,
     model: nn.Module,
@@ -259,14 +265,16 @@ def _take_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> float:
-    """One optimiser step over the global batch, of which `parts` are this process's. Returns the batch's mean loss."""
+    """One optimiser step over the global batch, of which `batches` are this process's. Returns the batch's mean loss."""
     device = ranks.device
     total = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
-    for number, part in enumerate(parts):
-        with accumulating(model, last=number == len(parts) - 1):
+    for number, micro in enumerate(batches):
+        with accumulating(model, last=number == len(batches) - 1):
             with _autocast(train, device):
-                losses = objective(model, part.batch.to(device), part.noise.to(device), part.t.to(device), part.drop.to(device))
+                losses = objective(
+                    model, micro.batch.to(device), micro.noise.to(device), micro.t.to(device), micro.drop.to(device)
+                )
             loss = losses.sum() / train.batch
             total += loss.detach()
             scaler.scale(loss * ranks.size).backward()  # the processes' gradients are averaged, ours is a sum
