@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import UNet2DConditionModel
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from genseg.artifacts.files import atomic_directory, file_sha256
+from genseg.artifacts.files import atomic_directory, atomic_path, file_sha256
 from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
 from genseg.artifacts.phrases import hash_unit, read_phrases, row_mask
@@ -37,7 +38,8 @@ from genseg.models.backbone import load_text_encoders, load_unet, load_vae
 from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.text import TextEmbedding
 from genseg.models.unet import label_unet, run_unet
-from genseg.params import Optimizer, Params, Train, digest
+from genseg.models.vae import encode_masks, vae_factor
+from genseg.params import Optimizer, Params, Stage, Train, digest
 from genseg.training.loop import TrainLog, check_finite, load_checkpoint, lr_factor, save_checkpoint, step_generator, step_rng
 
 Kind = Literal["gs", "discriminative"]
@@ -69,18 +71,34 @@ class Networks(nn.Module):
 
 @dataclass
 class Batch:
-    """image [B, 4, h, w]; label: soft mask [B, 1, h, w] in [0, 1]; texts: B embeddings."""
+    """image [B, 4, h, w]; label: soft mask [B, 1, h, w] in [0, 1], or the VAE's latent of it [B, C, h, w]; mask: soft mask
+    [B, 1, S, S] at the size of BCE + Dice; texts: B embeddings."""
 
     image: torch.Tensor
     label: torch.Tensor
+    mask: torch.Tensor
     texts: list[TextEmbedding]
 
 
 class PhraseData:
-    """Training rows: image latents from the store, labels reduced from the masks' codes, text from the store."""
+    """Training rows: image latents from the store, labels reduced from the masks' codes, text from the store.
 
-    def __init__(self, rows: pd.DataFrame, images: LatentStore, texts: Texts, device: torch.device) -> None:
+    Args:
+        task_size: side of `Batch.mask`; None: that of the label latent.
+        vae: encodes the labels; None: they are the masks themselves.
+    """
+
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        images: LatentStore,
+        texts: Texts,
+        device: torch.device,
+        task_size: int | None = None,
+        vae: AutoencoderKL | None = None,
+    ) -> None:
         self.rows, self.images, self.texts, self.device = rows.reset_index(drop=True), images, texts, device
+        self.task_size, self.vae = task_size, vae
         self._image_cache: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -89,15 +107,24 @@ class PhraseData:
     def batch(self, indices: list[int], mirrored: list[bool]) -> Batch:
         """Rows `indices`; where `mirrored`, image latent and label are flipped left to right (the flip of a latent is
         nearly the latent of the flip: a convolutional VAE has no preferred side)."""
-        images, labels, texts = [], [], []
+        images: list[torch.Tensor] = []
+        labels: list[torch.Tensor] = []
+        masks: list[torch.Tensor] = []
+        texts: list[TextEmbedding] = []
+        factor = vae_factor(self.vae) if self.vae is not None else 1
         for index, mirror in zip(indices, mirrored, strict=True):
             row = self.rows.iloc[index]
             image = self.images[row["image_id"]]["latent"].float()
-            label = torch.from_numpy(area_reduce(row_mask(row), *image.shape[-2:]))[None]
-            images.append(image.flip(-1) if mirror else image)
-            labels.append(label.flip(-1) if mirror else label)
+            truth = row_mask(row)
+            height, width = image.shape[-2:]
+            label = torch.from_numpy(area_reduce(truth, factor * height, factor * width))[None]
+            side = self.task_size
+            mask = label if side is None else torch.from_numpy(area_reduce(truth, side, side))[None]
+            for found, tensor in ((images, image), (labels, label), (masks, mask)):
+                found.append(tensor.flip(-1) if mirror else tensor)
             texts.append(self.texts[row["phrase"]])
-        return Batch(torch.stack(images).to(self.device), torch.stack(labels).to(self.device), texts)
+        image, label, mask = (torch.stack(found).to(self.device) for found in (images, labels, masks))
+        return Batch(image, label if self.vae is None else encode_masks(self.vae, label), mask, texts)
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -118,13 +145,32 @@ def step_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 
 
 def total_steps(train: Train, rows: int) -> int:
+    """Steps before the stages."""
     return train.steps or math.ceil((train.epochs or 0) * rows / train.batch)
 
 
-def build_networks(study: Params, source: str, revision: str | None, empty: TextEmbedding) -> Networks:
+@dataclass(frozen=True)
+class Part:
+    """Steps `first` to `first + steps - 1` of a training, with a learning-rate schedule of their own; stage: None for what
+    comes before the stages."""
+
+    first: int
+    steps: int
+    stage: Stage | None = None
+
+
+def training_parts(train: Train, rows: int, kind: Kind) -> list[Part]:
+    """The parts in their order. The control has one, as long as all of them: the same budget."""
+    parts = [Part(0, total_steps(train, rows))]
+    for stage in train.stages:
+        parts.append(Part(parts[-1].first + parts[-1].steps, stage.steps, stage))
+    return parts if kind == "gs" else [Part(0, parts[-1].first + parts[-1].steps)]
+
+
+def build_networks(study: Params, source: str, revision: str | None, empty: TextEmbedding, label_channels: int = 1) -> Networks:
     """Label U-Net and adapter as they are before the first step (fp32 master weights)."""
     torch.manual_seed(derive_seed(study.seed, "networks") % 2**31)
-    unet = label_unet(load_unet(source, revision), study.train.image_columns)
+    unet = label_unet(load_unet(source, revision), study.train.image_columns, label_channels)
     adapter = TextAdapter(
         token_width=empty.tokens.shape[-1],
         pooled_width=empty.pooled.shape[-1],
@@ -160,28 +206,71 @@ def make_optimizer(networks: Networks, optimizer: Optimizer) -> torch.optim.Opti
 
 
 class Objective:
-    """Loss per sample of either kind of model, for given noise and timesteps."""
+    """Loss per sample of either kind of model, for given noise and timesteps.
+
+    part: which part of the training is on; teacher: the frozen model of a part that distils.
+    """
 
     def __init__(self, kind: Kind, study: Params, alphas_bar: torch.Tensor) -> None:
         self.kind, self.study, self.alphas_bar = kind, study, alphas_bar
+        self.part: Part | None = None
+        self.teacher: Networks | None = None
+
+    def timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """t [count]: uniform, but the last one with probability `train.p_last`."""
+        t = torch.randint(0, len(self.alphas_bar), (count,), generator=generator)
+        p_last = self.study.train.p_last
+        return t.masked_fill(torch.rand(count, generator=generator) < p_last, len(self.alphas_bar) - 1) if p_last else t
 
     def __call__(
         self, networks: Networks, batch: Batch, noise: torch.Tensor, t: torch.Tensor, drop: torch.Tensor | None
     ) -> torch.Tensor:
-        """Loss [B]. noise: [B, 1, h, w]; t: [B]; drop: [B] bool. The control ignores noise and t and drops no text."""
+        """Loss [B] of the part that is on; stages drop no text, and `task` takes the last timestep for every t."""
+        stage = self.part.stage if self.part is not None else None
+        if stage is None:
+            return self.first_loss(networks, batch, noise, t, drop)
+        train = self.study.train
+        if stage.objective == "task":
+            last = torch.full_like(t, len(self.alphas_bar) - 1)
+            output = networks(noise, batch.image, last, batch.texts, None, train.size)
+            return self._task_loss(output, noise, batch, last)
+        assert self.teacher is not None
+        assert stage.guidance is not None
+        x_t = noised(self._x_0(batch), noise, self.alphas_bar, t)
+        inputs = (x_t, batch.image, t, batch.texts)
+        with torch.no_grad():
+            conditional = self.teacher(*inputs, None, train.size)
+            unconditional = self.teacher(*inputs, torch.ones_like(t, dtype=torch.bool), train.size)
+            answer = unconditional + stage.guidance * (conditional - unconditional)
+        return diffusion_loss(networks(*inputs, None, train.size), answer.float())
+
+    def _x_0(self, batch: Batch) -> torch.Tensor:
+        label = 2 * batch.label - 1 if self.study.train.label == "mask" else batch.label
+        return label * self.study.train.label_scale
+
+    def _task_loss(self, output: torch.Tensor, x_t: torch.Tensor, batch: Batch, t: torch.Tensor) -> torch.Tensor:
+        train = self.study.train
+        estimate = estimate_x_0(train.prediction, output.float(), x_t, self.alphas_bar, t, train.label_scale)
+        if train.task_size is not None:
+            estimate = F.interpolate(estimate, size=batch.mask.shape[-2:], mode="bilinear")
+        return task_loss(estimate, batch.mask, train.label_scale)
+
+    def first_loss(
+        self, networks: Networks, batch: Batch, noise: torch.Tensor, t: torch.Tensor, drop: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Loss [B] before the stages. noise: like the label; t: [B]; drop: [B] bool. The control ignores noise and t and drops
+        no text."""
         train = self.study.train
         if self.kind == "discriminative":
             last = torch.full_like(t, DISCRIMINATIVE_TIMESTEP)
             output = networks(torch.zeros_like(batch.label), batch.image, last, batch.texts, None, train.size)
             return discriminative_loss(output, batch.label)
-        x_0 = (2 * batch.label - 1) * train.label_scale
+        x_0 = self._x_0(batch)
         x_t = noised(x_0, noise, self.alphas_bar, t)
         output = networks(x_t, batch.image, t, batch.texts, drop, train.size)
-        scale = train.label_scale
-        losses = diffusion_loss(output, target(train.prediction, x_0, noise, self.alphas_bar, t, scale))
+        losses = diffusion_loss(output, target(train.prediction, x_0, noise, self.alphas_bar, t, train.label_scale))
         if train.task_weight:
-            estimate = estimate_x_0(train.prediction, output.float(), x_t, self.alphas_bar, t, scale)
-            losses = losses + train.task_weight * task_loss(estimate, batch.label, scale)
+            losses = losses + train.task_weight * self._task_loss(output, x_t, batch, t)
         return losses
 
 
@@ -203,17 +292,23 @@ def train_model(study: Params, kind: Kind) -> None:
     phrases = read_phrases(study.data_dir / "phrases.parquet")
     texts = Texts(text_store(study), device)
     images = LatentStore(image_store(study, train.size))
-    data = PhraseData(phrases[phrases["split"] == "train"], images, texts, device)
-    val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts, device)
+    vae = None
+    if kind == "gs" and train.label == "vae":
+        vae = load_vae(backbone["pipeline"], backbone["revision"]).to(device)
+    data = PhraseData(phrases[phrases["split"] == "train"], images, texts, device, train.task_size, vae)
+    validation = _validation_rows(phrases, train.validate_phrases, study.seed)
+    val = PhraseData(validation, images, texts, device, train.task_size, vae)
     prediction = train.prediction if kind == "gs" else "logits"
     scheduler = make_scheduler(backbone["betas"], train.prediction, train.zero_terminal_snr)
     objective = Objective(kind, study, scheduler.alphas_cumprod.to(device))
 
-    networks = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""]).to(device)
+    channels = 1 if vae is None else vae.config.latent_channels
+    networks = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""], channels).to(device)
     optimizer = make_optimizer(networks, train.optimizer)
     averaged = copy.deepcopy(networks).requires_grad_(False) if train.ema else networks
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    steps = total_steps(train, len(data))
+    parts = training_parts(train, len(data), kind)
+    steps = parts[-1].first + parts[-1].steps
     key = digest([kind, study.subtree("seed", "train", "latents"), backbone["weights"], code_hash(*CODE), _data_hash(study)])
     work = study.work_dir / "train" / f"{kind}-{key}"
     start = _resume(work, networks, averaged, optimizer, scaler)
@@ -222,7 +317,11 @@ def train_model(study: Params, kind: Kind) -> None:
 
     waited, since = 0.0, time.monotonic()
     for step in range(start, steps):
-        factor = lr_factor(step, steps, train.optimizer.warmup_steps, train.optimizer.schedule)
+        part = next(part for part in reversed(parts) if part.first <= step)
+        if part is not objective.part:
+            _enter(part, step, objective, networks, averaged, optimizer, work)
+        factor = lr_factor(step - part.first, part.steps, train.optimizer.warmup_steps, train.optimizer.schedule)
+        factor *= part.stage.lr_factor if part.stage else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         loss, wait = _take_step(step, study, data, networks, objective, optimizer, scaler, device)
@@ -264,6 +363,33 @@ def train_model(study: Params, kind: Kind) -> None:
     print(f"train {kind}: saved {folder}", flush=True)
 
 
+def _enter(
+    part: Part,
+    step: int,
+    objective: Objective,
+    networks: Networks,
+    averaged: Networks,
+    optimizer: torch.optim.Optimizer,
+    work: Path,
+) -> None:
+    """Begin a part, or go on with it after a resume: a stage begins with the averaged weights and a fresh optimiser; its
+    teacher, the same weights frozen, is kept in a file for a later resume."""
+    objective.part, objective.teacher = part, None
+    if part.stage is None:
+        return
+    if step == part.first:
+        networks.load_state_dict(averaged.state_dict())
+        optimizer.state.clear()
+    if part.stage.objective == "distill":
+        path = work / f"teacher-{part.first:07d}.pt"
+        if step == part.first:
+            with atomic_path(path) as temporary:
+                torch.save(averaged.state_dict(), temporary)
+        objective.teacher = copy.deepcopy(averaged).requires_grad_(False).eval()
+        objective.teacher.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    print(f"train {objective.kind}: stage {part.stage.objective}, steps {part.first} to {part.first + part.steps}", flush=True)
+
+
 def _take_step(
     step: int,
     study: Params,
@@ -280,7 +406,7 @@ def _take_step(
     indices = step_indices(study.seed, step, train.batch, len(data))
     mirrored = [train.flip and rng.random() < 0.5 for _ in indices]
     drop = torch.tensor([rng.random() < train.p_drop for _ in indices])
-    t = torch.randint(0, len(objective.alphas_bar), (len(indices),), generator=generator)
+    t = objective.timesteps(len(indices), generator)
     total, waited = 0.0, 0.0
     optimizer.zero_grad(set_to_none=True)
     for low in range(0, train.batch, train.micro_batch):
@@ -326,7 +452,8 @@ def _validation_rows(phrases: pd.DataFrame, count: int, seed: int) -> pd.DataFra
 
 @torch.no_grad()
 def _validate(objective: Objective, networks: Networks, val: PhraseData, study: Params, device: torch.device) -> dict[str, str]:
-    """Mean validation loss per timestep band (of the averaged weights), each phrase at one fixed t and noise a band."""
+    """Mean validation loss per timestep band (of the averaged weights), each phrase at one fixed t and noise a band; always
+    the loss before the stages, so that its values compare."""
     networks.eval()
     train = study.train
     found: dict[str, str] = {}
@@ -340,7 +467,7 @@ def _validate(objective: Objective, networks: Networks, val: PhraseData, study: 
             t = torch.cat([torch.randint(low, high, (1,), generator=draw) for draw in draws])
             noise = torch.stack([torch.randn(batch.label.shape[1:], generator=draw) for draw in draws])
             with _autocast(train, device):
-                losses.append(objective(networks, batch, noise.to(device), t.to(device), None))
+                losses.append(objective.first_loss(networks, batch, noise.to(device), t.to(device), None))
         means.append(torch.cat(losses).mean().item())
         if objective.kind == "gs":
             found[f"val_t{low}_{high - 1}"] = f"{means[-1]:.6f}"
@@ -394,6 +521,7 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         prediction=prediction,
         label_scale=study.train.label_scale,
         image_size=study.train.size,
+        label="mask" if prediction == "logits" else study.train.label,
     )
     with atomic_directory(folder) as temporary:
         pipeline.save_pretrained(temporary)
