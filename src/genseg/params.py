@@ -542,5 +542,5 @@ def _names_beside(location: list[str]) -> list[str]:
     node = schema
     for part in location[:-1]:
         node = resolve(node)
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
     return list(resolve(node).get("properties", {}))
