@@ -44,6 +44,8 @@ CHANGES = [
     ("sample.main.guidance", 3.25, {MAIN} | GATHER),
     ("sample.threshold", 0.375, SAMPLE),
     ("sample.grid_fraction", 0.375, NEW_SIZE),
+    ("sample.points", [{"steps": 3, "guidance": 1.5}], {MAIN} | GATHER),
+    ("sample.select_fraction", 0.375, NEW_SIZE),
     ("sample.shards", 3, SAMPLE),
     ("score.bootstrap", 77, SCORE),
     ("tables.dpi", 77, TABLES),

@@ -1,13 +1,18 @@
 """Schedule, objectives and samplers against closed forms and against diffusers."""
 
+import itertools
+import math
+
 import pytest
 import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, estimate_x_0, noised, target, task_loss
-from genseg.diffusion.sampling import draw_noise, phrase_generator, sample_labels
+from genseg.diffusion.sampling import ddim_step, dpmpp_step, draw_noise, phrase_generator, sample_labels
 from genseg.diffusion.schedule import make_scheduler
+from genseg.params import Point
 
 BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTIONS = ("noise", "v", "x0")
@@ -60,11 +65,11 @@ def test_noising_and_velocity_agree_with_diffusers():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("rule", ["ddim", "ddpm"])
+@pytest.mark.parametrize("rule", ["ddim", "ddpm", "dpmpp"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_a_perfect_denoiser_is_sampled_to_x_0(prediction, rule, steps):
     zero_snr = prediction != "noise"
-    scheduler = make_scheduler(BETAS, prediction, zero_snr, rule)
+    scheduler = make_scheduler(BETAS, prediction, zero_snr)
     alphas = scheduler.alphas_cumprod.double()
     x_0 = torch.where(torch.rand(2, 1, 6, 6) > 0.5, 1.0, -1.0)
 
@@ -74,7 +79,8 @@ def test_a_perfect_denoiser_is_sampled_to_x_0(prediction, rule, steps):
         return target(prediction, x_0, noise, alphas, t.expand(2), 1.0).float()
 
     generators = [phrase_generator(0, 1, "n", phrase, 6) for phrase in range(2)]
-    found = sample_labels(denoise, scheduler, draw_noise(generators, (1, 6, 6)), steps, 1.0, generators)
+    noise = draw_noise(generators, (1, 6, 6))
+    found = sample_labels(denoise, scheduler, noise, steps, 1.0, generators, rule=rule)
     assert torch.allclose(found, x_0, atol=2e-3)
 
 
@@ -82,11 +88,13 @@ def test_a_perfect_denoiser_is_sampled_to_x_0(prediction, rule, steps):
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_steps_agree_with_diffusers_where_its_grid_is_exact(rule, spacing, prediction):
-    scheduler = make_scheduler(BETAS, prediction, False, rule, spacing)
-    scheduler.set_timesteps(20)
+    scheduler = make_scheduler(BETAS, prediction, False, spacing)
     generator = phrase_generator(0, 1, "n", 1, 8)
     x_t = draw_noise([generator], (1, 8, 8))
-    ours = sample_labels(lambda x, t, g: 0.2 * x.tanh(), scheduler, x_t, 20, 1.0, [generator])
+    ours = sample_labels(lambda x, t, g: 0.2 * x.tanh(), scheduler, x_t, 20, 1.0, [generator], rule=rule)
+    if rule == "ddpm":
+        scheduler = DDPMScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(20)
     generator = phrase_generator(0, 1, "n", 1, 8)
     draw_noise([generator], (1, 8, 8))
     for t in scheduler.timesteps:
@@ -96,6 +104,81 @@ def test_steps_agree_with_diffusers_where_its_grid_is_exact(rule, spacing, predi
         assert torch.allclose(ours, x_t, atol=1e-4)
     else:  # diffusers' leading DDPM draws variance at its last step (t = 1), ours ends at the estimate of x_0
         assert torch.allclose(ours, x_t, atol=0.2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [2, 5, 20])
+def test_dpm_solver_agrees_with_diffusers(prediction, steps):
+    scheduler = make_scheduler(BETAS, prediction, False)
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")
+    config = {name: scheduler.config[name] for name in names}
+    theirs = DPMSolverMultistepScheduler(
+        **config, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero", lower_order_final=True
+    )
+    theirs.set_timesteps(steps)
+    start = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x_t = start
+    for t in theirs.timesteps:
+        x_t = theirs.step(0.2 * x_t.tanh(), t, x_t).prev_sample
+    ours = sample_labels(lambda x, t, g: 0.2 * x.tanh(), scheduler, start, steps, 1.0, [], rule="dpmpp")
+    assert scheduler.timesteps.tolist() == theirs.timesteps.tolist()
+    assert torch.allclose(ours, x_t, atol=2e-4)
+
+
+def test_dpm_solver_is_second_order_and_ddim_first():
+    """On x_0 ~ N(m, s^2) the exact denoiser and the exact flow are known: x_t keeps its distance from the mean in units of its
+    standard deviation. Half the step size must quarter the error of the one and halve that of the other."""
+    m, s = 0.4, 0.5
+
+    def error(rule, steps):
+        log_snr = torch.linspace(-3, 3, steps + 1, dtype=torch.float64)  # lambda, in equal steps
+        alphas = torch.sigmoid(2 * log_snr)
+        z = 1.3
+
+        def exact(alpha):
+            return alpha.sqrt() * m + (alpha * s**2 + 1 - alpha).sqrt() * z
+
+        x_t, previous = exact(alphas[0]), None
+        for alpha, alpha_next in itertools.pairwise(alphas):
+            x_0 = m + alpha.sqrt() * s**2 / (alpha * s**2 + 1 - alpha) * (x_t - alpha.sqrt() * m)
+            if rule == "ddim":
+                x_t = ddim_step(x_t, x_0, alpha, alpha_next)
+            else:
+                x_t, previous = dpmpp_step(x_t, x_0, alpha, alpha_next, previous), (x_0, alpha)
+        return abs(x_t - exact(alphas[-1])).item()
+
+    orders = {rule: math.log2(error(rule, 64) / error(rule, 128)) for rule in ("ddim", "dpmpp")}
+    assert orders["ddim"] == pytest.approx(1, abs=0.15)
+    assert orders["dpmpp"] == pytest.approx(2, abs=0.25)
+    assert error("dpmpp", 16) < error("ddim", 16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 25),
+    st.sampled_from([1.0, 2.0]),
+    st.none() | st.tuples(st.integers(0, 10), st.integers(0, 10)).map(sorted),
+    st.integers(1, 3),
+)
+def test_evaluations_are_those_that_sampling_asks_for(steps, guidance, interval, ensemble):
+    point = Point(
+        steps=steps,
+        guidance=guidance,
+        guidance_interval=None if interval is None else (interval[0] / 10, interval[1] / 10),
+        ensemble=ensemble,
+    )
+    asked = []
+
+    def denoise(x_t, t, guided):
+        asked.append((int(t), guided))
+        return x_t.repeat(2 if guided else 1, 1, 1, 1)
+
+    scheduler = make_scheduler(BETAS, "x0", True)
+    for _ in range(ensemble):
+        sample_labels(denoise, scheduler, torch.zeros(1, 1, 1, 1), steps, guidance, [], interval=point.guidance_interval)
+    assert point.evaluations == sum(1 + guided for _, guided in asked)
+    if guidance != 1 and interval is not None:  # on the trailing grid a step starts at t / 1000 of the schedule
+        assert all(guided == (interval[0] * 100 <= t + 1 <= interval[1] * 100) for t, guided in asked if (t + 1) % 100)
 
 
 def test_guidance_is_equation_10_and_costs_two_evaluations():
@@ -114,11 +197,12 @@ def test_guidance_is_equation_10_and_costs_two_evaluations():
 
 
 def test_ddpm_noise_of_a_phrase_does_not_depend_on_its_batch():
-    scheduler = make_scheduler(BETAS, "v", True, "ddpm")
+    scheduler = make_scheduler(BETAS, "v", True)
 
     def run(phrases):
         generators = [phrase_generator(0, 1, "n", phrase, 8) for phrase in phrases]
-        return sample_labels(lambda x, t, g: 0.1 * x, scheduler, draw_noise(generators, (1, 8, 8)), 5, 1.0, generators)
+        noise = draw_noise(generators, (1, 8, 8))
+        return sample_labels(lambda x, t, g: 0.1 * x, scheduler, noise, 5, 1.0, generators, rule="ddpm")
 
     together, alone = run([1, 2, 3]), run([2])
     assert torch.equal(together[1], alone[0])

@@ -11,10 +11,13 @@ from scipy import ndimage
 
 from genseg.artifacts.masks import encode, measure
 from genseg.artifacts.parquet import KEY
+from genseg.artifacts.resample import bilinear
 from genseg.errors import UserError
 from genseg.metrics.bootstrap import paired_difference, paired_miou_difference, recall_intervals, resampled_sums
 from genseg.metrics.boundary import band_width, boundary_band, boundary_ious
+from genseg.metrics.calibration import calibration_counts, calibration_error, calibration_summary
 from genseg.metrics.ceilings import latent_ceiling, protocol_ceiling
+from genseg.metrics.operating import operating_points, threshold_ious
 from genseg.metrics.protocols import Pairs, phrase_ious, plural_flags, ppmn_size
 from genseg.metrics.recall import GRIDS, Grid, average_recall, size_members, split_members, threshold_grid
 from genseg.metrics.semantic import class_ious, count_pixels, mean_iou
@@ -372,3 +375,81 @@ def test_miou_difference():
     assert found["difference"] == pytest.approx(float(mean_iou(a.sum(0)) - mean_iou(b.sum(0))))
     assert 0.03 < found["ci_low"] < found["difference"] < found["ci_high"] < 0.06
     assert paired_miou_difference(a, a, 50, seed=0) == {"n": 40, "difference": 0, "ci_low": 0, "ci_high": 0}
+
+
+# --------------------------------------------------------------------------------------------- soft maps, operating points
+def soft_rows(seed, count=5):
+    """Phrases of three images with soft maps, the first and the last map plain 0 and 1."""
+    rng = np.random.default_rng(seed)
+    truths = [blob(*shape, index) for index, shape in enumerate([(9, 13), (9, 13), (16, 8), (16, 8), (7, 7)][:count])]
+    rows = pd.DataFrame(
+        {
+            "image_id": [4, 4, 2, 2, 9][:count],
+            "height": [truth.shape[0] for truth in truths],
+            "width": [truth.shape[1] for truth in truths],
+            "mask": [encode(truth) for truth in truths],
+        }
+    )
+    maps = rng.random((count, 4, 4), dtype=np.float32)
+    maps[0], maps[-1] = 0, 1
+    return rows, maps, truths
+
+
+@quick
+@given(st.integers(0, 10**6))
+def test_calibration_error_is_the_definition(seed):
+    rows, maps, truths = soft_rows(seed)
+    bins = [[] for _ in range(15)]
+    for soft, truth in zip(maps, truths, strict=True):
+        for probability, foreground in zip(bilinear(soft[None], *truth.shape).ravel(), truth.ravel(), strict=True):
+            bins[min(int(float(probability) * 15), 14)].append((float(probability), bool(foreground)))
+    total = sum(map(len, bins))
+    brute = sum(
+        len(found) / total * abs(np.mean([p for p, _ in found]) - np.mean([y for _, y in found])) for found in bins if found
+    )
+    counts = calibration_counts(rows, maps)
+    assert counts.shape == (3, 3, 15)
+    assert counts[:, 0].sum(1).tolist() == [2 * 16 * 8, 2 * 9 * 13, 7 * 7], "images in the order of their ids"
+    assert calibration_error(counts.sum(0)) == pytest.approx(brute, abs=1e-9)
+    summary = calibration_summary(counts, 20, 0)
+    assert summary["ece"] == pytest.approx(brute, abs=1e-9)
+    assert summary["pixels"] == [len(found) for found in bins]
+    assert [value is None for value in summary["frequency"]] == [not found for found in bins]
+
+
+def test_a_calibrated_map_has_no_calibration_error():
+    """Halves of foreground where the map says one half; certainty where it is right."""
+    truth = np.zeros((4, 8), bool)
+    truth[:, 2:6] = True
+    truth[0::2, 6:] = True
+    soft = np.array([[0, 0, 1, 1, 1, 1, 0.5, 0.5]] * 4, np.float32)
+    rows = pd.DataFrame({"image_id": [1], "height": [4], "width": [8], "mask": [encode(truth)]})
+    assert calibration_error(calibration_counts(rows, soft[None]).sum(0)) == 0
+
+
+@quick
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 20), min_size=1, max_size=6, unique=True).map(sorted))
+def test_threshold_ious_are_those_of_the_read_out(seed, twentieths):
+    rows, maps, truths = soft_rows(seed)
+    thresholds = np.array(twentieths) / 20
+    found = threshold_ious(rows, maps, thresholds)
+    for soft, truth, ious_of_phrase in zip(maps, truths, found, strict=True):
+        for threshold, iou in zip(thresholds, ious_of_phrase, strict=True):
+            mask = bilinear(soft[None], *truth.shape)[0] >= threshold
+            union = (mask | truth).sum()
+            assert iou == pytest.approx((mask & truth).sum() / union if union else 0)
+
+
+def test_the_best_point_of_a_budget_costs_no_more():
+    points = [
+        {"name": f"{cost}-{ar}", "evaluations": cost, "best_ar": ar} for cost, ar in ((4, 0.6), (1, 0.5), (4, 0.7), (9, 0.65))
+    ]
+    found = operating_points(points, "4-0.6")
+    assert [(entry["evaluations_at_most"], entry["name"]) for entry in found["best"]] == [
+        (1, "1-0.5"),
+        (4, "4-0.7"),
+        (9, "4-0.7"),
+    ]
+    assert not found["main_is_best_for_its_cost"]
+    assert operating_points(points, "4-0.7")["main_is_best_for_its_cost"]
+    assert not operating_points(points, "9-0.65")["main_is_best_for_its_cost"], "dearer and worse"

@@ -16,7 +16,7 @@ from genseg.models.device import choose_device
 from genseg.models.miniature import build_miniature
 from genseg.models.text import encode_phrases
 from genseg.models.unet import label_unet, run_unet
-from genseg.models.vae import decode_latents, encode_images, image_tensor, vae_factor
+from genseg.models.vae import decode_latents, encode_images, encode_masks, image_tensor, vae_factor
 from genseg.params import BackboneShape
 
 SHAPE = BackboneShape(
@@ -137,6 +137,17 @@ def test_label_unet_keeps_the_columns_it_names(backbone, tmp_path, columns, imag
         label_unet(unet, "latent")
 
 
+def test_label_unet_for_a_vaes_latent_keeps_what_knows_latents(backbone, tmp_path):
+    backbone.unet.save_pretrained(tmp_path / "unet")
+    original = load_unet(str(tmp_path))
+    unet = label_unet(load_unet(str(tmp_path)), "masked_image", label_channels=4)
+    assert torch.equal(unet.conv_in.weight[:, :4], original.conv_in.weight[:, :4])
+    assert torch.equal(unet.conv_in.weight[:, 4:], original.conv_in.weight[:, 5:9])
+    assert torch.equal(unet.conv_out.weight, original.conv_out.weight)
+    assert torch.equal(unet.conv_out.bias, original.conv_out.bias)
+    assert (unet.config.in_channels, unet.config.out_channels) == (8, 4)
+
+
 def test_dropout_replaces_every_text_path_together(encoders):
     torch.manual_seed(0)
     adapter = TextAdapter(64, 32, (32, 48))
@@ -247,3 +258,33 @@ def test_a_missing_backbone_is_one_line(tmp_path):
         load_unet(str(tmp_path))
     with pytest.raises(UserError, match=r"no folder vae"):
         load_component(type(None), str(tmp_path), "vae", None)
+
+
+def test_an_ensemble_is_the_mean_of_samples_that_hold_the_single_one(pipeline):
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoders = TextEncoders((pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2))
+    texts = encode_phrases(encoders, ["the grass", "two stars"])
+    keys = [(1, "n", 0), (1, "n", 1)]
+
+    def maps(ensemble, chosen=slice(None)):
+        return pipeline.label_maps(latents[chosen], texts[chosen], keys[chosen], 64, seed=3, ensemble=ensemble)
+
+    one, two, three = maps(1), maps(2), maps(3)
+    second, third = 2 * two - one, 3 * three - 2 * two
+    for sample in (second, third):
+        assert sample.min() > -1e-5
+        assert sample.max() < 1 + 1e-5
+        assert (sample - one).abs().max() > 1e-3, "other seeds"
+    assert torch.allclose(maps(3, slice(1, 2))[0], three[1], atol=1e-5), "a phrase's ensemble does not depend on its batch"
+
+
+def test_soft_labels_of_vae_latents_are_the_decoded_grey(pipeline):
+    masks = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    latents = encode_masks(pipeline.vae, masks)
+    assert torch.allclose(latents, encode_images(pipeline.vae, (2 * masks - 1).repeat(1, 3, 1, 1)))
+    scale = pipeline.config.label_scale
+    pipeline.register_to_config(label="vae")
+    soft = pipeline.soft_labels(latents * scale)
+    pipeline.register_to_config(label="mask")
+    assert torch.allclose(soft, (decode_latents(pipeline.vae, latents).mean(1) + 1) / 2, atol=1e-6)
+    assert torch.equal(pipeline.soft_labels(scale * (2 * masks - 1)), masks[:, 0])

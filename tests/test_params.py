@@ -26,6 +26,13 @@ def test_every_shipped_file_is_valid(path):
     assert params.sample.cells()[0] == params.sample.base
 
 
+NOISE = {"prediction": "noise", "zero_terminal_snr": False, "task_weight": 0.0}
+
+
+def stage(objective, guidance):
+    return {"objective": objective, "steps": 5, "lr_factor": 0.5, "guidance": guidance}
+
+
 def test_studies_have_names_of_their_own():
     names = [load_params(path).study for path in FILES]
     assert len(set(names)) == len(names)
@@ -48,7 +55,9 @@ def test_paper_is_the_paper():
         False,
     )
     assert sample.base == sample.main == Cell(size=1024, steps=50, guidance=7.5)
-    assert (sample.rule, sample.spacing, sample.readout) == ("ddim", "trailing", "bilinear")
+    assert (sample.base.rule, sample.base.ensemble, sample.base.guidance_interval) == ("ddim", 1, None)
+    assert (sample.spacing, sample.readout) == ("trailing", "bilinear")
+    assert (train.label, train.p_last, train.stages) == ("mask", 0, [])
     assert (sample.grid.sizes, sample.grid.steps, sample.grid.guidance) == ([768, 512], [30, 20], [8.0, 7.0])
     assert sample.grid_fraction == 0.07
     assert paper.backbone.init == "diffusers/stable-diffusion-xl-1.0-inpainting-0.1"
@@ -70,6 +79,17 @@ def test_paper_is_the_paper():
         (lambda d: d["data"].update(class_template="a thing"), "{name}"),
         (lambda d: d["backbone"].update(init=None), "exactly one"),
         (lambda d: d["sample"]["grid"].update(guidance=[0.5]), "sample.grid.guidance"),
+        (
+            lambda d: d["sample"]["points"].append({"steps": 4, "guidance": 2.0, "rle": "ddpm"}),
+            "did you mean sample.points.7.rule?",
+        ),
+        (lambda d: d["sample"]["main"].update(guidance_interval=[0.8, 0.2]), "must ascend"),
+        (lambda d: d["train"].update(stages=[stage("distill", None)]), "guidance belongs to objective distill"),
+        (lambda d: d["train"].update(stages=[stage("task", 2.0)]), "guidance belongs to objective distill"),
+        (lambda d: d["train"].update(NOISE, stages=[stage("task", None)]), "objective task needs an estimate"),
+        (lambda d: d["train"].update(NOISE, p_last=0.3), "train.p_last needs train.zero_terminal_snr"),
+        (lambda d: d["train"].update(label="vae"), "BCE + Dice"),
+        (lambda d: d["train"].update(label="vae", task_weight=0.0), "sample.clip_x_0 must be false"),
         (lambda d: d["resources"].pop("score"), "score"),
         (lambda d: d.update(study="a b"), "study"),
         (lambda d: d.update(device="gpu"), "device"),
@@ -94,14 +114,38 @@ def test_files_that_are_no_params(tmp_path):
         load_params(tmp_path / "bad.yaml")
 
 
-@given(st.integers(1, 9999), st.integers(1, 1000), st.integers(100, 9999))
-def test_cell_paths_parse_back(size, steps, hundredths):
-    cell = Cell(size=size, steps=steps, guidance=hundredths / 100)
-    assert parse_cell(cell_path(cell)) == cell
+@given(
+    st.integers(1, 9999),
+    st.integers(1, 1000),
+    st.integers(100, 9999),
+    st.sampled_from(["ddim", "ddpm", "dpmpp"]),
+    st.none() | st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=2, max_size=2).map(sorted).map(tuple),
+    st.integers(1, 99),
+)
+def test_cell_paths_parse_back(size, steps, hundredths, rule, interval, ensemble):
+    options = {"rule": rule, "guidance_interval": interval, "ensemble": ensemble}
+    cell = Cell(size=size, steps=steps, guidance=hundredths / 100, **options)
+    path = cell_path(cell)
+    assert parse_cell(path) == cell
+    assert path.count("/") == 2, "a cell's folder never lies in another's"
+
+
+def test_the_path_of_a_plain_cell_is_what_it_was():
+    assert cell_path(Cell(size=128, steps=50, guidance=7.5)) == "size=0128/steps=0050/cfg=07.50"
+
+
+def test_operating_points_are_cells_of_the_main_size_without_repeats(document):
+    document["sample"]["points"] = [{"steps": 2, "guidance": 1.0}, {"steps": 4, "guidance": 1.0, "rule": "dpmpp"}]
+    sample = validate_params(document).sample
+    assert sample.operating_points() == [sample.main, Cell(size=128, steps=4, guidance=1.0, rule="dpmpp")]
+    assert set(sample.operating_points()) <= set(sample.grid_cells())
+    assert sample.grid_cells()[0] == sample.base
 
 
 def test_cell_paths_refuse_what_they_cannot_hold():
     with pytest.raises(UserError, match="two decimals"):
         cell_path(Cell(size=1, steps=1, guidance=1.234))
+    with pytest.raises(UserError, match="three decimals"):
+        cell_path(Cell(size=1, steps=1, guidance=2.0, guidance_interval=(0.1234, 0.5)))
     with pytest.raises(UserError, match="not the path"):
         parse_cell("size=1/steps=2")

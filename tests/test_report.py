@@ -24,13 +24,27 @@ from genseg.artifacts.phrases import write_phrases
 from genseg.artifacts.predictions import write_predictions
 from genseg.artifacts.scores import write_scores
 from genseg.cli import main
+from genseg.metrics.operating import operating_points
 from genseg.params import validate_params
 from genseg.report.figures import choose_examples, choose_timesteps
 from genseg.report.render import Column, Table, escape_tex, to_markdown, to_tex
+from genseg.sampling.runs import cell_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ["overall", "things", "stuff", "singulars", "plurals"]
-NAMES = ["table2", "table3", "table4", "table5", "readouts", "controls", "ceilings", "breakdown", "comparisons", "miou"]
+NAMES = [
+    "table2",
+    "table3",
+    "table4",
+    "table5",
+    "evaluations",
+    "readouts",
+    "controls",
+    "ceilings",
+    "breakdown",
+    "comparisons",
+    "miou",
+]
 NASTY_CLASS = "50%_off & $5 #1 {a~b^c\\d} <road|way>"
 NASTY_PHRASE = "the $x_t$ & 100% of a very long phrase that goes on and on past what a caption has room for, and further still"
 
@@ -56,6 +70,13 @@ def summary(run: dict[str, Any], overall: float, protocol: str = "native", n: in
         "tags": {"compositional": {"n": 7, "overall": 0.44}},
         **other,
     }
+
+
+def calibration(ece: float) -> dict[str, Any]:
+    """All of the pixels in three of the bins."""
+    filled = [0.05 * (index + 1) if index in (0, 3, 14) else None for index in range(15)]
+    pixels = [10 if value else 0 for value in filled]
+    return {"ece": ece, "interval": [0.0, 0.1], "pixels": pixels, "probability": filled, "frequency": filled}
 
 
 def run_entry(
@@ -111,14 +132,26 @@ def build_study(root: Path, miou: bool = True) -> dict[str, Any]:
         for protocol in ("png-official", "ppmn"):
             score(f"protocols/{name}.{protocol}", summary(run_entry(name, "main"), overall - 0.1, protocol))
     pairs = ["main - text_permuted", "main - discriminative", "main - colour_threshold"]
-    cells = [(f"grid/size={c.size:04d}/steps={c.steps:04d}/cfg={c.guidance:05.2f}", c) for c in params.sample.cells()]
+    cells = [(f"grid/{cell_path(cell)}", cell) for cell in params.sample.grid_cells()]
     for index, (name, cell) in enumerate(cells):
-        score(name, summary(run_entry(name, "grid", cell.size, cell.steps, cell.guidance), 0.72 - 0.01 * index, n=10))
+        entry = {**run_entry(name, "grid"), **cell.model_dump(), "evaluations": cell.evaluations}
+        score(name, summary(entry, 0.72 - 0.01 * index, n=10, calibration=calibration(0.02 + 0.01 * index)))
     base = cells[0][0]
+    points = []
+    for index, cell in enumerate(params.sample.operating_points()):
+        name = f"val/{cell_path(cell)}"
+        entry = {"name": name, **cell.model_dump(), "evaluations": cell.evaluations}
+        score(name, summary({**run_entry(name, "val"), **entry}, 0.6 + 0.01 * index, n=20, split="val"))
+        points.append(entry | {"ar": 0.6 + 0.01 * index, "ci_low": 0.5, "ci_high": 0.7, "ece": 0.03, "best_threshold": 0.45})
+        points[-1] |= {"best_ar": 0.61 + 0.01 * index, "scores": f"results/made_up/scores/{name}.json"}
+    write_json(scores / "operating_points.json", operating_points(points, points[0]["name"]))
     for readout in ("nearest", "vae"):
         score(f"readouts/{readout}", summary(run_entry(f"readouts/{readout}", "readout", 128, 50, 7.5), 0.6, n=10))
         pairs.append(f"readouts/{readout} - {base}")
     pairs += [f"main - {base}", *(f"{name} - {base}" for name, _ in cells[1:])]
+    names = {cell: name for name, cell in cells}
+    ensembles = [(cell, cell.model_copy(update={"ensemble": 1})) for cell in names if cell.ensemble > 1]
+    pairs += [f"{names[several]} - {names[single]}" for several, single in ensembles]
     compared = {"n": 10, "difference": -0.0123, "ci_low": -0.03, "ci_high": 0.01}
     keys = [key for pair in pairs for key in (pair, f"{pair} (things)")] + (["main - discriminative (miou)"] if miou else [])
     write_json(scores / "comparisons.json", dict.fromkeys(keys, compared))
@@ -255,6 +288,25 @@ def test_ablations_repeat_the_base_row(made: Path, name: str, axis: str, publish
     assert frame.loc[frame["source"] == "published", "overall"].iloc[0] == 71.0
 
 
+def test_evaluations_hold_val_and_test_of_every_point_beside_the_base(made: Path) -> None:
+    frame = pd.read_csv(made / "results/made_up/tables/evaluations.csv")
+    params = validate_params(yaml.safe_load((made / "params.yaml").read_text()))
+    points = params.sample.operating_points()
+    assert sorted(frame["evaluations"]) == sorted([params.sample.base.evaluations, *(cell.evaluations for cell in points)])
+    assert frame["evaluations"].is_monotonic_increasing
+    by_role = frame.set_index("role")
+    assert by_role.loc["base", "evaluations"] == 100
+    assert np.isnan(by_role.loc["base", "difference"])
+    assert np.isnan(by_role.loc["base", "val_ar"]), "what is no point was not sampled on val"
+    assert by_role.loc["main", "val_ar"] == pytest.approx(60)
+    assert by_role.loc["main", "difference"] == pytest.approx(-1.23)
+    assert set(frame["rule"]) == {cell.rule for cell in [*points, params.sample.base]}
+    text = (made / "results/made_up/tables/evaluations.md").read_text()
+    assert "cost no more than the main one, size 128, 1 step" in text, "val prefers another point, and the table says so"
+    assert "against" in text
+    assert (made / "results/made_up/figures/reliability.png").exists()
+
+
 def test_controls_readouts_and_ceilings(made: Path) -> None:
     controls = table(made, "controls")
     assert list(controls.columns[:8]) == ["control", "protocol", "n", *SPLITS]
@@ -319,7 +371,8 @@ def test_comparisons_name_runs_and_quantities(made: Path) -> None:
 def test_without_things_or_bootstrap(study: Path) -> None:
     """No phrase of a thing: the scorer leaves the comparison out. No bootstrap: intervals are null."""
     scores = study / "results/made_up/scores"
-    for path in [path for path in scores.rglob("*.json") if path.name not in ("manifest.json", "comparisons.json")]:
+    no_runs = ("manifest.json", "comparisons.json", "operating_points.json")
+    for path in [path for path in scores.rglob("*.json") if path.name not in no_runs]:
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"ar": content["ar"] | {"things": None}, "interval": dict.fromkeys(SPLITS)}))
     compared = json.loads((scores / "comparisons.json").read_text())
@@ -449,7 +502,7 @@ def test_manifest_describes_what_was_written(made: Path, monkeypatch: pytest.Mon
         ("scores/protocols/main.ppmn.json", "protocols/main.ppmn.json: no such file"),
         (
             "scores/grid/size=0064/steps=0050/cfg=07.50.json",
-            "no scores of the cell size 64, steps 50, guidance 7.5; run `genseg sample`",
+            "no scores of the cell size 64, 50 steps, guidance 7.5; run `genseg sample`",
         ),
         ("predictions/evolution.safetensors", "evolution.safetensors: no such file; run `genseg sample`"),
         ("predictions/main/predictions.parquet", "no such predictions file"),

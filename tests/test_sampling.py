@@ -42,6 +42,8 @@ def test_the_study_has_the_runs_it_promises(finished_study):
     evaluations = {run.name: run.evaluations for run in study_runs(params)}
     assert evaluations[BASE] == 6
     assert evaluations["grid/size=0064/steps=0003/cfg=01.00"] == 3
+    assert evaluations["grid/size=0064/steps=0001/cfg=01.00,samples=02"] == 2
+    assert evaluations["val/size=0064/steps=0003/cfg=02.00,rule=dpmpp,guided=0.300-0.700"] == 5
     assert evaluations["discriminative"] == 1
     assert evaluations["colour_threshold"] is None
 
@@ -62,13 +64,41 @@ def test_a_new_guidance_samples_only_its_cell_and_prunes_the_old_one(study_copy,
     shutil.rmtree(study_copy / "work/smoke/samples")  # as after `dvc pull`
     params = variant(study_copy, "changed", sample__grid={"sizes": [48], "steps": [2], "guidance": [4.0]})
     assert main(["sample", "--params", params]) == 0
-    assert "1 of 12 runs to make" in capsys.readouterr().out
+    assert "1 of 20 runs to make" in capsys.readouterr().out
     after = tree(study_copy / "results/smoke/predictions")
     gone = {name for name in before if name not in after}
     new = {name for name in after if name not in before}
     assert {Path(name).parent.name for name in gone} == {"cfg=07.00"}
     assert {Path(name).parent.name for name in new} == {"cfg=04.00"}
     assert all(after[name] == before[name] for name in after if name not in new)
+
+
+def test_a_new_point_samples_it_on_the_grid_and_on_val(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    before = tree(study_copy / "results/smoke/predictions")
+    shutil.rmtree(study_copy / "work/smoke/samples")
+    params = variant(study_copy, "changed", sample__points=[{"steps": 1, "guidance": 1.0}, {"steps": 1, "guidance": 2.0}])
+    assert main(["sample", "--params", params]) == 0
+    assert "2 of" in capsys.readouterr().out
+    after = tree(study_copy / "results/smoke/predictions")
+    folders = {str(Path(name).parent) for name in after if name not in before}
+    assert folders == {f"{part}/size=0064/steps=0001/cfg=02.00" for part in ("grid", "val")}
+    assert all(after[name] == before[name] for name in after if name in before)
+    assert not any("samples=02" in name for name in after)
+
+
+def test_operating_points_are_compared_on_a_fixed_part_of_val(finished_study):
+    phrases = read_phrases(finished_study / "data/smoke/phrases.parquet")
+    names = [run.name for run in study_runs(load_params(finished_study / "params/smoke.yaml")) if run.role == "val"]
+    keys = set()
+    for name in names:
+        frame = read_predictions(finished_study / "results/smoke/predictions" / name / "predictions.parquet")
+        keys.add(tuple(map(tuple, frame[KEY].to_numpy())))
+    [shared] = keys
+    images = {image_id for image_id, *_ in shared}
+    val = phrases[phrases["split"] == "val"]
+    assert set(shared) == set(map(tuple, val[val["image_id"].isin(images)][KEY].to_numpy()))
+    assert 0 < len(images) < val["image_id"].nunique()
 
 
 def test_stored_maps_give_the_stored_masks_again(finished_study):

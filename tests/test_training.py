@@ -23,15 +23,22 @@ from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.manifest import read_manifest
 from genseg.artifacts.phrases import read_phrases, row_mask
 from genseg.cli import main
+from genseg.diffusion.objectives import noised, task_loss
 from genseg.diffusion.pipeline import load_pipeline
+from genseg.diffusion.schedule import make_scheduler
+from genseg.models.backbone import load_vae
 from genseg.models.device import peak_flops
+from genseg.models.vae import encode_masks
 from genseg.params import Optimizer, load_params, validate_params
 from genseg.training.data import AHEAD, Batch, PhraseData, micro_batches, prefetched, step_indices, total_steps
 from genseg.training.distributed import Ranks
 from genseg.training.gs import Networks, Texts, build_networks, image_store, parameter_groups, sample_flops, text_store
 from genseg.training.loop import Meter, load_checkpoint, lr_factor, save_checkpoint
+from genseg.training.objective import Objective, training_parts
 
 TRAIN = load_params(Path(__file__).resolve().parents[1] / "params/smoke.yaml").train
+
+BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +86,8 @@ class Rows:
         return 23
 
     def batch(self, indices, mirrored):
-        return Batch(torch.tensor(indices), torch.tensor(mirrored), [])
+        label = torch.tensor(mirrored)
+        return Batch(torch.tensor(indices), label, label, [])
 
 
 @given(st.integers(0, 9), st.integers(0, 9), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 12))
@@ -191,7 +199,15 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_checkpoint(study_co
     assert all(torch.isfinite(value).all() for value in load_checkpoint(work)["networks"].values())
 
 
-TWO_STEPS = {"train__steps": 2, "train__checkpoint_every": 1, "train__optimizer__warmup_steps": 0}
+DISTIL = {"objective": "distill", "steps": 2, "lr_factor": 0.5, "guidance": 3.0}
+TASK = {"objective": "task", "steps": 2, "lr_factor": 0.5, "guidance": None}
+FEW_STEPS = {
+    "train__steps": 2,
+    "train__stages": [DISTIL],
+    "train__checkpoint_every": 3,
+    "train__validate_every": 1,
+    "train__optimizer__warmup_steps": 0,
+}
 
 
 @pytest.mark.parametrize("sharding", ["replicate", "shard"])
@@ -204,10 +220,10 @@ def test_two_processes_train_as_one(study_copy, monkeypatch, sharding):
     """
     monkeypatch.chdir(study_copy)
     start = weights_at_start(study_copy)
-    assert main(["train", "--params", variant(study_copy, "one", **TWO_STEPS)]) == 0
+    assert main(["train", "--params", variant(study_copy, "one", **FEW_STEPS)]) == 0
     one = weights(study_copy / "results/smoke/model")
     # The cuts fall otherwise than in one process: 4 + 4 there, 2 + 2 and 2 + 2 here; else DDP's sum has the same bits.
-    changes = TWO_STEPS | {"train__sharding": sharding, "train__micro_batch": 2, "resources__train__gpu": 2}
+    changes = FEW_STEPS | {"train__sharding": sharding, "train__micro_batch": 2, "resources__train__gpu": 2}
     params = variant(study_copy, "two", **changes)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main(["train", "--params", params]) == 0
@@ -216,9 +232,9 @@ def test_two_processes_train_as_one(study_copy, monkeypatch, sharding):
     apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one]).mean()
     assert moved > 1e-5
     assert apart < 1e-3 * moved
-    if sharding == "shard":  # whole tensors are stored, and dealt out again: cut after the first step, the same bytes
+    if sharding == "shard":  # whole tensors are stored, and dealt out again: cut in the stage, the same bytes
         expected = model_files(study_copy)
-        newest = max((study_copy / "work/smoke/train").glob("*/step-0000002.pt"), key=lambda path: path.stat().st_mtime)
+        newest = max((study_copy / "work/smoke/train").glob("*/step-0000004.pt"), key=lambda path: path.stat().st_mtime)
         newest.unlink()
         assert main(["train", "--params", params]) == 0
         assert newest.exists()
@@ -350,10 +366,10 @@ def test_the_log_has_validation_loss_per_timestep_band(finished_study):
     assert float(last["val_loss"]) == pytest.approx(sum(bands) / 4, rel=1e-4)
 
 
-def training_rows(params) -> PhraseData:
+def training_rows(params, *labels) -> PhraseData:
     phrases = read_phrases(params.data_dir / "phrases.parquet")
-    texts = Texts(text_store(params), torch.device("cpu"))
-    return PhraseData(phrases[phrases["split"] == "train"], LatentStore(image_store(params, params.train.size)), texts)
+    texts, images = Texts(text_store(params), torch.device("cpu")), LatentStore(image_store(params, params.train.size))
+    return PhraseData(phrases[phrases["split"] == "train"], images, texts, *labels)
 
 
 def test_labels_are_the_area_reduced_masks_and_mirrored_with_the_image(finished_study, monkeypatch):
@@ -365,6 +381,32 @@ def test_labels_are_the_area_reduced_masks_and_mirrored_with_the_image(finished_
     assert torch.equal(batch.label[1], batch.label[0].flip(-1))
     assert torch.equal(batch.image[1], batch.image[0].flip(-1))
     assert data.label_shape == batch.label.shape[1:]
+    assert torch.equal(batch.mask, batch.label)
+    finer = training_rows(load_params("params/smoke.yaml"), 32).batch([0, 0], [False, True])
+    assert torch.equal(finer.label, batch.label)
+    assert torch.allclose(finer.mask[0, 0], mask.reshape(32, 2, 32, 2).mean((1, 3)), atol=1e-6)
+    assert torch.equal(finer.mask[1], finer.mask[0].flip(-1))
+
+
+def test_labels_of_the_vae_are_encoded_in_full_precision_where_the_loss_is_computed(finished_study, monkeypatch):
+    monkeypatch.chdir(finished_study)
+    document = yaml.safe_load(Path("params/smoke.yaml").read_text())
+    document["train"] |= {"label": "vae", "task_weight": 0.0}
+    document["sample"]["clip_x_0"] = False
+    params = validate_params(document)
+    vae = load_vae("results/smoke/backbone/pipeline", None)
+    data = training_rows(params, None, vae)
+    batch = data.batch([0, 1], [False, False])
+    assert batch.label.shape == (2, 1, 64, 64)
+    latents = encode_masks(vae, batch.label)
+    assert data.label_shape == latents.shape[1:]
+    scheduler = make_scheduler(BETAS, params.train.prediction, params.train.zero_terminal_snr)
+    objective, student, t = Objective("gs", params, scheduler.alphas_cumprod, vae), Toy(0.7), torch.tensor([5, 500])
+    noise = torch.randn(2, *data.label_shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective(student, batch, noise, t, None)
+    [(asked, _)] = student.asked
+    assert torch.equal(asked, noised(params.train.label_scale * latents, noise, objective.alphas_bar, t))
 
 
 def test_epochs_become_steps():
@@ -393,12 +435,122 @@ OTHER_CHOICES = {
 }
 
 
+OTHER_CHOICES["VAE labels, distilled"] = {
+    "train__label": "vae",
+    "train__task_weight": 0.0,
+    "train__p_last": 0.5,
+    "train__stages": [DISTIL],
+    "sample__clip_x_0": False,
+}
+
+
+class Toy(torch.nn.Module):
+    """Stands for `Networks`: its answer tells what it was asked."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+        self.asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, x_t, image, t, texts, drop, size):
+        self.asked.append((x_t, t))
+        text = torch.zeros(len(t)) if drop is None else drop.float()
+        return self.gain * x_t + image.mean(1, keepdim=True) - 0.3 * text[:, None, None, None] + t[:, None, None, None] / 1000
+
+
+def toy_objective(**train) -> tuple[Objective, Batch, torch.Tensor, torch.Tensor]:
+    document = yaml.safe_load((Path(__file__).resolve().parents[1] / "params.yaml").read_text())
+    document["train"] |= train
+    study = validate_params(document)
+    draw = torch.Generator().manual_seed(0)
+    scheduler = make_scheduler(BETAS, study.train.prediction, study.train.zero_terminal_snr)
+    objective = Objective("gs", study, scheduler.alphas_cumprod)
+    mask = (torch.rand(3, 1, 8, 8, generator=draw) > 0.5).float()
+    image, noise = (torch.randn(3, channels, 4, 4, generator=draw) for channels in (4, 1))
+    batch = Batch(image, torch.nn.functional.avg_pool2d(mask, 2), mask, [])
+    return objective, batch, noise, torch.tensor([5, 500, 999])
+
+
+def test_distillation_learns_the_guided_answer_in_one_pass():
+    objective, batch, noise, t = toy_objective(stages=[DISTIL])
+    objective.part = training_parts(objective.study.train, 100, "gs")[1]
+    teacher = objective.teacher = Toy(0.5)
+    student = Toy(0.7)
+    x_t = noised((2 * batch.label - 1) * objective.study.train.label_scale, noise, objective.alphas_bar, t)
+    unconditional = teacher(x_t, batch.image, t, [], torch.ones(3), 128)
+    conditional = teacher(x_t, batch.image, t, [], None, 128)
+    wanted = unconditional + 3.0 * (conditional - unconditional)  # Eq. 10
+    answer = student(x_t, batch.image, t, [], None, 128)
+    losses = objective(student, batch, noise, t, torch.ones(3, dtype=torch.bool))
+    assert torch.allclose(losses, (answer - wanted).square().mean((1, 2, 3)), atol=1e-5)
+    losses.sum().backward()
+    assert student.gain.grad is not None
+    assert teacher.gain.grad is None, "frozen"
+
+
+def test_the_task_stage_asks_once_from_pure_noise_at_the_size_of_the_mask():
+    objective, batch, noise, t = toy_objective(stages=[TASK], task_size=8)
+    objective.part = training_parts(objective.study.train, 100, "gs")[1]
+    student = Toy(0.7)
+    losses = objective(student, batch, noise, t, None)
+    [(asked, when)] = student.asked
+    assert torch.equal(asked, noise)
+    assert when.tolist() == [999, 999, 999]
+    scale = objective.study.train.label_scale
+    estimate = scale * student(noise, batch.image, when, [], None, 128)  # the default predicts x_0
+    large = torch.nn.functional.interpolate(estimate, size=(8, 8), mode="bilinear")
+    assert torch.allclose(losses, task_loss(large, batch.mask, scale))
+
+
+@given(st.sampled_from([0.0, 0.25, 1.0]))
+def test_the_last_timestep_is_drawn_with_its_probability(p_last):
+    objective, *_ = toy_objective(p_last=p_last)
+    t = objective.timesteps(4000, torch.Generator().manual_seed(0))
+    uniform = torch.randint(0, 1000, (4000,), generator=torch.Generator().manual_seed(0))
+    last = t == 999
+    assert torch.equal(t[~last], uniform[~last]), "the others are what they were"
+    assert last.float().mean().item() == pytest.approx(p_last + (1 - p_last) / 1000, abs=0.03)
+
+
+def test_the_control_has_the_budget_of_all_parts():
+    train = toy_objective(stages=[DISTIL, TASK])[0].study.train
+    parts = training_parts(train, 100, "gs")
+    assert [(part.first, part.steps) for part in parts] == [(0, 1000), (1000, 2), (1002, 2)]
+    assert [(part.first, part.steps) for part in training_parts(train, 100, "discriminative")] == [(0, 1004)]
+
+
+def test_a_run_cut_in_a_stage_ends_with_the_same_weights(study_copy, monkeypatch):
+    monkeypatch.chdir(study_copy)
+    stages = [DISTIL | {"steps": 3}, TASK | {"steps": 3}]
+    params = variant(study_copy, "staged", train__steps=2, train__checkpoint_every=1, train__stages=stages)
+    shutil.rmtree(study_copy / "work/smoke/train")
+    saved, save = {}, save_checkpoint
+
+    def keep(folder, step, state):
+        save(folder, step, state)
+        saved[step] = (folder, (folder / f"step-{step:07d}.pt").read_bytes())
+
+    monkeypatch.setattr("genseg.training.gs.save_checkpoint", keep)
+    assert main(["train", "--params", params]) == 0
+    expected = weights(study_copy / "results/smoke/model")
+    assert sorted(saved) == list(range(1, 9))
+    for cut in (2, 4, 6):  # at the beginning of a stage, within the first, within the second
+        folder, content = saved[cut]
+        for later in folder.glob("step-*.pt"):
+            later.unlink()
+        (folder / f"step-{cut:07d}.pt").write_bytes(content)
+        assert main(["train", "--params", params]) == 0
+        found = weights(study_copy / "results/smoke/model")
+        assert all(torch.equal(found[name], expected[name]) for name in expected), f"cut after step {cut}"
+
+
 @pytest.mark.parametrize("changes", OTHER_CHOICES.values(), ids=OTHER_CHOICES)
 def test_other_choices_train_and_predict(study_copy, monkeypatch, changes):
     monkeypatch.chdir(study_copy)
     params = variant(study_copy, "other", train__steps=2, **changes)
     assert main(["train", "--params", params]) == 0
-    assert json.loads((study_copy / "results/smoke/model/manifest.json").read_text())["steps"] == 2
+    stages = sum(stage["steps"] for stage in changes.get("train__stages", []))
+    assert json.loads((study_copy / "results/smoke/model/manifest.json").read_text())["steps"] == 2 + stages
     picture = next((study_copy / "data/smoke/scenes/val2017").glob("*.jpg"))
     out = study_copy / "out"
     assert main(["predict", str(picture), "--phrase", "the grass", "--model", "results/smoke/model", "--out", str(out)]) == 0

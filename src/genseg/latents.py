@@ -50,15 +50,22 @@ def grid_phrases(study: Params, phrases: pd.DataFrame) -> pd.DataFrame:
     return test[test["image_id"].isin(chosen)]
 
 
+def val_phrases(study: Params, phrases: pd.DataFrame) -> pd.DataFrame:
+    """The fixed subset of val that operating points are compared on: all phrases of images chosen by hash."""
+    val = phrases[phrases["split"] == "val"]
+    chosen = choose_images(val["image_id"].to_numpy(), study.sample.select_fraction, study.seed, "operating points")
+    return val[val["image_id"].isin(chosen)]
+
+
 def images_by_size(study: Params, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """Which images are needed at which size: (image_id, file_name), each image once per size.
 
     The training size holds train and val, the main size all of test (an image without a narrative still has class
-    phrases), every other size of the grid its subset.
+    phrases) and the subset of val, every other size of the grid its subset.
     """
     wanted: dict[int, list[pd.DataFrame]] = {study.train.size: [phrases[phrases["split"] != "test"]]}
     tests = [table[table["split"] == "test"] for table in (phrases, class_phrases)]
-    wanted.setdefault(study.sample.main.size, []).extend(tests)
+    wanted.setdefault(study.sample.main.size, []).extend([*tests, val_phrases(study, phrases)])
     for size in study.sample.sizes():
         wanted.setdefault(size, []).append(grid_phrases(study, phrases))
     columns = ["image_id", "file_name"]

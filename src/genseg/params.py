@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,10 @@ Steps = Annotated[int, Field(gt=0, le=1000)]
 DevicePreference = Literal["auto", "cpu", "cuda"]
 Prediction = Literal["noise", "v", "x0"]
 Protocol = Literal["native", "png-official", "ppmn"]
+Rule = Literal["ddim", "ddpm", "dpmpp"]
+Interval = tuple[Fraction, Fraction]
 Readout = Literal["bilinear", "nearest", "vae"]
+Label = Literal["mask", "vae"]
 
 
 class Section(BaseModel):
@@ -180,9 +184,33 @@ class Optimizer(Section):
     schedule: Literal["constant", "cosine"]
 
 
+class Stage(Section):
+    """Training that goes on from the averaged weights of what came before, with a fresh optimiser and schedule.
+
+    `distill` (Meng et al. 2023, arXiv 2210.03142): the student's one pass at x_t learns the answer that the frozen model gives
+    there with guidance w, so w = 1 then samples as w did, at half the evaluations. `task`: BCE + Dice on the estimate of
+    x_0 from pure noise at the last timestep, which is what one step at w = 1 asks for.
+    """
+
+    objective: Literal["distill", "task"]
+    steps: Positive
+    lr_factor: PositiveFloat
+    """On the learning rates of `optimizer`."""
+    guidance: Guidance | None
+    """w of the teacher; null for `task`."""
+
+    @model_validator(mode="after")
+    def guidance_is_the_teachers(self) -> Stage:
+        if (self.objective == "distill") != (self.guidance is not None):
+            raise ValueError("guidance belongs to objective distill; give null for task")
+        return self
+
+
 class Train(Section):
     size: ImageSize
     """Side of the square image; the label latent has side size / VAE factor."""
+    label: Label
+    """What is denoised: the mask as a 1-channel map at latent size, or as a grey image in the VAE's latent channels."""
     prediction: Prediction
     """What the network predicts: the paper's noise (Eq. 7), v, or x_0 / b."""
     zero_terminal_snr: bool
@@ -190,6 +218,10 @@ class Train(Section):
     """b: the mask is x_0 in [-b, b]."""
     task_weight: Annotated[float, Field(ge=0)]
     """Weight of BCE + Dice on the estimate of x_0, added to the diffusion loss; 0 in the paper."""
+    task_size: ImageSize | None
+    """Side that the estimate is up-sampled to, bilinearly, for BCE + Dice; null: as it is, at latent size."""
+    p_last: Fraction
+    """Probability of the last timestep, where x_t is pure noise; else t is uniform. 0 in the paper."""
     image_columns: Literal["masked_image", "latent"]
     """Which pretrained conv_in columns the image latent inherits: 5:9 (masked image) or 0:4 (noisy latent)."""
     text: Literal["tokens", "pooled"]
@@ -206,6 +238,8 @@ class Train(Section):
     (FSDP). One GPU holds everything in either."""
     steps: Positive | None
     epochs: Positive | None
+    stages: list[Stage]
+    """What follows these steps, for the label-diffusion model."""
     optimizer: Optimizer
     ema: Annotated[float, Field(ge=0, lt=1)] | None
     precision: Literal["fp32", "bf16", "fp16"]
@@ -227,20 +261,75 @@ class Train(Section):
             raise ValueError("train.prediction: noise is undefined at zero terminal SNR (train.zero_terminal_snr); use v or x0")
         if self.task_weight and self.prediction == "noise":
             raise ValueError("train.task_weight needs an estimate of x_0 at every timestep: use train.prediction v or x0")
+        task = any(stage.objective == "task" for stage in self.stages)
+        if task and self.prediction == "noise":
+            raise ValueError(
+                "a stage with objective task needs an estimate of x_0 from pure noise: use train.prediction v or x0"
+            )
+        if self.label == "vae" and (self.task_weight or task):
+            raise ValueError("BCE + Dice (train.task_weight, objective task) is of masks; train.label vae has none to compare")
+        if self.p_last and not self.zero_terminal_snr:
+            raise ValueError("train.p_last needs train.zero_terminal_snr: without it the last timestep is not pure noise")
         return self
 
 
 # ------------------------------------------------------------------------------------------------------- sample
-class Cell(Section):
-    """One point of the sampling grid. An *evaluation* is one U-Net pass for one phrase; guidance > 1 costs two."""
+def step_is_guided(position: int, steps: int, guidance: float, interval: Interval | None) -> bool:
+    """Whether step `position` of `steps` (0: from pure noise) is taken with classifier-free guidance.
 
-    size: ImageSize
+    Args:
+        interval: from and to, inclusive, as parts of the schedule: the step starts at (steps - position) / steps, which on
+            the trailing grid is t / 1000. None: always.
+    """
+    start = (steps - position) / steps
+    return guidance != 1 and (interval is None or interval[0] <= start <= interval[1])
+
+
+class Point(Section):
+    """How a mask is sampled. An *evaluation* is one U-Net pass for one phrase; a guided step costs two."""
+
     steps: Steps
     guidance: Guidance
+    rule: Rule = "ddim"
+    """Update rule: section 4.2 of the paper says DDIM, Eq. 11 DDPM; dpmpp is DPM-Solver++(2M)."""
+    guidance_interval: Interval | None = None
+    """Part of the schedule that is guided (1: pure noise, 0: the clean label); outside it w = 1. null: all of it."""
+    ensemble: Annotated[int, Field(gt=0, lt=100)] = 1
+    """Samples of different seeds whose soft maps are averaged."""
+
+    @model_validator(mode="after")
+    def interval_ascends(self) -> Point:
+        if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval {list(self.guidance_interval)} must ascend")
+        return self
+
+    def __str__(self) -> str:
+        """As tables and messages call it; what is the plain sampler's is left out."""
+        names = {"ddim": "", "ddpm": ", DDPM", "dpmpp": ", DPM-Solver++"}
+        interval = f" within [{self.guidance_interval[0]:g}, {self.guidance_interval[1]:g}]" if self.guidance_interval else ""
+        several = f", mean of {self.ensemble}" if self.ensemble > 1 else ""
+        return f"{self.steps} step{'s' * (self.steps > 1)}, guidance {self.guidance:g}{interval}{names[self.rule]}{several}"
 
     @property
     def evaluations(self) -> int:
-        return self.steps * (1 if self.guidance == 1 else 2)
+        """Per mask."""
+        guided = sum(step_is_guided(i, self.steps, self.guidance, self.guidance_interval) for i in range(self.steps))
+        return self.ensemble * (self.steps + guided)
+
+
+class Cell(Point):
+    """A point at an image size, as in the sampling grid."""
+
+    size: ImageSize
+
+    def __str__(self) -> str:
+        """As tables and messages call it."""
+        return f"size {self.size}, {super().__str__()}"
+
+    @staticmethod
+    def of(run: Mapping[str, Any]) -> Cell:
+        """The cell of a run as a manifest or a scores file tells it."""
+        return Cell.model_validate({name: run[name] for name in Cell.model_fields if run.get(name) is not None})
 
 
 class Grid(Section):
@@ -257,8 +346,11 @@ class Sample(Section):
     grid: Grid
     grid_fraction: Annotated[float, Field(gt=0, le=1)]
     """Part of the test phrases (a fixed, hash-chosen set of images) the grid runs on; the paper's 4.4 took 7 %."""
-    rule: Literal["ddim", "ddpm"]
-    """Update rule: section 4.2 of the paper says DDIM, Eq. 11 DDPM."""
+    points: list[Point]
+    """Operating points, at the main size, for the table of AR against evaluations: on the grid's phrases and, with the main
+    point, on a part of val, which is where the main point and its threshold are chosen."""
+    select_fraction: Annotated[float, Field(gt=0, le=1)]
+    """That part of the val phrases: a fixed, hash-chosen set of images."""
     spacing: Literal["trailing", "leading"]
     clip_x_0: bool
     """Bound the estimate of x_0 by the label scale in every step."""
@@ -279,6 +371,15 @@ class Sample(Section):
         found += [base.model_copy(update={"guidance": guidance}) for guidance in self.grid.guidance]
         found += [base.model_copy(update={"guidance": 1.0})]
         return list(dict.fromkeys(found))
+
+    def operating_points(self) -> list[Cell]:
+        """The main point and `points`, each once."""
+        points = [Cell(size=self.main.size, **point.model_dump()) for point in self.points]
+        return list(dict.fromkeys([self.main, *points]))
+
+    def grid_cells(self) -> list[Cell]:
+        """All cells that are sampled on the grid's phrases, base first."""
+        return list(dict.fromkeys([*self.cells(), *self.operating_points()]))
 
     def sizes(self) -> list[int]:
         return sorted({self.main.size, *(cell.size for cell in self.cells())})
@@ -335,6 +436,20 @@ class Params(Section):
         if missing:
             raise ValueError(f"resources lacks {', '.join(missing)}")
         return value
+
+    @model_validator(mode="after")
+    def sampling_fits_the_label(self) -> Params:
+        if self.train.label == "vae" and (self.sample.clip_x_0 or self.sample.readout == "vae"):
+            raise ValueError(
+                "with train.label vae, sample.clip_x_0 must be false (a VAE's latents have no bound) and sample.readout "
+                "bilinear or nearest (maps are decoded as they are sampled)"
+            )
+        return self
+
+    def other_readouts(self) -> list[Readout]:
+        """What the study's read-out is compared with. The maps of VAE labels are decoded as they are sampled."""
+        every: tuple[Readout, ...] = ("bilinear", "nearest", "vae") if self.train.label == "mask" else ("bilinear", "nearest")
+        return [other for other in every if other != self.sample.readout]
 
     # Where things lie. One place, so that no two rooms can disagree.
     @property
@@ -431,5 +546,5 @@ def _names_beside(location: list[str]) -> list[str]:
     node = schema
     for part in location[:-1]:
         node = resolve(node)
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
     return list(resolve(node).get("properties", {}))

@@ -10,8 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phrase", action="append", required=True, metavar="TEXT", help="what to segment; may be repeated")
     parser.add_argument("--model", required=True, metavar="DIR", help="trained model, e.g. results/mini/model")
     parser.add_argument("--out", required=True, metavar="DIR", help="where mask_<k>.png, overlay.png, predictions.json go")
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale; 1 is none (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="guidance scale; 1 is none (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
 

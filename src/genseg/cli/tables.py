@@ -19,7 +19,15 @@ def run(args: argparse.Namespace) -> None:
     from genseg.artifacts.scores import read_per_phrase
     from genseg.params import load_params
     from genseg.report import build_tables, read_study
-    from genseg.report.figures import choose_examples, draw_evolution, draw_examples, load_examples, read_evolution
+    from genseg.report.figures import (
+        choose_examples,
+        draw_evaluations,
+        draw_evolution,
+        draw_examples,
+        draw_reliability,
+        load_examples,
+        read_evolution,
+    )
     from genseg.report.page import build_page
     from genseg.report.render import write_table
     from genseg.report.study import PUBLISHED, published_path
@@ -48,6 +56,19 @@ def run(args: argparse.Namespace) -> None:
         "ground truth, and prediction of GS with the outline of the ground truth (dashed).",
         "evolution.png": "Sampling over t (the paper's Fig. 5): the noisy label x_t and the estimate of x_0 made from it.",
     }
+    points = next(table.frame for table in tables if table.name == "evaluations")
+    draw_evaluations(points, figures / "evaluations.png", params.tables.dpi)
+    captions["evaluations.png"] = "Average recall against U-Net evaluations per mask: the operating points of the table below."
+    (figures / "reliability.png").unlink(missing_ok=True)
+    if pairs := study.ensembles():
+        several, single = pairs[0]
+        curves = {str(cell): study.cells[cell].summary["calibration"] for cell in (several, single)}
+        draw_reliability(curves, figures / "reliability.png", params.tables.dpi)
+        captions["reliability.png"] = (
+            f"Reliability of the soft masks on the grid's phrases, {several} against one sample: per bin of probability the "
+            "frequency of foreground pixels (dashed: perfect), and the share of pixels in the bin. ECE: expected calibration "
+            "error, points."
+        )
     write_text(folder / "index.html", build_page(params, study, tables, captions))
 
     outputs += [folder / "index.html", *(figures / name for name in captions)]

@@ -55,7 +55,7 @@ PHASES = {
     "latents": Phase(
         keys=(
             *("seed", "latents", "train.size", "sample.main.size", "sample.base.size", "sample.grid.sizes"),
-            "sample.grid_fraction",
+            *("sample.grid_fraction", "sample.select_fraction"),
         ),
         rooms=("artifacts", "cli/latents.py", "data/images.py", "latents.py", "models"),
         needs=("results/{study}/backbone",),
@@ -68,6 +68,7 @@ PHASES = {
         rooms=(
             *("artifacts", "cli/train.py", "data/images.py", "diffusion", "latents.py", "models"),
             *("training/data.py", "training/distributed.py", "training/gs.py", "training/loop.py"),
+            "training/objective.py",
         ),
         # Of the latents the texts only: with the backbone and the params above they tell what training reads, and one more
         # size to sample at must not train again.
@@ -87,7 +88,7 @@ PHASES = {
         persist=True,
     ),
     "score": Phase(
-        keys=("seed", "score", "sample.base"),
+        keys=("seed", "score", "sample.main", "sample.base", "sample.readout", "sample.threshold"),
         rooms=("artifacts", "cli/score.py", "metrics"),
         needs=("results/{study}/predictions",),
         outs=("results/{study}/scores",),

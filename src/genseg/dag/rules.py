@@ -59,10 +59,15 @@ class Study:
     def uses_at_size(self, wildcards: Any) -> str:
         """The params one `sample_shard` job uses: of the cells only those of its size."""
         size, sample = int(wildcards.size), self.params.sample
-        keys = set(PHASES["sample"].keys) - {"sample.main", "sample.base", "sample.grid"}
-        cells = {"main": [sample.main], "base": [sample.base], "grid": sample.cells()}
+        keys = set(PHASES["sample"].keys) - {"sample.main", "sample.base", "sample.grid", "sample.points"}
+        cells = {
+            "main": [sample.main],
+            "base": [sample.base],
+            "grid": sample.grid_cells(),
+            "points": sample.operating_points(),
+        }
         chosen = {
-            name: sorted((cell.steps, cell.guidance) for cell in members if cell.size == size)
+            name: sorted(canonical_json(cell.model_dump(mode="json")) for cell in members if cell.size == size)
             for name, members in cells.items()
         }
         return canonical_json(self.params.subtree(*keys) | {"cells": chosen})

@@ -23,7 +23,8 @@ from genseg.models.attention import use_injected_attention
 from genseg.models.backbone import TextEncoders
 from genseg.models.text import TextEmbedding, encode_phrases
 from genseg.models.unet import run_unet
-from genseg.models.vae import encode_images, image_tensor
+from genseg.models.vae import decode_latents, encode_images, image_tensor
+from genseg.params import Interval, Rule
 
 DISCRIMINATIVE_TIMESTEP = 999
 """The one-pass control is the same U-Net asked once, at the last timestep, with an all-zero label."""
@@ -45,7 +46,8 @@ class GSPipeline(DiffusionPipeline):
 
     Args:
         prediction: what the U-Net answers: "noise", "v", "x0", or "logits" for the discriminative control.
-        label_scale: b; labels lie in [-b, b].
+        label: what is denoised: "mask", a 1-channel map at latent size, or "vae", the VAE's latent of the mask as a grey image.
+        label_scale: b; masks lie in [-b, b], a VAE's latents have b as their unit.
         image_size: side the image is resized to.
         steps, guidance: defaults that belong to this checkpoint.
     """
@@ -67,6 +69,7 @@ class GSPipeline(DiffusionPipeline):
         image_size: int = 1024,
         steps: int = 50,
         guidance: float = 7.5,
+        label: str = "mask",
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -80,7 +83,12 @@ class GSPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.register_to_config(
-            prediction=prediction, label_scale=label_scale, image_size=image_size, steps=steps, guidance=guidance
+            prediction=prediction,
+            label_scale=label_scale,
+            image_size=image_size,
+            steps=steps,
+            guidance=guidance,
+            label=label,
         )
         use_injected_attention(unet)
 
@@ -127,12 +135,17 @@ class GSPipeline(DiffusionPipeline):
         guidance: float | None = None,
         seed: int = 0,
         observe: Observe | None = None,
+        rule: Rule = "ddim",
+        interval: Interval | None = None,
+        ensemble: int = 1,
     ) -> torch.Tensor:
-        """Soft label maps [B, h, w] in [0, 1] for B image latents [B, 4, h, w] and phrases.
+        """Soft label maps [B, h, w] in [0, 1] for B image latents [B, 4, h, w] and phrases; [B, H, W] with VAE labels.
 
         Args:
             keys: (image_id, narrative_id, phrase_id) of each phrase: all randomness derives from them, `size` and `seed`.
-            observe: see `diffusion.sampling.Observe`.
+            observe: see `diffusion.sampling.Observe`; sees the first sample of an ensemble.
+            rule, interval: see `diffusion.sampling.sample_labels`.
+            ensemble: samples of different seeds whose maps are averaged.
         """
         unet, device = self.unet, image_latents.device
         dtype = unet.dtype
@@ -144,23 +157,39 @@ class GSPipeline(DiffusionPipeline):
             zeros = latents.new_zeros((len(texts), *shape))
             return run_unet(unet, zeros, latents, t, condition, (size, size)).float().sigmoid()[:, 0]
         guidance = self.config.guidance if guidance is None else guidance
-        both = condition + self.adapter.unconditional(len(texts)) if guidance != 1 else condition
+        both = condition + self.adapter.unconditional(len(texts)) if guidance != 1 else None
 
         def denoise(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
             if guided:
+                assert both is not None
                 return run_unet(unet, x_t.repeat(2, 1, 1, 1).to(dtype), latents.repeat(2, 1, 1, 1), t, both, (size, size))
-            return run_unet(unet, x_t.to(dtype), latents, t, both, (size, size))
+            return run_unet(unet, x_t.to(dtype), latents, t, condition, (size, size))
 
-        generators = [phrase_generator(seed, *key, size) for key in keys]
-        x_t = draw_noise(generators, shape).to(device)
-        scale = self.config.label_scale
-        x_0 = sample_labels(denoise, self.scheduler, x_t, steps or self.config.steps, guidance, generators, scale, observe)
-        return soft_labels(x_0, scale)
+        samples = []
+        for member in range(ensemble):
+            generators = [phrase_generator(seed, *key, size, member) for key in keys]
+            x_t = draw_noise(generators, shape).to(device)
+            x_0 = sample_labels(
+                denoise,
+                self.scheduler,
+                x_t,
+                steps or self.config.steps,
+                guidance,
+                generators,
+                self.config.label_scale,
+                None if member else observe,
+                rule,
+                interval,
+            )
+            samples.append(self.soft_labels(x_0))
+        return torch.stack(samples).mean(0)
 
-
-def soft_labels(x_0: torch.Tensor, label_scale: float) -> torch.Tensor:
-    """x_0 [B, 1, h, w] in about [-b, b] -> soft labels [B, h, w] in [0, 1]."""
-    return ((x_0[:, 0] / label_scale + 1) / 2).clamp(0, 1)
+    def soft_labels(self, x_0: torch.Tensor) -> torch.Tensor:
+        """x_0 -> soft labels in [0, 1]: of masks [B, 1, h, w] in about [-b, b] the map [B, h, w]; of VAE latents [B, C, h, w]
+        the decoded picture's mean over its colours, [B, H, W]."""
+        labels = x_0 / self.config.label_scale
+        pictures = decode_latents(self.vae, labels).float() if self.config.label == "vae" else labels
+        return ((pictures.mean(1) + 1) / 2).clamp(0, 1)
 
 
 def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> GSPipeline:

@@ -6,6 +6,7 @@ images; a replicate therefore needs only how often each image was drawn.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,15 @@ def paired_difference(a: pd.DataFrame, b: pd.DataFrame, replicates: int, seed: i
 
 def paired_miou_difference(a: NDArray[np.int64], b: NDArray[np.int64], replicates: int, seed: int) -> dict[str, Any]:
     """Difference of mIoU, a - b, of two `Semantic.counts` [images, 3, classes] over the same images; `n` counts images."""
-    whole = float(mean_iou(a.sum(0)) - mean_iou(b.sum(0)))
-    replicated = mean_iou(resampled_sums(a, replicates, seed)) - mean_iou(resampled_sums(b, replicates, seed))
+    return paired_statistic_difference(mean_iou, a, b, replicates, seed)
+
+
+def paired_statistic_difference(
+    statistic: Callable[[Any], Floats], a: NDArray[Any], b: NDArray[Any], replicates: int, seed: int
+) -> dict[str, Any]:
+    """Difference statistic(a) - statistic(b) of a function of sums over images, of the same images [images, ...]."""
+    whole = float(statistic(a.sum(0)) - statistic(b.sum(0)))
+    replicated = statistic(resampled_sums(a, replicates, seed)) - statistic(resampled_sums(b, replicates, seed))
     return _difference(len(a), whole, percentile_interval(replicated))
 
 

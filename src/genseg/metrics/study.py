@@ -11,21 +11,30 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from genseg.artifacts.files import read_json, write_json
+from genseg.artifacts.files import atomic_path, read_json, write_json
 from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
+from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions
 from genseg.artifacts.scores import write_scores
 from genseg.errors import UserError
-from genseg.metrics.bootstrap import paired_difference, paired_miou_difference, percentile_interval, resampled_sums
+from genseg.metrics.bootstrap import (
+    paired_difference,
+    paired_miou_difference,
+    paired_statistic_difference,
+    percentile_interval,
+    resampled_sums,
+)
+from genseg.metrics.calibration import Counts, calibration_counts, calibration_error, calibration_summary
+from genseg.metrics.operating import THRESHOLDS, operating_points, threshold_ious
 from genseg.metrics.recall import split_members
 from genseg.metrics.scoring import fitting_pairs, match, score_run
 from genseg.metrics.semantic import Semantic, class_ious, count_pixels, mean_iou
-from genseg.params import Params
+from genseg.params import Cell, Params
 
 SPLIT = "test"
-PARTIAL = ("grid", "permutable")
-"""Values of a run's `phrases` that stand for a part of the test split: the phrases in its predictions file."""
+PARTIAL = ("grid", "permutable", "val")
+"""Values of a run's `phrases` that stand for a part of a split: the phrases in its predictions file."""
 
 
 def score_study(params: Params) -> Path:
@@ -33,8 +42,8 @@ def score_study(params: Params) -> Path:
 
     Writes under `results/S/scores`: a summary (`<run>.json`) and a per-phrase table (`<run>.parquet`) for every run but
     those of class phrases, which give the `miou` of the main row and of the discriminative control;
-    `protocols/<run>.<protocol>.json` for both of these and every protocol in `score.also`; `comparisons.json`. Scores that
-    no run accounts for are removed.
+    `protocols/<run>.<protocol>.json` for both of these and every protocol in `score.also`; `comparisons.json`; and
+    `operating_points.json` and `.csv`, the operating points on val. Scores that no run accounts for are removed.
 
     Raises:
         UserError: an artifact is missing or broken, or does not fit the others.
@@ -53,20 +62,22 @@ def score_study(params: Params) -> Path:
     semantics = {run["method"]: _semantic(params, run, predicted) for run in runs if run["role"] == "class_phrases"}
     factor = _latent_factor(runs, predicted)
     tables: dict[str, pd.DataFrame] = {}
+    calibrations: dict[str, Counts] = {}
+    points: list[dict[str, Any]] = []
     outputs: list[Path] = []
     for run in (run for run in runs if run["role"] != "class_phrases"):
         name = run["name"]
         path = predicted / name / "predictions.parquet"
         predictions = read_predictions(path)
-        leading = name in ("main", "discriminative")
+        leading, val = name in ("main", "discriminative"), run["phrases"] == "val"
         for protocol in dict.fromkeys([params.score.protocol, *(params.score.also if leading else [])]):
             first = protocol == params.score.protocol
             per_phrase, summary = score_run(
                 phrases,
                 predictions,
                 protocol,
-                split=SPLIT,
-                boundary_ratio=params.score.boundary_ratio if first else None,
+                split="val" if val else SPLIT,
+                boundary_ratio=params.score.boundary_ratio if first and not val else None,
                 latent=_latent(run, factor),
                 replicates=params.score.bootstrap,
                 seed=params.seed,
@@ -78,6 +89,15 @@ def score_study(params: Params) -> Path:
                 tables[name] = per_phrase
                 if leading and run["method"] in semantics:
                     summary["miou"] = miou_summary(semantics[run["method"]], params)
+                soft = run["role"] != "readout" and maps_path(path).exists() and run.get("readout", "bilinear") == "bilinear"
+                truth = predictions[KEY].merge(phrases, on=KEY, how="left", sort=False) if soft else None
+                summary["calibration"] = None
+                if truth is not None:
+                    calibrations[name] = calibration_counts(truth, read_maps(path))
+                    summary["calibration"] = calibration_summary(calibrations[name], params.score.bootstrap, params.seed)
+                if val:
+                    ious = None if truth is None else threshold_ious(truth, read_maps(path))
+                    points.append(_point(run, summary, ious, params.sample.threshold, folder / f"{name}.json"))
             out = folder / f"{name}.json" if first else folder / "protocols" / f"{name}.{protocol}.json"
             write_scores(per_phrase, summary, out)
             outputs += [out, out.with_suffix(".parquet")]
@@ -89,14 +109,26 @@ def score_study(params: Params) -> Path:
         comparisons["main - discriminative (miou)"] = paired_miou_difference(
             semantics["gs"].counts, semantics["discriminative"].counts, params.score.bootstrap, params.seed
         )
+    for several, single in _ensembles(runs):
+        if single in calibrations:
+            comparisons[f"{several} - {single} (ece)"] = paired_statistic_difference(
+                calibration_error, calibrations[several], calibrations[single], params.score.bootstrap, params.seed
+            )
     write_json(folder / "comparisons.json", comparisons)
     outputs.append(folder / "comparisons.json")
+    if points:
+        main_point = next(run["name"] for run in runs if run["role"] == "val" and Cell.of(run) == params.sample.main)
+        ranked = operating_points(points, main_point)
+        write_json(folder / "operating_points.json", ranked)
+        with atomic_path(folder / "operating_points.csv") as temporary:
+            pd.DataFrame(ranked["points"]).to_csv(temporary, index=False, lineterminator="\n")
+        outputs += [folder / "operating_points.json", folder / "operating_points.csv"]
     for orphan in {*folder.rglob("*.json"), *folder.rglob("*.parquet")} - set(outputs):
         orphan.unlink()
     write_manifest(
         folder / "manifest.json",
         phase="score",
-        params=params.subtree("study", "seed", "score", "sample.base"),
+        params=params.subtree("study", *("seed", "score", "sample.main", "sample.base", "sample.readout", "sample.threshold")),
         inputs=[phrases_path, predicted / "manifest.json", *_read_files(params, runs, predicted)],
         outputs=sorted(outputs),
         started=started,
@@ -110,10 +142,43 @@ def _read_files(params: Params, runs: list[dict[str, Any]], predicted: Path) -> 
     for run in runs:
         path = predicted / run["name"] / "predictions.parquet"
         yield path
-        if run["role"] == "class_phrases" and maps_path(path).exists():
+        if maps_path(path).exists():
             yield maps_path(path)
     if any(run["role"] == "class_phrases" for run in runs):
         yield from (params.data_dir / "class_phrases.parquet", params.data_dir / "classes.json")
+
+
+def _point(
+    run: dict[str, Any], summary: dict[str, Any], ious: NDArray[np.float64] | None, threshold: float, path: Path
+) -> dict[str, Any]:
+    """An operating point on val: AR as every run is scored, and AR (native) at the best threshold of its soft maps, of which
+    `ious` [N, K] are the IoUs; a run whose read-out has no such maps keeps its own threshold."""
+    best, best_threshold = summary["ar"]["overall"], threshold
+    if ious is not None:
+        recall = ious.mean(0)
+        best, best_threshold = float(recall.max()), float(THRESHOLDS[recall.argmax()])
+    low, high = summary["interval"]["overall"] or (None, None)
+    return {
+        "name": run["name"],
+        **{name: run[name] for name in ("size", "steps", "guidance", "rule", "guidance_interval", "ensemble", "evaluations")},
+        "phrases": summary["counts"]["phrases"],
+        "images": summary["counts"]["images"],
+        "threshold": threshold,
+        "ar": summary["ar"]["overall"],
+        "ci_low": low,
+        "ci_high": high,
+        "best_threshold": best_threshold,
+        "best_ar": best,
+        "ece": (summary["calibration"] or {}).get("ece"),
+        "scores": str(path),
+    }
+
+
+def _ensembles(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Names of each ensemble on the grid and of the run that is its first sample alone, where the study has both."""
+    cells = {Cell.of(run): run["name"] for run in runs if run["role"] == "grid"}
+    singles = {cell: cell.model_copy(update={"ensemble": 1}) for cell in cells if cell.ensemble > 1}
+    return [(cells[cell], cells[single]) for cell, single in singles.items() if single in cells]
 
 
 # ------------------------------------------------------------------------------------------------- label-latent size
@@ -175,19 +240,14 @@ def miou_summary(semantic: Semantic, params: Params) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------- comparisons
 def compare(tables: dict[str, pd.DataFrame], runs: list[dict[str, Any]], params: Params) -> dict[str, Any]:
     """Paired differences of AR, overall and of things, by "<a> - <b>": the main row minus each control and minus the base
-    cell of the grid, each other cell and each read-out minus the base cell."""
+    cell of the grid, each other cell and each read-out minus the base cell, each ensemble minus its first sample."""
     by_role: dict[str, list[str]] = {}
     for run in runs:
         by_role.setdefault(run["role"], []).append(run["name"])
-    base_cell = params.sample.base
-    base = [
-        run["name"]
-        for run in runs
-        if run["role"] == "grid"
-        and (run["size"], run["steps"], run["guidance"]) == (base_cell.size, base_cell.steps, base_cell.guidance)
-    ]
+    base = [run["name"] for run in runs if run["role"] == "grid" and Cell.of(run) == params.sample.base]
     pairs = [(main, other) for main in by_role.get("main", []) for other in [*by_role.get("control", []), *base]]
     pairs += [(name, cell) for cell in base for name in [*by_role.get("grid", []), *by_role.get("readout", [])] if name != cell]
+    pairs += _ensembles(runs)
     found = {}
     for first, second in pairs:
         a, b = tables[first], tables[second]

@@ -26,6 +26,9 @@ def label_unet(
     SDXL-inpainting started at zero and saw fewer steps). The bias is kept. conv_out starts as the mean of the pretrained
     output channels, scaled by 2 so that its output keeps their variance if they are independent.
 
+    A label of as many channels as the pretrained output is a latent of the VAE: x_t takes the noisy latent's columns, and
+    conv_out stays as it is.
+
     Raises:
         UserError: the U-Net does not have 9 input channels.
     """
@@ -38,11 +41,13 @@ def label_unet(
     conv_in = nn.Conv2d(label_channels + 4, old_in.out_channels, old_in.kernel_size, padding=old_in.padding)
     conv_out = nn.Conv2d(old_out.in_channels, label_channels, old_out.kernel_size, padding=old_out.padding)
     with torch.no_grad():
-        label = old_in.weight[:, COLUMNS["mask"]].expand(-1, label_channels, -1, -1)
+        latent = label_channels == old_out.out_channels
+        label = old_in.weight[:, COLUMNS["latent" if latent else "mask"]].expand(-1, label_channels, -1, -1)
         conv_in.weight.copy_(torch.cat([label, old_in.weight[:, COLUMNS[image_columns]]], dim=1))
         conv_in.bias = nn.Parameter(old_in.bias.clone())
-        conv_out.weight.copy_(2 * old_out.weight.mean(0, keepdim=True).expand(label_channels, -1, -1, -1))
-        conv_out.bias = nn.Parameter(torch.zeros(label_channels))
+        mean = 2 * old_out.weight.mean(0, keepdim=True).expand(label_channels, -1, -1, -1)
+        conv_out.weight.copy_(old_out.weight if latent else mean)
+        conv_out.bias = nn.Parameter(old_out.bias.clone() if latent else torch.zeros(label_channels))
     unet.conv_in, unet.conv_out = conv_in.to(old_in.weight), conv_out.to(old_out.weight)
     unet.register_to_config(in_channels=label_channels + 4, out_channels=label_channels)
     use_injected_attention(unet)

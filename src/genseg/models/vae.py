@@ -26,6 +26,11 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
+def encode_masks(vae: AutoencoderKL, masks: torch.Tensor) -> torch.Tensor:
+    """Soft masks [B, 1, H, W] in [0, 1] -> latents [B, C, H/f, W/f] of them as grey images."""
+    return encode_images(vae, (2 * masks - 1).expand(-1, 3, -1, -1))
+
+
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, C, h, w] in unit scale -> images [B, 3, H, W] in [-1, 1]."""

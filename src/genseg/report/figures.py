@@ -251,6 +251,56 @@ def draw_evolution(evolution: Evolution, phrases: pd.DataFrame, path: Path, dpi:
             y -= 2 * tall + _GAP + space
 
 
+# ------------------------------------------------------------------------------------------ evaluations, calibration
+def draw_evaluations(points: pd.DataFrame, path: Path, dpi: int) -> None:
+    """AR against U-Net evaluations per mask, of the table `evaluations`: test with 95 % intervals, and val; the points of
+    either that no cheaper one reaches are joined."""
+    with _figure(WIDTH, 3.0, path, dpi) as figure:
+        axes = _plot(figure, 0.5, 0.45, WIDTH - 0.6, 2.45)
+        series = {"test, 95 % interval": ("overall", TRUTH_COLOUR, "o"), "val": ("val_ar", PREDICTION_COLOUR, "s")}
+        for offset, (name, (key, colour, marker)) in zip((0.97, 1.03), series.items(), strict=True):
+            shown = points[points[key].notna()].sort_values(["evaluations", key], ascending=[True, False])
+            cost, height = shown["evaluations"].to_numpy(float) * offset, shown[key].to_numpy(float)
+            best = height > np.maximum.accumulate(np.append(-np.inf, height[:-1]))
+            axes.plot(cost[best], height[best], color=colour, linewidth=0.8, alpha=0.6)
+            axes.plot(cost, height, marker, markersize=3.5, color=colour, label=name)
+            if key == "overall":
+                bars = shown[["ci_low", "ci_high"]].astype(float)
+                axes.vlines(cost, bars["ci_low"], bars["ci_high"], color=colour, linewidth=0.5)
+        for _, row in points[points["role"] != ""].iterrows():
+            place = (float(row["evaluations"]), float(row["overall"]))
+            axes.annotate(str(row["role"]), place, (4, -9), textcoords="offset points", fontsize=_FONT)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks := sorted(set(points["evaluations"].astype(int))), [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("U-Net evaluations per mask", fontsize=_FONT)
+        axes.set_ylabel("average recall (points)", fontsize=_FONT)
+        axes.legend(fontsize=_FONT, frameon=False)
+
+
+def draw_reliability(curves: dict[str, dict[str, Any]], path: Path, dpi: int) -> None:
+    """Reliability plot of soft maps: per bin of probability the frequency of the foreground, and below how many pixels are in
+    it. `curves`: name -> the `calibration` of a scores file."""
+    with _figure(0.55 * WIDTH, 3.9, path, dpi) as figure:
+        wide = 0.55 * WIDTH - 0.7
+        axes, below = _plot(figure, 0.5, 1.4, wide, 2.3), _plot(figure, 0.5, 0.45, wide, 0.75)
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="dashed")
+        for colour, (name, found) in zip((TRUTH_COLOUR, PREDICTION_COLOUR), curves.items(), strict=False):
+            filled = [index for index, count in enumerate(found["pixels"]) if count]
+            probability, frequency = ([found[key][index] for index in filled] for key in ("probability", "frequency"))
+            label = f"{name}: ECE {100 * found['ece']:.1f}"
+            axes.plot(probability, frequency, color=colour, marker="o", markersize=2.5, linewidth=0.9, label=label)
+            share = np.array(found["pixels"]) / sum(found["pixels"])
+            below.step(
+                np.linspace(0, 1, len(share) + 1), np.append(share, share[-1]), where="post", color=colour, linewidth=0.9
+            )
+        axes.set_ylabel("frequency of foreground", fontsize=_FONT)
+        axes.legend(fontsize=0.85 * _FONT, frameon=False)
+        below.set_yscale("log")
+        below.set_ylabel("pixels", fontsize=_FONT)
+        below.set_xlabel("probability in the soft map", fontsize=_FONT)
+
+
 # ---------------------------------------------------------------------------------------------------------- canvas
 @contextmanager
 def _figure(width: float, height: float, path: Path, dpi: int) -> Iterator[Figure]:
@@ -269,6 +319,17 @@ def _box(figure: Figure, x: float, y: float, width: float, height: float) -> Axe
     box = figure.add_axes((x / across, y / up, width / across, height / up))
     box.set_axis_off()
     return box
+
+
+def _plot(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes of a plot with ticks and an open frame, in inches from the lower left."""
+    axes = _box(figure, x, y, width, height)
+    axes.set_axis_on()
+    axes.tick_params(labelsize=_FONT, width=0.5)
+    for side, line in axes.spines.items():
+        line.set_linewidth(0.5)
+        line.set_visible(side in ("left", "bottom"))
+    return axes
 
 
 def _text(

@@ -88,7 +88,7 @@ def build_page(params: Params, study: StudyScores, tables: list[Table], figures:
     named = {table.name: table for table in tables}
     order: dict[str, list[str]] = {
         "Results": ["table2", "controls"],
-        "Sampling": ["table3", "table4", "table5", "readouts"],
+        "Sampling": ["evaluations", "table3", "table4", "table5", "readouts"],
         "Evaluation": [name for name in ("ceilings", "breakdown", "miou", "comparisons") if name in named],
     }
     anchors = ["figures", *(name for names in order.values() for name in names), "provenance"]

@@ -9,12 +9,10 @@ from typing import Any
 import pandas as pd
 
 from genseg.artifacts.files import read_json
-from genseg.artifacts.scores import read_summary
 from genseg.errors import UserError
-from genseg.params import Cell, Params
+from genseg.params import Cell, Params, Readout
 
 SPLITS = ("overall", "things", "stuff", "singulars", "plurals")
-READOUTS = ("bilinear", "nearest", "vae")
 PUBLISHED = {
     "table2": ("method", "citation", "venue", "diffusion", "ps_pretrain", *SPLITS, "source"),
     "table3_size": ("size", *SPLITS, "source"),
@@ -50,8 +48,13 @@ class StudyScores:
     discriminative: Scored
     colour_threshold: Scored
     cells: dict[Cell, Scored]
-    """The sampling grid, in the order of `params.sample.cells()`, base first."""
-    readouts: dict[str, Scored]
+    """The sampling grid, in the order of `params.sample.grid_cells()`, base first."""
+    val: dict[Cell, Scored]
+    """The operating points on val, main first."""
+    ranking: dict[str, Any]
+    """What the scores say of the operating points (`metrics.operating`)."""
+    ranking_path: Path
+    readouts: dict[Readout, Scored]
     """The base cell's maps by read-out; the study's own read-out is the base cell itself."""
     protocols: dict[tuple[str, str], Scored]
     """(run, protocol) for the runs main and discriminative and every protocol the study scores, its own first."""
@@ -61,11 +64,17 @@ class StudyScores:
     def paths(self) -> list[Path]:
         """Every file that was read."""
         singles = (self.main, self.text_permuted, self.discriminative, self.colour_threshold)
-        scored = [*singles, *self.cells.values(), *self.readouts.values(), *self.protocols.values()]
-        return sorted({item.path for item in scored} | {self.comparisons_path})
+        scored = [*singles, *self.cells.values(), *self.val.values(), *self.readouts.values(), *self.protocols.values()]
+        return sorted({item.path for item in scored} | {self.comparisons_path, self.ranking_path})
 
     def base(self) -> Scored:
         return next(iter(self.cells.values()))
+
+    def ensembles(self) -> list[tuple[Cell, Cell]]:
+        """Each ensemble on the grid whose soft maps were scored for calibration, and its first sample alone."""
+        pairs = [(cell, cell.model_copy(update={"ensemble": 1})) for cell in self.cells if cell.ensemble > 1]
+        known = {cell for cell, scored in self.cells.items() if scored.summary.get("calibration")}
+        return [(several, single) for several, single in pairs if {several, single} <= known]
 
     def comparison(self, a: Scored, b: Scored, split: str = "overall") -> dict[str, Any]:
         """Paired difference a - b in AR (fractions) with its 95 % interval; all null where a run has no phrase of the split.
@@ -88,18 +97,8 @@ def read_study(params: Params) -> StudyScores:
         UserError: a run that the params call for was not scored, or a file lacks a field; the message names it.
     """
     folder = params.results_dir / "scores"
-    grid = _grid(folder)
-    cells = {}
-    for cell in params.sample.cells():
-        place = (cell.size, cell.steps, cell.guidance)
-        if place not in grid:
-            raise UserError(
-                f"{folder}/grid: no scores of the cell size {cell.size}, steps {cell.steps}, guidance {cell.guidance:g}; "
-                "run `genseg sample` and `genseg score` with this study's params"
-            )
-        cells[cell] = grid[place]
+    cells = _cells(folder / "grid", params.sample.grid_cells())
     main, discriminative = _read(folder / "main.json"), _read(folder / "discriminative.json")
-    others = [name for name in READOUTS if name != params.sample.readout]
     own: str = params.score.protocol
     protocols = {("main", own): main, ("discriminative", own): discriminative}
     for protocol in params.score.also:
@@ -113,21 +112,27 @@ def read_study(params: Params) -> StudyScores:
         discriminative=discriminative,
         colour_threshold=_read(folder / "colour_threshold.json"),
         cells=cells,
+        val=_cells(folder / "val", params.sample.operating_points()),
+        ranking=_read_json(folder / "operating_points.json"),
+        ranking_path=folder / "operating_points.json",
         readouts={params.sample.readout: cells[params.sample.base]}
-        | {name: _read(folder / "readouts" / f"{name}.json") for name in others},
+        | {name: _read(folder / "readouts" / f"{name}.json") for name in params.other_readouts()},
         protocols=protocols,
         comparisons=_read_json(folder / "comparisons.json"),
         comparisons_path=folder / "comparisons.json",
     )
 
 
-def _grid(folder: Path) -> dict[tuple[int, int, float], Scored]:
-    """Scored grid cells by what they were sampled with, so that the naming of their files is not told twice."""
-    found = [_read(path) for path in sorted((folder / "grid").rglob("*.json"))]
-    return {
-        (item.summary["run"]["size"], item.summary["run"]["steps"], float(item.summary["run"]["guidance"])): item
-        for item in found
-    }
+def _cells(folder: Path, wanted: list[Cell]) -> dict[Cell, Scored]:
+    """Scored cells by what they were sampled with, so that the naming of their files is not told twice."""
+    scored = [_read(path) for path in sorted(folder.rglob("*.json"))]
+    found = {Cell.of(item.summary["run"]): item for item in scored}
+    for cell in wanted:
+        if cell not in found:
+            raise UserError(
+                f"{folder}: no scores of the cell {cell}; run `genseg sample` and `genseg score` with this study's params"
+            )
+    return {cell: found[cell] for cell in wanted}
 
 
 def _read(path: Path) -> Scored:
@@ -145,7 +150,7 @@ def _read(path: Path) -> Scored:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path}: no such file; {_REMEDY}")
-    found = read_summary(path) if path.name != "comparisons.json" else read_json(path)
+    found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(found).__name__}; {_REMEDY}")
     return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from genseg.params import Cell, Params
+from genseg.params import Cell, Params, Point
 from genseg.report.render import DASH, Column, Table
 from genseg.report.study import SPLITS, Scored, StudyScores, published_path, read_published
 
@@ -34,6 +34,7 @@ def build_tables(params: Params, study: StudyScores) -> list[Table]:
         table3(params, study),
         table4(params, study),
         table5(params, study),
+        evaluations(params, study),
         readouts(params, study),
         ceilings(params, study),
         breakdown(params, study),
@@ -189,7 +190,7 @@ def table3(params: Params, study: StudyScores) -> Table:
 
 
 def table4(params: Params, study: StudyScores) -> Table:
-    what = f"numbers of {params.sample.rule.upper()} steps"
+    what = f"numbers of {params.sample.base.rule.upper()} steps"
     table = _ablation(params, study, "table4", "steps", "Steps", list(params.sample.grid.steps), what)
     main, found = params.sample.main, study.comparison(study.main, study.base())
     if found["n"]:
@@ -217,7 +218,7 @@ def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: st
     for cell in dict.fromkeys([base, *(base.model_copy(update={axis: value}) for value in values)]):
         row = {**cell.model_dump(), **measured(params, study.cells[cell])}
         rows.append(row if cell == base else row | difference(study.comparison(study.cells[cell], study.base())))
-    others = [key for key in ("size", "steps", "guidance") if key != axis]
+    others = [key for key in Cell.model_fields if key != axis]
     return Table(
         name=name,
         caption=f"Average recall (points) over {what}: published on PNG, and GS measured here on {data(params)}.",
@@ -244,6 +245,86 @@ def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: st
             "bootstrap over images.",
         ],
     )
+
+
+# ------------------------------------------------------------------------------------------ evaluations, calibration
+def evaluations(params: Params, study: StudyScores) -> Table:
+    """AR against evaluations per mask: the operating points on val, where one is chosen, and on the grid's part of test; the
+    base row, with the paper's steps and guidance, among them."""
+    base, points = params.sample.base, {point["scores"]: point for point in study.ranking["points"]}
+    rows = []
+    for cell in sorted({base, *params.sample.operating_points()}, key=lambda cell: (cell.evaluations, str(cell))):
+        scored, val = study.cells[cell], study.val.get(cell)
+        roles = {"main": cell == params.sample.main, "base": cell == base}
+        row: dict[str, Any] = {
+            "point": str(Point.model_validate(cell.model_dump(exclude={"size"}))),
+            "role": ", ".join(name for name, held in roles.items() if held),
+            **cell.model_dump(),
+            **measured(params, scored),
+            "ece": _points(_ece(scored)),
+        }
+        if val is not None:
+            point = points[str(val.path)]
+            row |= {f"val_{key}": _points(point[key]) for key in ("ar", "ci_low", "ci_high", "best_ar", "ece")}
+            row |= {"val_n": val.phrases, "val_threshold": point["best_threshold"], "val_scores": str(val.path)}
+        rows.append(row if cell == base else row | difference(study.comparison(scored, study.base())))
+    main, tried = study.val[params.sample.main], len(study.ranking["thresholds"])
+    return Table(
+        name="evaluations",
+        caption=f"Average recall (points) against U-Net evaluations per mask, GS measured here on {data(params)}.",
+        frame=_frame(rows, ["point", "role", "evaluations", "val_ar", "val_best_ar", "val_threshold", *SPLITS, "n"]),
+        columns=[
+            Column("point", "Operating point", "text"),
+            Column("role", "", "text"),
+            Column("evaluations", "Eval.", "count"),
+            Column("val_ar", "Val"),
+            Column("val_best_ar", "Val, best"),
+            Column("val_threshold", "at", "number"),
+            Column("overall", "Test"),
+            Column("difference", "Δ", "signed"),
+            Column("difference", "95 % CI", "interval"),
+            Column("ece", "ECE"),
+        ],
+        notes=[
+            f"Val: {main.phrases} phrases in {main.summary['counts']['images']} images, a fixed part of val; AR at the study's "
+            f"threshold {params.sample.threshold:g}, and the best of {tried} thresholds (native protocol) with where it is "
+            f"reached. Test: {where(params, study.base())}, a fixed part. {_choice(params, study)}",
+            "Δ: difference in overall AR from base, paired bootstrap over images. ECE: expected calibration error of the soft "
+            f"map's pixels in points, 15 bins. {EVALUATION} A mean of k samples takes k times as many.",
+            *_calibration_facts(study),
+        ],
+        small=True,
+    )
+
+
+def _ece(scored: Scored) -> float | None:
+    return (scored.summary.get("calibration") or {}).get("ece")
+
+
+def _choice(params: Params, study: StudyScores) -> str:
+    """Whether the main point is what val would choose for its cost."""
+    ranking = study.ranking
+    if ranking["main_is_best_for_its_cost"]:
+        return "The main point has the best AR on val among those that cost no more."
+    cost = params.sample.main.evaluations
+    name = next(entry["name"] for entry in ranking["best"] if entry["evaluations_at_most"] == cost)
+    better = next(cell for cell, scored in study.val.items() if scored.name == name)
+    return f"Among the points that cost no more than the main one, {better} has a higher AR on val."
+
+
+def _calibration_facts(study: StudyScores) -> list[str]:
+    """The soft mask of several seeds against one sample's."""
+    facts = []
+    for several, single in study.ensembles():
+        a, b = study.cells[several], study.cells[single]
+        change = study.comparisons.get(f"{a.name} - {b.name} (ece)")
+        told = f" ({_with_interval(change)})" if change else ""
+        errors = [f"{100 * (_ece(scored) or 0):.1f}" for scored in (a, b)]
+        facts.append(
+            f"{sentence(str(several))[:-1]}: expected calibration error {errors[0]} points against {errors[1]} of one sample"
+            f"{told}; AR {_with_interval(study.comparison(a, b))}."
+        )
+    return facts
 
 
 # ------------------------------------------------------------------------------------------------- read-outs, controls
@@ -464,7 +545,7 @@ def comparisons(params: Params, study: StudyScores) -> Table:
         )
     return Table(
         name="comparisons",
-        caption=f"Paired differences of AR and mIoU (points) with 95 % intervals, measured here on {data(params)}.",
+        caption=f"Paired differences of AR, mIoU and calibration (points) with 95 % intervals, on {data(params)}.",
         frame=_frame(rows, ["comparison", "split", "n", "difference", "ci_low", "ci_high"]),
         columns=[
             Column("label", "Comparison", "text"),
@@ -474,13 +555,14 @@ def comparisons(params: Params, study: StudyScores) -> Table:
             Column("ci", "95 % CI", "interval"),
         ],
         notes=[
-            "overall and things: AR on the phrases that both runs hold (n); miou: mIoU over the same images (n). Paired "
-            f"bootstrap over images. A grid cell is named by what differs from base: size {base.size}, {base.steps} steps, "
-            f"guidance {base.guidance:g}."
+            "overall and things: AR on the phrases that both runs hold (n); miou and ece (calibration error of soft maps): "
+            "over the same images (n). Paired bootstrap over images. A grid cell is named by what differs from base: size "
+            f"{base.size}, {base.steps} steps, guidance {base.guidance:g}."
         ],
     )
 
 
 def _cell_label(cell: Cell, base: Cell) -> str:
     parts = {"size": f"size {cell.size}", "steps": f"{cell.steps} steps", "guidance": f"guidance {cell.guidance:g}"}
-    return ", ".join(text for key, text in parts.items() if getattr(cell, key) != getattr(base, key)) or "base"
+    changed = [key for key in Cell.model_fields if getattr(cell, key) != getattr(base, key)]
+    return (", ".join(parts[key] for key in changed) if parts.keys() >= set(changed) else str(cell)) or "base"

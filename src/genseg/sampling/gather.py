@@ -17,8 +17,16 @@ from genseg.sampling.runs import Run, study_runs
 from genseg.sampling.shard import CODE, part_path, predictions_path, run_key
 
 NEEDED = (
-    *("seed", "latents", "sample.main", "sample.base", "sample.grid", "sample.grid_fraction", "sample.rule"),
-    *("sample.spacing", "sample.clip_x_0", "sample.readout", "sample.threshold", "sample.batch", "sample.precision"),
+    *("seed", "latents", "sample.main", "sample.base", "sample.grid", "sample.grid_fraction", "sample.points"),
+    *(
+        "sample.select_fraction",
+        "sample.spacing",
+        "sample.clip_x_0",
+        "sample.readout",
+        "sample.threshold",
+        "sample.batch",
+        "sample.precision",
+    ),
 )
 
 

@@ -12,23 +12,36 @@ from scipy.optimize import linear_sum_assignment
 
 from genseg.artifacts.seeds import derive_seed
 from genseg.errors import UserError
-from genseg.latents import grid_phrases
-from genseg.params import Cell, Params
+from genseg.latents import grid_phrases, val_phrases
+from genseg.params import Cell, Params, Rule
 
 BACKGROUND = "background"
 """Tag of the class phrase that is scored but never sampled: mIoU's background rule makes it."""
-_CELL = re.compile(r"size=(\d{4})/steps=(\d{4})/cfg=(\d{2}\.\d{2})")
+_CELL = re.compile(
+    r"size=(?P<size>\d{4})/steps=(?P<steps>\d{4})/cfg=(?P<guidance>\d{2}\.\d{2})"
+    r"(,rule=(?P<rule>[a-z]+))?(,guided=(?P<low>\d\.\d{3})-(?P<high>\d\.\d{3}))?(,samples=(?P<ensemble>\d{2}))?"
+)
 
 
 def cell_path(cell: Cell) -> str:
-    """Path of a grid cell: fixed width, so that names sort and parse back (`parse_cell`).
+    """Path of a grid cell: fixed width, so that names sort and parse back (`parse_cell`). What differs from the plain sampler
+    (rule, guidance interval, ensemble) follows in the last part, so that no cell's folder lies in another's.
 
     Raises:
-        UserError: the guidance has more than two decimals and would not survive the trip.
+        UserError: the guidance has more than two decimals, or the interval more than three, and would not survive the trip.
     """
     path = f"size={cell.size:04d}/steps={cell.steps:04d}/cfg={cell.guidance:05.2f}"
-    if parse_cell(path) != cell:
-        raise UserError(f"sample.grid.guidance: {cell.guidance} has more than two decimals; grid cells are named by two")
+    if cell.rule != "ddim":
+        path += f",rule={cell.rule}"
+    if cell.guidance_interval is not None:
+        path += ",guided={:.3f}-{:.3f}".format(*cell.guidance_interval)
+    if cell.ensemble > 1:
+        path += f",samples={cell.ensemble:02d}"
+    parsed = parse_cell(path)
+    if parsed.guidance != cell.guidance:
+        raise UserError(f"guidance {cell.guidance} in sample has more than two decimals; grid cells are named by two")
+    if parsed != cell:
+        raise UserError(f"guidance_interval {cell.guidance_interval} in sample has more than three decimals")
     return path
 
 
@@ -37,15 +50,17 @@ def parse_cell(path: str) -> Cell:
     match = _CELL.fullmatch(path)
     if match is None:
         raise UserError(f"{path}: not the path of a grid cell (size=0128/steps=0050/cfg=07.50)")
-    return Cell(size=int(match[1]), steps=int(match[2]), guidance=float(match[3]))
+    found = match.groupdict()
+    interval = (float(found["low"]), float(found["high"])) if found["low"] else None
+    return Cell.of({**found, "guidance_interval": interval})
 
 
 @dataclass(frozen=True)
 class Run:
     """One set of predictions.
 
-    role: main, control, grid, readout or class_phrases. method: gs, discriminative or colour_threshold.
-    phrases: which rows: test, grid, permutable or class_phrases. size, steps, guidance: None where not applicable.
+    role: main, control, grid, val, readout or class_phrases. method: gs, discriminative or colour_threshold.
+    phrases: which rows: test, grid, val, permutable or class_phrases. size and what follows: None where not applicable.
     """
 
     name: str
@@ -55,6 +70,9 @@ class Run:
     size: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    rule: Rule | None = None
+    guidance_interval: tuple[float, float] | None = None
+    ensemble: int | None = None
     readout: str = "bilinear"
 
     @property
@@ -62,9 +80,12 @@ class Run:
         """U-Net passes per mask."""
         if self.method == "discriminative":
             return 1
-        if self.steps is None or self.guidance is None:
-            return None
-        return Cell(size=self.size or 1, steps=self.steps, guidance=self.guidance).evaluations
+        return self.cell.evaluations if self.cell else None
+
+    @property
+    def cell(self) -> Cell | None:
+        """Where it samples; None where nothing is sampled."""
+        return None if self.steps is None else Cell.of(asdict(self))
 
     def entry(self) -> dict[str, Any]:
         """As it stands in the manifest of the predictions."""
@@ -74,7 +95,7 @@ class Run:
 def study_runs(study: Params) -> list[Run]:
     """All runs, in the order of the manifest."""
     main, readout = study.sample.main, study.sample.readout
-    point: dict[str, Any] = {"size": main.size, "steps": main.steps, "guidance": main.guidance, "readout": readout}
+    point: dict[str, Any] = {**main.model_dump(), "readout": readout}
     control: dict[str, Any] = {"size": main.size, "readout": readout}
     runs = [
         Run("main", "main", "gs", "test", **point),
@@ -84,12 +105,12 @@ def study_runs(study: Params) -> list[Run]:
         Run("discriminative_class_phrases", "class_phrases", "discriminative", "class_phrases", **control),
         Run("colour_threshold", "control", "colour_threshold", "test"),
     ]
-    for cell in study.sample.cells():
-        runs.append(Run(f"grid/{cell_path(cell)}", "grid", "gs", "grid", cell.size, cell.steps, cell.guidance, readout))
-    base = study.sample.base
-    for other in ("bilinear", "nearest", "vae"):
-        if other != readout:
-            runs.append(Run(f"readouts/{other}", "readout", "gs", "grid", base.size, base.steps, base.guidance, other))
+    cells = {"grid": study.sample.grid_cells(), "val": study.sample.operating_points()}
+    for part, members in cells.items():
+        for cell in members:
+            runs.append(Run(f"{part}/{cell_path(cell)}", part, "gs", part, **cell.model_dump(), readout=readout))
+    for other in study.other_readouts():
+        runs.append(Run(f"readouts/{other}", "readout", "gs", "grid", **study.sample.base.model_dump(), readout=other))
     return runs
 
 
@@ -105,6 +126,8 @@ def run_rows(study: Params, run: Run, phrases: pd.DataFrame, class_phrases: pd.D
         rows = rows[[tags is None or BACKGROUND not in tags for tags in rows["tags"]]]
     elif run.phrases == "grid":
         rows = grid_phrases(study, phrases)
+    elif run.phrases == "val":
+        rows = val_phrases(study, phrases)
     else:
         rows = phrases[phrases["split"] == "test"]
     if run.phrases == "permutable":

@@ -57,12 +57,12 @@ def run_key(study: Params, run: Run) -> str:
         file_sha256(study.data_dir / "phrases.parquet"),
         file_sha256(study.data_dir / "class_phrases.parquet") if run.phrases == "class_phrases" else None,
         study.subtree("seed", "latents"),
-        sample.grid_fraction if run.phrases == "grid" else None,
+        {"grid": sample.grid_fraction, "val": sample.select_fraction}.get(run.phrases),
         code_hash(*CODE),
     ]
     if run.method != "colour_threshold":
         facts += [read_json(study.results_dir / folder / "manifest.json")["weights"]]
-        facts += [sample.rule, sample.spacing, sample.clip_x_0, sample.threshold, sample.batch, sample.precision]
+        facts += [sample.spacing, sample.clip_x_0, sample.threshold, sample.batch, sample.precision]
     return digest(facts)
 
 
@@ -148,7 +148,7 @@ class Sampler:
                 betas = read_manifest(self.study.results_dir / "backbone" / "manifest.json")["betas"]
                 clip = pipeline.config.label_scale if sample.clip_x_0 else None
                 pipeline.scheduler = make_scheduler(
-                    betas, self.study.train.prediction, self.study.train.zero_terminal_snr, sample.rule, sample.spacing, clip
+                    betas, self.study.train.prediction, self.study.train.zero_terminal_snr, sample.spacing, clip
                 )
             self._pipelines[method] = pipeline.to(self.device)
         return self._pipelines[method]
@@ -189,6 +189,9 @@ class Sampler:
                 run.steps,
                 run.guidance,
                 self.study.seed,
+                rule=run.rule or "ddim",
+                interval=run.guidance_interval,
+                ensemble=run.ensemble or 1,
             )
             if time.monotonic() - last > 10:
                 last = time.monotonic()
@@ -225,7 +228,6 @@ def _write_evolution(study: Params, sampler: Sampler, phrases: pd.DataFrame) -> 
     images = LatentStore(image_store(study, base.size))
     latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(sampler.device)
     pipeline = sampler.pipeline("gs")
-    scale = pipeline.config.label_scale
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     keys = list(zip(*(rows[name] for name in KEY), strict=True))
     pipeline.label_maps(
@@ -236,12 +238,13 @@ def _write_evolution(study: Params, sampler: Sampler, phrases: pd.DataFrame) -> 
         base.steps,
         base.guidance,
         study.seed,
-        observe=lambda t, x_t, x_0: seen.append((t, x_t.float().cpu(), x_0.float().cpu())),
+        observe=lambda t, x_t, x_0: seen.append((t, pipeline.soft_labels(x_t), pipeline.soft_labels(x_0))),
+        rule=base.rule,
+        interval=base.guidance_interval,
     )
 
     def stacked(states: list[torch.Tensor]) -> NDArray[np.uint8]:
-        values = torch.stack([state[:, 0] for state in states], dim=1).numpy() / scale
-        return np.rint(np.clip((values + 1) / 2, 0, 1) * 255).astype(np.uint8)  # (K, T, h, w)
+        return np.rint(torch.stack(states, dim=1).cpu().numpy() * 255).astype(np.uint8)  # (K, T, h, w)
 
     facts = {
         "timesteps": [t for t, _, _ in seen],

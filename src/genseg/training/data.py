@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from diffusers import AutoencoderKL
 
 from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.phrases import row_mask
@@ -23,6 +24,7 @@ from genseg.artifacts.resample import area_reduce
 from genseg.artifacts.seeds import derive_seed
 from genseg.latents import Texts
 from genseg.models.text import TextEmbedding
+from genseg.models.vae import vae_factor
 from genseg.params import Train
 from genseg.training.loop import step_generator, step_rng
 
@@ -35,45 +37,67 @@ DrawT = Callable[[int, torch.Generator], torch.Tensor]
 
 @dataclass
 class Batch:
-    """image [B, 4, h, w]; label: soft mask [B, 1, h, w] in [0, 1]; texts: B embeddings."""
+    """image [B, 4, h, w]; label: soft mask [B, 1, h, w] in [0, 1], or [B, 1, f h, f w] that a VAE of factor f is to encode;
+    mask: soft mask [B, 1, S, S] at the size of BCE + Dice; texts: B embeddings."""
 
     image: torch.Tensor
     label: torch.Tensor
+    mask: torch.Tensor
     texts: list[TextEmbedding]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.image.to(device), self.label.to(device), self.texts)
+        label = self.label.to(device)
+        mask = label if self.mask is self.label else self.mask.to(device)
+        return Batch(self.image.to(device), label, mask, self.texts)
 
 
 class PhraseData:
     """Training rows: image latents from the store, labels reduced from the masks' codes, text from the store.
 
     Nothing is kept but the table and a bounded number of texts: image latents are slices of memory-mapped shards.
+
+    Args:
+        task_size: side of `Batch.mask`; None: that of the label.
+        vae: what encodes the labels; None: they are the masks themselves.
     """
 
-    def __init__(self, rows: pd.DataFrame, images: LatentStore, texts: Texts) -> None:
-        self.rows, self.images, self.texts = rows.reset_index(drop=True), images, texts
+    def __init__(
+        self,
+        rows: pd.DataFrame,
+        images: LatentStore,
+        texts: Texts,
+        task_size: int | None = None,
+        vae: AutoencoderKL | None = None,
+    ) -> None:
+        self.rows, self.images, self.texts, self.task_size = rows.reset_index(drop=True), images, texts, task_size
+        self._factor: int = 1 if vae is None else vae_factor(vae)
+        self._channels: int = 1 if vae is None else vae.config.latent_channels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def label_shape(self) -> tuple[int, int, int]:
-        """(1, h, w)"""
-        return (1, *self.images[self.rows["image_id"].iloc[0]]["latent"].shape[-2:])
+        """(K, h, w) of the label's latent"""
+        return (self._channels, *self.images[self.rows["image_id"].iloc[0]]["latent"].shape[-2:])
 
     def batch(self, indices: list[int], mirrored: list[bool]) -> Batch:
         """Rows `indices`; where `mirrored`, image latent and label are flipped left to right (the flip of a latent is
         nearly the latent of the flip: a convolutional VAE has no preferred side)."""
-        images, labels, texts = [], [], []
+        images, labels, masks, texts = [], [], [], []
         for index, mirror in zip(indices, mirrored, strict=True):
             row = self.rows.iloc[index]
+            truth = row_mask(row)
             image = self.images[row["image_id"]]["latent"].float()
-            label = torch.from_numpy(area_reduce(row_mask(row), *image.shape[-2:]))[None]
+            label = torch.from_numpy(area_reduce(truth, *(self._factor * side for side in image.shape[-2:])))[None]
             images.append(image.flip(-1) if mirror else image)
             labels.append(label.flip(-1) if mirror else label)
+            if self.task_size is not None:
+                mask = torch.from_numpy(area_reduce(truth, self.task_size, self.task_size))[None]
+                masks.append(mask.flip(-1) if mirror else mask)
             texts.append(self.texts[row["phrase"]])
-        return Batch(torch.stack(images), torch.stack(labels), texts)
+        label = torch.stack(labels)
+        return Batch(torch.stack(images), label, torch.stack(masks) if masks else label, texts)
 
 
 @dataclass
@@ -82,7 +106,7 @@ class MicroBatch:
 
     batch: Batch
     noise: torch.Tensor
-    """[b, 1, h, w], standard normal."""
+    """[b, K, h, w], standard normal."""
     t: torch.Tensor
     """[b] timesteps."""
     drop: torch.Tensor
@@ -125,6 +149,7 @@ def step_indices(seed: int, step: int, batch: int, count: int) -> list[int]:
 
 
 def total_steps(train: Train, rows: int) -> int:
+    """Steps before the stages."""
     return train.steps or math.ceil((train.epochs or 0) * rows / train.batch)
 
 

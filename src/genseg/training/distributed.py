@@ -99,7 +99,8 @@ def spread(model: nn.Module, ranks: Ranks, sharding: Literal["replicate", "shard
     for module in model.modules():
         if isinstance(module, (BasicTransformerBlock, ResnetBlock2D)):
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # By default what is left stays whole after a forward pass, until a backward pass that validation never makes.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
 
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from genseg.artifacts.files import atomic_directory, file_sha256
+from genseg.artifacts.files import atomic_directory, atomic_path, file_sha256
 from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
 from genseg.artifacts.phrases import hash_unit, read_phrases
 from genseg.artifacts.seeds import derive_seed
-from genseg.diffusion.objectives import diffusion_loss, discriminative_loss, estimate_x_0, noised, target, task_loss
-from genseg.diffusion.pipeline import DISCRIMINATIVE_TIMESTEP, GSPipeline
+from genseg.diffusion.pipeline import GSPipeline
 from genseg.diffusion.schedule import make_scheduler
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.adapter import TextAdapter
@@ -35,7 +35,7 @@ from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.text import TextEmbedding
 from genseg.models.unet import label_unet, run_unet
 from genseg.params import Optimizer, Params, Train, digest
-from genseg.training.data import Batch, MicroBatch, PhraseData, micro_batches, prefetched, total_steps
+from genseg.training.data import MicroBatch, PhraseData, micro_batches, prefetched
 from genseg.training.distributed import (
     Ranks,
     accumulating,
@@ -47,10 +47,10 @@ from genseg.training.distributed import (
     whole_state,
 )
 from genseg.training.loop import Meter, TrainLog, check_finite, load_checkpoint, lr_factor, save_checkpoint, step_generator
+from genseg.training.objective import Kind, Objective, Part, training_parts
 
-Kind = Literal["gs", "discriminative"]
 FOLDERS: dict[str, str] = {"gs": "model", "discriminative": "control"}
-FILES = ("data", "distributed", "gs", "loop")
+FILES = ("data", "distributed", "gs", "loop", "objective")
 CODE = ("params.py", "artifacts", "latents.py", "models", "diffusion", *(f"training/{file}.py" for file in FILES))
 BANDS = ((0, 250), (250, 500), (500, 750), (750, 1000))
 """Timestep bands of the validation loss, half-open."""
@@ -74,16 +74,16 @@ class Networks(nn.Module):
         size: int,
     ) -> torch.Tensor:
         output = run_unet(self.unet, x_t, image_latents, t, self.adapter(texts, drop), (size, size))
-        if torch.is_grad_enabled():
-            # A null that no row used gets a gradient of zero, not none: sharded processes must agree on who has one.
+        if torch.is_grad_enabled() and dist.is_initialized():
+            # Processes must agree on who has a gradient: a null that no row of this one used takes part with zero.
             output = output + 0 * sum(parameter.sum() for parameter in self.adapter.parameters())
         return output
 
 
-def build_networks(study: Params, source: str, revision: str | None, empty: TextEmbedding) -> Networks:
+def build_networks(study: Params, source: str, revision: str | None, empty: TextEmbedding, label_channels: int = 1) -> Networks:
     """Label U-Net and adapter as they are before the first step (fp32 master weights)."""
     torch.manual_seed(derive_seed(study.seed, "networks") % 2**31)
-    unet = label_unet(load_unet(source, revision), study.train.image_columns)
+    unet = label_unet(load_unet(source, revision), study.train.image_columns, label_channels)
     adapter = TextAdapter(
         token_width=empty.tokens.shape[-1],
         pooled_width=empty.pooled.shape[-1],
@@ -118,36 +118,6 @@ def make_optimizer(networks: Networks, optimizer: Optimizer) -> torch.optim.Opti
     return cls(parameter_groups(networks, optimizer), betas=optimizer.betas, weight_decay=optimizer.weight_decay)
 
 
-class Objective:
-    """Loss per sample of either kind of model, for given noise and timesteps."""
-
-    def __init__(self, kind: Kind, study: Params, alphas_bar: torch.Tensor) -> None:
-        self.kind, self.study, self.alphas_bar = kind, study, alphas_bar
-
-    def timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """t [count], uniform."""
-        return torch.randint(0, len(self.alphas_bar), (count,), generator=generator)
-
-    def __call__(
-        self, networks: nn.Module, batch: Batch, noise: torch.Tensor, t: torch.Tensor, drop: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Loss [B]. noise: [B, 1, h, w]; t: [B]; drop: [B] bool. The control ignores noise and t and drops no text."""
-        train = self.study.train
-        if self.kind == "discriminative":
-            last = torch.full_like(t, DISCRIMINATIVE_TIMESTEP)
-            output = networks(torch.zeros_like(batch.label), batch.image, last, batch.texts, None, train.size)
-            return discriminative_loss(output, batch.label)
-        x_0 = (2 * batch.label - 1) * train.label_scale
-        x_t = noised(x_0, noise, self.alphas_bar, t)
-        output = networks(x_t, batch.image, t, batch.texts, drop, train.size)
-        scale = train.label_scale
-        losses = diffusion_loss(output, target(train.prediction, x_0, noise, self.alphas_bar, t, scale))
-        if train.task_weight:
-            estimate = estimate_x_0(train.prediction, output.float(), x_t, self.alphas_bar, t, scale)
-            losses = losses + train.task_weight * task_loss(estimate, batch.label, scale)
-        return losses
-
-
 def train_model(study: Params, kind: Kind) -> None:
     """Train and save `results/<study>/model` (or `control`), with `log.csv` and, last, its manifest.
 
@@ -174,13 +144,19 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
     phrases = read_phrases(study.data_dir / "phrases.parquet")
     texts = Texts(text_store(study), torch.device("cpu"))
     images = LatentStore(image_store(study, train.size))
-    data = PhraseData(phrases[phrases["split"] == "train"], images, texts)
-    val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts)
+    vae = None
+    if kind == "gs" and train.label == "vae":
+        vae = load_vae(backbone["pipeline"], backbone["revision"]).to(device)
+    data = PhraseData(phrases[phrases["split"] == "train"], images, texts, train.task_size, vae)
+    val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts, train.task_size, vae)
     prediction = train.prediction if kind == "gs" else "logits"
     scheduler = make_scheduler(backbone["betas"], train.prediction, train.zero_terminal_snr)
-    objective = Objective(kind, study, scheduler.alphas_cumprod.to(device))
+    objective = Objective(kind, study, scheduler.alphas_cumprod.to(device), vae)
 
-    networks = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""])
+    def fresh() -> Networks:
+        return build_networks(study, backbone["pipeline"], backbone["revision"], texts[""], data.label_shape[0])
+
+    networks = fresh()
     averaged = copy.deepcopy(networks).requires_grad_(False) if train.ema else networks
     meter = Meter(device, ranks.size, sample_flops(networks, data, train) if device.type == "cuda" else 0.0)
     model = spread(networks, ranks, train.sharding)
@@ -188,7 +164,8 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         spread(averaged, ranks, train.sharding)
     optimizer = make_optimizer(networks, train.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    steps = total_steps(train, len(data))
+    parts = training_parts(train, len(data), kind)
+    steps = parts[-1].first + parts[-1].steps
     key = digest([kind, study.subtree("seed", "train", "latents"), backbone["weights"], code_hash(*CODE), _data_hash(study)])
     work = study.work_dir / "train" / f"{kind}-{key}"
     start = _resume(work, networks, averaged, optimizer, scaler)
@@ -201,7 +178,11 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         lambda step: micro_batches(data, train, objective.timesteps, study.seed, step, places), range(start, steps)
     )
     for step in range(start, steps):
-        factor = lr_factor(step, steps, train.optimizer.warmup_steps, train.optimizer.schedule)
+        part = next(part for part in reversed(parts) if part.first <= step)
+        if part is not objective.part:
+            _enter(part, step, objective, networks, averaged, fresh, optimizer, ranks, train, work)
+        factor = lr_factor(step - part.first, part.steps, train.optimizer.warmup_steps, train.optimizer.schedule)
+        factor *= part.stage.lr_factor if part.stage else 1.0
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         begun = time.monotonic()
@@ -232,7 +213,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
     trained = whole_state(averaged)
     if not first:
         return
-    whole = build_networks(study, backbone["pipeline"], backbone["revision"], texts[""])
+    whole = fresh()
     whole.load_state_dict(trained)
     folder = study.results_dir / FOLDERS[kind]
     _save(study, whole, scheduler, prediction, backbone, folder)
@@ -253,6 +234,44 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         weights=digest([file_sha256(path) for path in sorted(folder.glob("*/*.safetensors"))]),
     )
     print(f"train {kind}: saved {folder}", flush=True)
+
+
+def _enter(
+    part: Part,
+    step: int,
+    objective: Objective,
+    networks: Networks,
+    averaged: Networks,
+    fresh: Callable[[], Networks],
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    train: Train,
+    work: Path,
+) -> None:
+    """Begin a part, or go on with it after a resume: a stage begins with the averaged weights and a fresh optimiser; its
+    teacher, the same weights frozen, is kept in a file for a later resume."""
+    objective.part, objective.teacher = part, None
+    if part.stage is None:
+        return
+    first, begins = ranks.rank == 0, step == part.first
+    if begins:
+        _average(networks, averaged, 0.0)
+        optimizer.state.clear()
+    if part.stage.objective == "distill":
+        path = work / f"teacher-{part.first:07d}.pt"
+        teacher = objective.teacher = fresh().requires_grad_(False).eval()
+        spread(teacher, ranks, train.sharding)
+        if begins:
+            _average(teacher, averaged, 0.0)
+            state = whole_state(teacher)
+            if first:
+                with atomic_path(path) as temporary:
+                    torch.save(state, temporary)
+        else:
+            load_whole_state(teacher, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    if first:
+        last = part.first + part.steps
+        print(f"train {objective.kind}: stage {part.stage.objective}, steps {part.first} to {last}", flush=True)
 
 
 def _take_step(
@@ -286,6 +305,9 @@ def _take_step(
         check_finite(norm, step, "gradient's norm")
     if train.optimizer.gradient_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, train.optimizer.gradient_clip, norm)
+    for parameter in parameters:
+        if parameter.grad is None:  # a null that no row used: the optimiser sees zero, as it does with several processes
+            parameter.grad = torch.zeros_like(parameter)
     scaler.step(optimizer)
     scaler.update()
     return total.item()
@@ -298,7 +320,7 @@ def sample_flops(networks: Networks, data: PhraseData, train: Train) -> float:
         unet = UNet2DConditionModel.from_config(networks.unet.config)
         use_injected_attention(unet)
         empty = Networks(unet, TextAdapter.from_config(networks.adapter.config))
-        noise, image = (torch.empty_like(tensor, device="meta") for tensor in (batch.label, batch.image))
+        noise, image = torch.empty(1, *data.label_shape), torch.empty_like(batch.image, device="meta")
         empty(noise, image, torch.empty(1), batch.texts, None, train.size)
     return 3 * counter.get_total_flops()
 
@@ -313,6 +335,7 @@ def _autocast(train: Train, device: torch.device) -> contextlib.AbstractContextM
 
 @torch.no_grad()
 def _average(averaged: Networks, networks: Networks, decay: float) -> None:
+    """averaged = decay * averaged + (1 - decay) * networks; with decay 0 a copy, exactly."""
     for mean, parameter in zip(averaged.parameters(), networks.parameters(), strict=True):
         mean.lerp_(parameter, 1 - decay)
 
@@ -327,7 +350,8 @@ def _validation_rows(phrases: pd.DataFrame, count: int, seed: int) -> pd.DataFra
 
 @torch.no_grad()
 def _validate(objective: Objective, networks: Networks, val: PhraseData, study: Params, ranks: Ranks) -> dict[str, str]:
-    """Mean validation loss per timestep band (of the averaged weights), each phrase at one fixed t and noise a band.
+    """Mean validation loss per timestep band (of the averaged weights), each phrase at one fixed t and noise a band; always
+    the loss before the stages, so that its values compare.
 
     The processes share the phrases, each making as many passes: sharded weights are gathered by all of them.
     """
@@ -344,9 +368,9 @@ def _validate(objective: Objective, networks: Networks, val: PhraseData, study: 
             batch = val.batch(part, [False] * len(part))
             draws = [step_generator(study.seed, "validation", low, index) for index in part]
             t = torch.cat([torch.randint(low, high, (1,), generator=draw) for draw in draws])
-            noise = torch.stack([torch.randn(batch.label.shape[1:], generator=draw) for draw in draws])
+            noise = torch.stack([torch.randn(val.label_shape, generator=draw) for draw in draws])
             with _autocast(train, device):
-                found_losses = objective(networks, batch.to(device), noise.to(device), t.to(device), None)
+                found_losses = objective.first_loss(networks, batch.to(device), noise.to(device), t.to(device), None)
             if number < len(blocks):
                 losses[part] = found_losses.float()
         means.append(ranks.sum(losses).mean().item())
@@ -395,6 +419,7 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         prediction=prediction,
         label_scale=study.train.label_scale,
         image_size=study.train.size,
+        label="mask" if prediction == "logits" else study.train.label,
     )
     with atomic_directory(folder) as temporary:
         pipeline.save_pretrained(temporary)
