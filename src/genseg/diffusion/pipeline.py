@@ -130,7 +130,8 @@ class GSPipeline(DiffusionPipeline):
         """
         # 1. Inputs: single ones become lists of one.
         single = isinstance(image, Image.Image) or (not isinstance(image, Sequence) and image.ndim < 4)
-        pictures = [_to_picture(item) for item in ([image] if single else image)]
+        given: Any = [image] if single else image
+        pictures = [_to_picture(item) for item in given]
         texts_of: Any = [[phrases] if isinstance(phrases, str) else phrases] if single else phrases
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
@@ -178,10 +179,10 @@ class GSPipeline(DiffusionPipeline):
             found_masks.append(np.stack([row >= threshold for row in large]))
             start += len(texts)
         masks: Any = [_as_type(item, output_type) for item in found_masks]
-        soft: Any = [torch.from_numpy(item) if output_type == "pt" else item for item in found_maps]
+        labels: Any = [torch.from_numpy(item) if output_type == "pt" else item for item in found_maps]
         if single:
-            masks, soft = masks[0], soft[0]
-        return GSOutput(masks=masks, maps=soft) if return_dict else (masks, soft)
+            masks, labels = masks[0], labels[0]
+        return GSOutput(masks=masks, maps=labels) if return_dict else (masks, labels)
 
     def _check_inputs(
         self, pictures: list[Image.Image], texts: Any, steps: int, guidance: float, batch_size: int, output_type: str
