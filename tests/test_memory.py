@@ -9,7 +9,12 @@ from genseg.models.flops import meta_inputs, meta_unet
 from genseg.models.memory import LiveBytes, activation_bytes, attention_maps
 from genseg.models.unet import run_unet
 
-NARROW = sdxl.UNET | {"block_out_channels": [32, 64, 64], "attention_head_dim": [1, 2, 2], "cross_attention_dim": 16}
+NARROW = sdxl.UNET | {
+    "block_out_channels": [32, 64, 64],
+    "attention_head_dim": [1, 2, 2],
+    "cross_attention_dim": 16,
+    "transformer_layers_per_block": [1, 1, 2],
+}
 SD21 = {
     "in_channels": 4,
     "out_channels": 4,

@@ -304,7 +304,7 @@ def plan_phases(study: Params, networks: Networks, counts: Counts, gpu: Gpu, gpu
         add("train", what, steps * train.batch + validations, flops, train.precision, rule)
 
     for size in sample.sizes():
-        evaluations, flops = 0, 0
+        evaluations, flops = 0, 0.0
         for run in study_runs(study):
             if run.size == size and run.role != "readout":
                 evaluations += counts.rows[run.phrases] * (run.evaluations or 0)
@@ -316,7 +316,7 @@ def plan_phases(study: Params, networks: Networks, counts: Counts, gpu: Gpu, gpu
     main = counts.rows["test"] * sample.main.evaluations
     add("sample", "  of these the main row", main, main * networks.evaluation(sample.main.size), sample.precision)
     classes = counts.rows["class_phrases"] * sample.main.evaluations
-    flops = classes * networks.evaluation(sample.main.size)
+    flops = float(classes) * networks.evaluation(sample.main.size)
     add("sample", "  and the class phrases (mIoU)", classes, flops, sample.precision)
     return rows
 
