@@ -248,7 +248,7 @@ def plan_artifacts(study: Params, networks: Networks, counts: Counts) -> list[di
         copies = 4 * networks.trained * (1 + 2 + bool(study.train.ema))
         kept = sorted((study.work_dir / "train").glob(f"{kind}-*/step-*.pt"))[-KEEP:]
         add(f"{folder}: {KEEP} checkpoints (a third while one is written)", KEEP * copies, "exact, but for headers", *kept)
-    maps, predictions, found_maps, found = 0, 0, [], []
+    maps, predictions, found_maps, found = 0, 0.0, [], []
     for run in study_runs(study):
         count = counts.rows[run.phrases]
         predictions += counts.row_bytes * count
@@ -304,19 +304,19 @@ def plan_phases(study: Params, networks: Networks, counts: Counts, gpu: Gpu, gpu
         add("train", what, steps * train.batch + validations, flops, train.precision, rule)
 
     for size in sample.sizes():
-        evaluations, flops = 0, 0.0
+        evaluations, decoding = 0, 0
         for run in study_runs(study):
             if run.size == size and run.role != "readout":
                 evaluations += counts.rows[run.phrases] * (run.evaluations or 0)
             if run.size == size and run.readout == "vae":
-                flops += counts.rows[run.phrases] * vae_flops(networks.vae, size)[1]
-        flops += evaluations * networks.evaluation(size)
+                decoding += counts.rows[run.phrases] * vae_flops(networks.vae, size)[1]
+        flops = decoding + evaluations * networks.evaluation(size)
         benchmarks = [f"sample.size={size:04d}.shard={shard}" for shard in range(sample.shards)]
         add("sample", f"all runs at {size}", evaluations, flops, sample.precision, *benchmarks)
     main = counts.rows["test"] * sample.main.evaluations
     add("sample", "  of these the main row", main, main * networks.evaluation(sample.main.size), sample.precision)
     classes = counts.rows["class_phrases"] * sample.main.evaluations
-    flops = float(classes) * networks.evaluation(sample.main.size)
+    flops = classes * networks.evaluation(sample.main.size)
     add("sample", "  and the class phrases (mIoU)", classes, flops, sample.precision)
     return rows
 
