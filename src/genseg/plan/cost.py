@@ -66,8 +66,7 @@ def backbone_configs(study: Params) -> tuple[dict[str, dict[str, Any]], str]:
     source = str(trained) if (trained / "model_index.json").exists() else backbone.init
     if source is None:
         assert backbone.shape is not None
-        with torch.device("meta"):
-            pipeline = build_miniature(backbone.shape, backbone.size, [], 0)
+        pipeline = build_miniature(backbone.shape, backbone.size, [], 0)
         configs: dict[str, dict[str, Any]] = {name: dict(getattr(pipeline, name).config) for name in ("unet", "vae")}
         for name in ("text_encoder", "text_encoder_2"):
             config = getattr(pipeline, name).config.to_dict()
