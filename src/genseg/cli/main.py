@@ -18,6 +18,7 @@ COMMANDS = {
     "score": "score predictions: AR, mIoU, boundary IoU",
     "tables": "write the tables and figures",
     "predict": "segment one image by phrases",
+    "plan": "what a study will take: memory, bytes, operations, hours",
     "sync": "make Snakemake and DVC agree about what is up to date",
     "dvc": "write dvc.yaml from the Snakefile, or check it",
     "lease": "run a command on leased GPUs",

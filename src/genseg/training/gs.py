@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from genseg.artifacts.files import atomic_directory, atomic_path, file_sha256
 from genseg.artifacts.latents import LatentStore
@@ -29,9 +28,10 @@ from genseg.diffusion.pipeline import GSPipeline
 from genseg.diffusion.schedule import make_scheduler
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.adapter import TextAdapter
-from genseg.models.attention import self_attention_widths, use_injected_attention
+from genseg.models.attention import self_attention_widths
 from genseg.models.backbone import load_text_encoders, load_unet, load_vae
 from genseg.models.device import DTYPES, choose_device, describe
+from genseg.models.flops import training_flops, unet_flops
 from genseg.models.text import TextEmbedding
 from genseg.models.unet import label_unet, run_unet
 from genseg.params import Optimizer, Params, Train, digest
@@ -158,7 +158,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
 
     networks = fresh()
     averaged = copy.deepcopy(networks).requires_grad_(False) if train.ema else networks
-    meter = Meter(device, ranks.size, sample_flops(networks, data, train) if device.type == "cuda" else 0.0)
+    meter = Meter(device, ranks.size)
     model = spread(networks, ranks, train.sharding)
     if averaged is not networks:
         spread(averaged, ranks, train.sharding)
@@ -181,6 +181,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         part = next(part for part in reversed(parts) if part.first <= step)
         if part is not objective.part:
             _enter(part, step, objective, networks, averaged, fresh, optimizer, ranks, train, work)
+            meter.flops = sample_flops(networks, data, train, part) if device.type == "cuda" else 0.0
         factor = lr_factor(step - part.first, part.steps, train.optimizer.warmup_steps, train.optimizer.schedule)
         factor *= part.stage.lr_factor if part.stage else 1.0
         for group in optimizer.param_groups:
@@ -313,16 +314,11 @@ def _take_step(
     return total.item()
 
 
-def sample_flops(networks: Networks, data: PhraseData, train: Train) -> float:
-    """Floating-point operations of one training sample, counted on tensors without content: forward and twice that back."""
-    batch = data.batch([0], [False])
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet = UNet2DConditionModel.from_config(networks.unet.config)
-        use_injected_attention(unet)
-        empty = Networks(unet, TextAdapter.from_config(networks.adapter.config))
-        noise, image = torch.empty(1, *data.label_shape), torch.empty_like(batch.image, device="meta")
-        empty(noise, image, torch.empty(1), batch.texts, None, train.size)
-    return 3 * counter.get_total_flops()
+def sample_flops(networks: Networks, data: PhraseData, train: Train, part: Part) -> float:
+    """Floating-point operations of one training sample, its phrase as long as the first; the adapter's few are left out."""
+    tokens = len(data.texts[data.rows["phrase"].iloc[0]].tokens) if train.text == "tokens" else 1
+    forward = unet_flops(networks.unet.config, data.label_shape[-1], tokens, train.inject == "all")
+    return training_flops(forward, recomputed=False) + part.teacher_passes * forward
 
 
 def _autocast(train: Train, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -420,6 +416,10 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         label_scale=study.train.label_scale,
         image_size=study.train.size,
         label="mask" if prediction == "logits" else study.train.label,
+        # The paper's operating point for its objective; v and x_0 give a usable estimate in the first step already, and
+        # guidance gains them little.
+        steps=50 if prediction == "noise" else 2,
+        guidance=7.5 if prediction == "noise" else 1.0,
     )
     with atomic_directory(folder) as temporary:
         pipeline.save_pretrained(temporary)

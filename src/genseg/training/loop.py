@@ -16,7 +16,7 @@ import torch
 from genseg.artifacts.files import atomic_path
 from genseg.artifacts.seeds import derive_seed
 from genseg.errors import UserError
-from genseg.models.device import peak_flops
+from genseg.models.flops import find_gpu
 
 KEEP = 2
 """Checkpoints kept: the newest and, should its disk block be bad, the one before."""
@@ -105,11 +105,11 @@ class Meter:
     """Speed since the last log line, of training alone: validation and checkpoints do not count.
 
     Args:
-        flops: floating-point operations of one training sample: three forward passes (the backward pass costs two).
-            What gradient checkpointing computes again is not useful and not counted.
+        flops: floating-point operations of one training sample. What gradient checkpointing computes again is not useful
+            and not counted.
     """
 
-    def __init__(self, device: torch.device, processes: int, flops: float) -> None:
+    def __init__(self, device: torch.device, processes: int, flops: float = 0.0) -> None:
         self.device, self.processes, self.flops = device, processes, flops
         self._samples, self._seconds, self._waited = 0, 0.0, 0.0
 
@@ -129,8 +129,8 @@ class Meter:
         if self.device.type == "cuda":
             done = rate * self.flops / self.processes
             found["tflops"] = done / 1e12
-            if peak := peak_flops(torch.cuda.get_device_name(self.device)):
-                found["mfu_percent"] = 100 * done / peak
+            if gpu := find_gpu(torch.cuda.get_device_name(self.device)):
+                found["mfu_percent"] = 100 * done / gpu.half
         return found
 
 

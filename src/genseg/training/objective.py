@@ -28,6 +28,11 @@ class Part:
     steps: int
     stage: Stage | None = None
 
+    @property
+    def teacher_passes(self) -> int:
+        """Forward passes of the teacher for one sample: with the text and without."""
+        return 2 if self.stage is not None and self.stage.objective == "distill" else 0
+
 
 def training_parts(train: Train, rows: int, kind: Kind) -> list[Part]:
     """The parts in their order. The control has one, as long as all of them: the same budget."""
