@@ -226,6 +226,82 @@ class Train(Section):
         return self
 
 
+# ---------------------------------------------------------------------------------------------------- baselines
+Inexact = Literal["box", "dilated", "eroded", "shifted", "scribble"]
+Timestep = Annotated[int, Field(ge=0, lt=1000)]
+
+
+class Inversion(Section):
+    """Null-text inversion (Mokady et al. 2023)."""
+
+    steps: Steps
+    guidance: Guidance
+    inner_steps: NonNegative
+    """Most Adam steps on the null text at each denoising step."""
+    lr: PositiveFloat
+    tolerance: PositiveFloat
+    """Squared error under which a step's null text is good enough."""
+
+
+class CrossAttention(Section):
+    timesteps: Annotated[list[Timestep], Field(min_length=1)]
+    """Noise levels whose maps are averaged, one pass each."""
+
+
+class DiffPng(Section):
+    timesteps: Annotated[list[Timestep], Field(min_length=1)]
+    """Noise levels whose attention is averaged where there is no inversion."""
+    inversion: Inversion | None
+    """Null-text inversion, whose replay's attention is averaged; null: noise is added instead, at a hundredth of the cost."""
+    cross_side: Positive
+    """Side of the token grid whose cross-attention is read; the nearest one that the U-Net has."""
+    self_side: Positive
+    """Likewise of self-attention."""
+    anchor: Fraction
+    """A token whose min-max scaled phrase map is over this is an anchor."""
+
+
+class DiffSeg(Section):
+    timestep: Timestep
+    """Of the one pass; no noise is added to the image."""
+    anchors: Positive
+    """Side of the grid of anchors, clipped to the finest token grid."""
+    tau: PositiveFloat
+    """Divergence under which attention maps are merged."""
+    iterations: Positive
+
+
+class Baselines(Section):
+    backbone: str | None
+    """Diffusers directory or hub id of a Stable Diffusion to attend with; null: the study's own backbone."""
+    revision: str | None
+    size: ImageSize
+    """Side that images are resized to."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    batch: Positive
+    """Most phrases of an image in one pass; masks do not depend on it beyond float rounding."""
+    prompt: str
+    """How a phrase becomes a prompt, e.g. `a photo of {phrase}`."""
+    visible: bool
+    """What an in-painting backbone is told: the whole image and nothing to paint, or (false) nothing but the noisy latent."""
+    val_images: Positive
+    """Images of val, chosen by hash, that thresholds are chosen on."""
+    thresholds: Annotated[list[Fraction], Field(min_length=1)]
+    """What is tried as a threshold of min-max scaled maps."""
+    cross_attention: CrossAttention
+    diffpng: DiffPng
+    diffseg: DiffSeg
+    inexact: dict[Inexact, Annotated[float, Field(gt=0, lt=1)]]
+    """Mean IoU with the ground truth that each kind of inexact masks is made to have."""
+
+    @field_validator("prompt")
+    @classmethod
+    def prompt_has_a_phrase(cls, value: str) -> str:
+        if "{phrase}" not in value or set(value.replace("{phrase}", "", 1)) & {"{", "}"}:
+            raise ValueError("write {phrase} where the phrase goes, once")
+        return value
+
+
 # ------------------------------------------------------------------------------------------------------- sample
 class Cell(Section):
     """One point of the sampling grid. An *evaluation* is one U-Net pass for one phrase; guidance > 1 costs two."""
@@ -319,6 +395,7 @@ class Params(Section):
     backbone: Backbone
     latents: Latents
     train: Train
+    baselines: Baselines
     sample: Sample
     score: Score
     tables: Tables

@@ -14,6 +14,7 @@ COMMANDS = {
     "backbone": "load, fit or train the backbone (VAE, text encoders, U-Net)",
     "latents": "precompute image latents and text embeddings",
     "train": "train the label-diffusion model or its discriminative control",
+    "baseline": "predict masks by the backbone's attention, or make inexact ones",
     "sample": "predict masks: the main row, its controls, the grid",
     "score": "score predictions: AR, mIoU, boundary IoU",
     "tables": "write the tables and figures",
