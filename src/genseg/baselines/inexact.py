@@ -159,7 +159,8 @@ def find_amount(rows: pd.DataFrame, kind: Inexact, target: float, seed: int) -> 
     Raises:
         UserError: the kind cannot reach this mean IoU; the message names the range that it reaches.
     """
-    order = sorted(range(len(rows)), key=lambda i: hash_unit(seed, "inexact search", *rows[KEY].iloc[i].tolist()))
+    keys = list(rows[KEY].itertuples(index=False, name=None))
+    order = sorted(range(len(rows)), key=lambda i: hash_unit(seed, "inexact search", *keys[i]))
     items = _prepared(rows.iloc[sorted(order[:SEARCH_PHRASES])], kind, seed)
     exact, far = KINDS[kind].exact, KINDS[kind].far
     best, worst = _mean_iou(items, exact), _mean_iou(items, far)
