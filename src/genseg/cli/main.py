@@ -15,6 +15,7 @@ COMMANDS = {
     "latents": "precompute image latents and text embeddings",
     "train": "train the label-diffusion model or its discriminative control",
     "sample": "predict masks: the main row, its controls, the grid",
+    "refine": "refine predictions of any method with G4Seg",
     "score": "score predictions: AR, mIoU, boundary IoU",
     "tables": "write the tables and figures",
     "predict": "segment one image by phrases",
