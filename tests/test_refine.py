@@ -17,6 +17,7 @@ from genseg.artifacts import masks
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import write_phrases
 from genseg.artifacts.predictions import maps_path, read_maps, read_predictions, write_maps, write_predictions
+from genseg.artifacts.resample import area_reduce
 from genseg.cli.main import main
 from genseg.errors import UserError
 from genseg.models.miniature import build_miniature, learn_tokenizer
@@ -27,13 +28,14 @@ from genseg.refine.g4seg import passes, read_out, refine_predictions, variants
 from genseg.refine.upsampling import box_mean, guided_filter
 
 CAPTIONS = ["two small red circles near the grass", "a large striped blue star", "some water"]
+SMOKE = load_params("params/smoke.yaml")
 SIDE = 40
 GRID = (6, 6)
 
 
 @pytest.fixture(scope="module")
 def study() -> Params:
-    return load_params("params/smoke.yaml")
+    return SMOKE
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def drawn(seed: int, cells: int = 36):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
 def test_update_touches_the_confusion_area_only_and_stays_a_probability(seed, gate):
-    refine = load_params("params/smoke.yaml").refine.model_copy(update={"gate": gate})
+    refine = SMOKE.refine.model_copy(update={"gate": gate})
     probability, distances = drawn(seed)
     step = update(probability, distances, GRID, refine)
     assert torch.equal(step.after[~step.confusion], probability[~step.confusion])
@@ -154,7 +156,7 @@ def test_update_touches_the_confusion_area_only_and_stays_a_probability(seed, ga
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
 def test_nothing_changes_where_there_is_no_discrepancy(seed, gate):
-    refine = load_params("params/smoke.yaml").refine.model_copy(update={"gate": gate})
+    refine = SMOKE.refine.model_copy(update={"gate": gate})
     probability, _ = drawn(seed)
     step = update(probability, torch.zeros(36, 36), GRID, refine)
     assert torch.equal(step.after, probability)
@@ -176,7 +178,7 @@ def test_with_one_neighbour_the_largest_discrepancy_is_the_hausdorff_distance(se
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4))
 def test_update_is_the_literal_definition(seed, neighbours):
-    refine = load_params("params/smoke.yaml").refine.model_copy(update={"neighbours": neighbours, "gate": True})
+    refine = SMOKE.refine.model_copy(update={"neighbours": neighbours, "gate": True})
     probability, distances = drawn(seed)
     step = update(probability, distances, GRID, refine)
     P, D = probability.numpy(), distances.numpy()
@@ -327,18 +329,18 @@ def test_alpha_zero_generates_what_the_stock_network_generates(model, tables, re
 def test_variants_change_what_they_name(model, tables, refine):
     phrases, coarse = tables
     found = {}
-    for name in ("g4seg", "alpha_zero", "no_gate", "no_generation", "upsampling_only", "unconditioned", "random", "beta=0.75"):
+    for name in ("g4seg", "alpha_zero", "gate", "no_generation", "upsampling_only", "unconditioned", "random", "beta=0.75"):
         traces = []
         frame, _ = refine_predictions(phrases, coarse, model, refine, 0, name, observe=traces.append)
         found[name] = (traces, frame)
         assert len(traces[0].steps) == variants(refine)[name].iterations
-        assert bool(traces[0].generated) == (variants(refine)[name].generate and name != "upsampling_only")
+        assert bool(traces[0].generated) == (variants(refine)[name].generation > 0 and name != "upsampling_only")
     ours = found["g4seg"][0][0].steps[0]
     for name in ("alpha_zero", "no_generation", "unconditioned"):
         assert not torch.equal(found[name][0][0].steps[0].discrepancy, ours.discrepancy), name
-    ungated = found["no_gate"][0][0].steps[0]
-    expected = torch.where(ours.confusion, ours.before + (1 - refine.beta) * (ours.target - ours.before), ours.before)
-    torch.testing.assert_close(ungated.after, expected)
+    gated = found["gate"][0][0].steps[0]
+    weight = (1 - refine.beta) * ours.discrepancy
+    torch.testing.assert_close(gated.after, ours.before + weight * (ours.target - ours.before))
     counts = [[(trace.refined != trace.coarse).sum() for trace in found[name][0]] for name in ("g4seg", "random")]
     assert counts[0] == counts[1]
     assert not found["g4seg"][1]["mask"].equals(found["random"][1]["mask"])
@@ -403,7 +405,7 @@ def test_soft_maps_are_refined_beside_the_masks(files, folders):
     before, after = read_maps(files / "coarse.parquet"), read_maps(files / "out.parquet")
     assert after.shape == (6, SIDE, SIDE)
     unchanged = torch.nn.functional.interpolate(torch.from_numpy(before)[:, None], (SIDE, SIDE + 8), mode="bilinear")
-    unchanged = torch.nn.functional.interpolate(unchanged, (SIDE, SIDE), mode="area")[:, 0].numpy()
+    unchanged = area_reduce(unchanged[:, 0].numpy(), SIDE, SIDE)
     np.testing.assert_allclose(after[2], unchanged[2], atol=0.02)  # an empty mask: nothing to refine
     assert np.abs(after[0] - unchanged[0]).max() > 0.1
 

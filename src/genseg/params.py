@@ -312,8 +312,9 @@ class Refine(Section):
     """Noises a level."""
     layers: Annotated[list[NonNegative], Field(min_length=1)]
     """Up-blocks whose outputs are the features, counted from 0."""
-    generate: bool
-    """Compare with a mask-conditioned image; false: F_g := F_o, feature matching alone."""
+    generation: Fraction
+    """Share of the mask-conditioned image in the distances: D = (1 - share) D(F_o, F_o) + share D(F_o, F_g); 0 is feature
+    matching alone, F_g := F_o."""
     reference: Literal["original", "unconditioned"]
     """What it is compared with: the original image, or one generated without the mask."""
     inject: Annotated[list[Literal["cross", "self"]], Field(min_length=1)]

@@ -59,7 +59,7 @@ def refine_file(
         weights = weights_hash(str(source), revision)
     if method not in variants(refine):
         raise UserError(f"--method {method}: none of {', '.join(variants(refine))}")
-    shape = maps_shape(predictions)
+    coarse, table, shape = read_predictions(predictions), read_phrases(phrases), maps_shape(predictions)
     made_of = [file_sha256(path) for path in (phrases, predictions, *([maps_path(predictions)] if shape else []))]
     facts = variants(refine)[method].model_dump(mode="json", exclude={"alphas", "betas", "backbone", "revision"})
     key = digest([method, facts, study.seed, weights, made_of, code_hash(*CODE)])
@@ -68,7 +68,6 @@ def refine_file(
         return
     device = choose_device(study.device, study.resources["sample"].threads)
     print(f"refine: {method}, device {describe(device)}, {passes(variants(refine)[method])} U-Net passes a mask", flush=True)
-    coarse, table = read_predictions(predictions), read_phrases(phrases)
     if shape is not None and shape[0] != len(coarse):
         raise UserError(f"{maps_path(predictions)}: {shape[0]} soft maps for {len(coarse)} predictions; remove it or both")
     if images is not None:

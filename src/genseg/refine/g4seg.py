@@ -65,8 +65,8 @@ def variants(refine: Refine) -> dict[str, Refine]:
     found = {
         "g4seg": refine,
         "alpha_zero": but(alpha=0.0),
-        "no_gate": but(gate=False),
-        "no_generation": but(generate=False),
+        **({"no_gate": but(gate=False)} if refine.gate else {"gate": but(gate=True)}),
+        "no_generation": but(generation=0.0),
         "upsampling_only": but(iterations=0),
         "unconditioned": but(reference="unconditioned"),
         RANDOM: refine,
@@ -77,7 +77,7 @@ def variants(refine: Refine) -> dict[str, Refine]:
 
 def passes(refine: Refine) -> int:
     """U-Net passes for one phrase."""
-    each = 1 + (refine.reference == "unconditioned") + 2 * refine.iterations * refine.generate
+    each = 1 + (refine.reference == "unconditioned") + 2 * refine.iterations * (refine.generation > 0)
     return len(refine.timesteps) * refine.noises * each if refine.iterations else 0
 
 
@@ -217,11 +217,12 @@ def _iterate(traces: list[Trace], probability: torch.Tensor, model: TextToImage,
     probability = probability.to(model.device)
     original = run.references()
     offsets = refine.spatial * squared_offsets(run.grid, model.device)
-    distances = correspondence(original, original) + offsets if not refine.generate else None
+    matching = correspondence(original, original)
     for _ in range(refine.iterations):
-        if refine.generate:
-            distances = correspondence(original, run.generated(probability)) + offsets
-        assert distances is not None
+        distances = matching
+        if refine.generation:
+            distances = torch.lerp(matching, correspondence(original, run.generated(probability)), refine.generation)
+        distances = distances + offsets
         steps = [update(p, d, run.grid, refine) for p, d in zip(probability, distances, strict=True)]
         for trace, step in zip(traces, steps, strict=True):
             trace.steps.append(step)
