@@ -71,6 +71,7 @@ class TextToImage:
         """alpha_bar_t [T]."""
         self.prediction_type: str = schedule.config.prediction_type
         self._hidden: dict[tuple[int, int], torch.Tensor] = {}
+        self._words: dict[str, torch.Tensor] = {}
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents [B, 4, h, w] in unit scale."""
@@ -99,6 +100,12 @@ class TextToImage:
     def words(self, phrase: str) -> list[str]:
         """The phrase's tokens as texts, in order."""
         return [self.tokenizers[0].decode([token]).strip() for token in self._ids(phrase)]
+
+    def pooled_word(self, word: str) -> torch.Tensor:
+        """Pooled embedding [P] of a prompt of one token, remembered."""
+        if word not in self._words:
+            self._words[word] = self.embed([word]).pooled[0].float()
+        return self._words[word]
 
     def _ids(self, text: str) -> list[int]:
         """Token ids without the start and end tokens."""
