@@ -84,7 +84,9 @@ def folders(tmp_path_factory):
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

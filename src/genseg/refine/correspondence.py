@@ -39,7 +39,9 @@ def unit_features(feature: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 def correspondence(original: Sequence[torch.Tensor], generated: Sequence[torch.Tensor]) -> torch.Tensor:
     """D = 1 - F_o F_g^T [B, N, N], averaged over layers, timesteps and noises; in [0, 2]."""
-    similar = sum(f_o @ f_g.transpose(1, 2) for f_o, f_g in zip(original, generated, strict=True))
+    similar = original[0] @ generated[0].transpose(1, 2)
+    for f_o, f_g in zip(original[1:], generated[1:], strict=True):
+        similar += f_o @ f_g.transpose(1, 2)
     return 1 - similar / len(original)
 
 
@@ -97,8 +99,8 @@ def update(probability: torch.Tensor, distances: torch.Tensor, grid: tuple[int, 
         regions = confident(probability, low, high)
         forward = [set_distance(distances[cells], region, refine.neighbours) for region in regions]
         backward = [set_distance(distances.T[cells], region, refine.neighbours) for region in regions]
-        own = [torch.where(probability[cells] >= 0.5, *pair) for pair in (forward, backward)]
-        hausdorff = torch.maximum(*own)
+        own = probability[cells] >= 0.5
+        hausdorff = torch.maximum(torch.where(own, forward[0], forward[1]), torch.where(own, backward[0], backward[1]))
         spread = hausdorff.max() - hausdorff.min()
         if spread > 0:
             discrepancy[cells] = (hausdorff - hausdorff.min()) / spread

@@ -157,28 +157,26 @@ class Refined:
 def _refine_block(rows: pd.DataFrame, model: TextToImage, refine: Refine, seed: int) -> Iterator[tuple[Trace, Refined]]:
     grid = (refine.grid, refine.grid)
     pictures = {file: np.asarray(load_image(file)) for file in rows["file_name"].unique()}
-    coarse = [masks.decode(row.mask, int(row.height), int(row.width)) for row in rows.itertuples()]
-    for row, mask in zip(rows.itertuples(), coarse, strict=True):
-        if pictures[row.file_name].shape[:2] != mask.shape:
-            raise UserError(f"{row.file_name}: its size is not the phrase table's {mask.shape[0]} x {mask.shape[1]}")
-    traces = [
-        Trace(tuple(getattr(row, name) for name in KEY), str(row.phrase), pictures[row.file_name], mask, mask)
-        for row, mask in zip(rows.itertuples(), coarse, strict=True)
-    ]
+    traces = []
+    for row in rows.to_dict("records"):
+        picture, coarse = pictures[row["file_name"]], masks.decode(row["mask"], row["height"], row["width"])
+        if picture.shape[:2] != coarse.shape:
+            raise UserError(f"{row['file_name']}: its size is not the phrase table's {row['height']} x {row['width']}")
+        traces.append(Trace(tuple(row[name] for name in KEY), row["phrase"], picture, coarse, coarse))
     busy = [trace for trace in traces if trace.coarse.any() and not trace.coarse.all()]
-    start = {id(trace): first_probability(trace.coarse, refine) for trace in busy}
-    areas = {id(trace): confusion_area(start[id(trace)], grid, *refine.confident, refine.band) for trace in busy}
+    start = {trace.key: first_probability(trace.coarse, refine) for trace in busy}
     if busy and refine.iterations:
-        _iterate(busy, torch.stack([start[id(trace)] for trace in busy]), model, refine, seed)
+        _iterate(busy, torch.stack([start[trace.key] for trace in busy]), model, refine, seed)
     for trace in traces:
-        if id(trace) not in start:
+        if trace.key not in start:
             yield trace, Refined(trace.coarse, np.zeros_like(trace.coarse), np.zeros(trace.coarse.shape, np.float32))
             continue
-        area, before = areas[id(trace)], start[id(trace)]
+        before = after = start[trace.key]
+        area = confusion_area(before, grid, *refine.confident, refine.band)
         for step in trace.steps:
-            area = area | step.confusion.cpu()
-        after = trace.steps[-1].after.cpu() if trace.steps else before
-        yield trace, read_out(trace.coarse, trace.picture, *(x.view(grid).numpy() for x in (before, after, area)), refine)
+            after, area = step.after.cpu(), area | step.confusion.cpu()
+        p_0, p_k, changed = (value.view(grid).numpy() for value in (before, after, area))
+        yield trace, read_out(trace.coarse, trace.picture, p_0, p_k, changed, refine)
 
 
 def first_probability(coarse: Mask, refine: Refine) -> torch.Tensor:

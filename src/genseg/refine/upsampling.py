@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 
 def box_mean(values: Array, radius: int) -> Array:
@@ -38,5 +40,5 @@ def guided_filter(guide: Array, maps: Array, radius: int, epsilon: float) -> Arr
     mean_map = box_mean(maps, radius)
     joint = box_mean(guide[..., :, None] * maps[..., None, :], radius) - mean[..., :, None] * mean_map[..., None, :]
     slope = np.linalg.solve(spread + epsilon * np.eye(3), joint)  # (H, W, 3, K)
-    offset = mean_map - np.einsum("hwck,hwc->hwk", slope, mean)
-    return np.einsum("hwck,hwc->hwk", box_mean(slope, radius), guide) + box_mean(offset, radius)
+    offset = mean_map - (slope * mean[..., :, None]).sum(2)
+    return (box_mean(slope, radius) * guide[..., :, None]).sum(2) + box_mean(offset, radius)
