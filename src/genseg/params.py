@@ -356,6 +356,89 @@ class Sample(Section):
         return sorted({self.main.size, *(cell.size for cell in self.cells())})
 
 
+# ------------------------------------------------------------------------------------------------------- refine
+class Upsampling(Section):
+    """Guided filter (He, Sun and Tang, 2013) with the picture as guide."""
+
+    radius: PositiveFloat
+    """Of its windows, as a part of the picture's longer side."""
+    epsilon: PositiveFloat
+    """Ridge of its regressions: colour variance (intensities in [0, 1]) under which a window counts as flat."""
+    rounds: Positive
+
+
+class Refine(Section):
+    """G4Seg (ours). No value of the paper is known; these were chosen on val."""
+
+    backbone: str | None
+    """Diffusers directory or hub id of a Stable Diffusion to refine with; null: the study's own backbone."""
+    revision: str | None
+    precision: Literal["fp32", "bf16", "fp16"]
+    size: ImageSize
+    """Side that images are resized to."""
+    grid: Positive
+    """Side of the grid on which features are compared and P lives."""
+    batch: Positive
+    """Phrases of one block; masks do not depend on it beyond float rounding."""
+    prompt: str
+    """How a phrase becomes a prompt, e.g. `a photograph of a {phrase}`."""
+    timesteps: Annotated[list[Annotated[int, Field(ge=0, lt=1000)]], Field(min_length=1)]
+    """Noise levels t; distances are averaged over them."""
+    noises: Positive
+    """Noises a level."""
+    layers: Annotated[list[NonNegative], Field(min_length=1)]
+    """Up-blocks whose outputs are the features, counted from 0."""
+    generation: Fraction
+    """Share of the mask-conditioned image in the distances: D = (1 - share) D(F_o, F_o) + share D(F_o, F_g); 0 is feature
+    matching alone, F_g := F_o."""
+    reference: Literal["original", "unconditioned"]
+    """What it is compared with: the original image, or one generated without the mask."""
+    inject: Annotated[list[Literal["cross", "self"]], Field(min_length=1)]
+    """Kinds of attention that the mask is injected into."""
+    alpha: Fraction
+    """Strength of the injection; 0 is the stock network."""
+    beta: Fraction
+    """How much of P stays in an update; 1 changes nothing."""
+    iterations: NonNegative
+    neighbours: Positive
+    """k: nearest cells of a region that its distance is the mean over."""
+    temperature: PositiveFloat
+    """T of Q = sigmoid((d_b - d_f) / T)."""
+    spatial: Annotated[float, Field(ge=0)]
+    """Added to a distance for cells one side of the picture apart (it grows with the square): near cells match first."""
+    confident: tuple[Fraction, Fraction]
+    """Under the first P is background for sure, over the second foreground; between them it is undecided."""
+    band: Fraction
+    """Half-width of the confusion area about the mask's boundary, as a part of the picture's side."""
+    blur: Annotated[float, Field(ge=0)]
+    """Standard deviation in cells of the Gaussian that softens the coarse mask."""
+    clip: Annotated[float, Field(ge=0, lt=0.5)]
+    """The softened coarse mask stays this far from 0 and 1."""
+    gate: bool
+    """Weigh updates by the discrepancy g."""
+    upsampling: Upsampling | None
+    """How the refined map becomes a native mask; null: bilinearly."""
+    maps: NonNegative
+    """Side of the refined soft maps that are stored where the coarse ones have some; 0: none."""
+    alphas: list[Fraction]
+    """Values of alpha for the sensitivity, one at a time."""
+    betas: list[Fraction]
+
+    @field_validator("prompt")
+    @classmethod
+    def prompt_has_a_phrase(cls, value: str) -> str:
+        if value.count("{phrase}") != 1 or set(value.replace("{phrase}", "")) & {"{", "}"}:
+            raise ValueError("write {phrase} where the phrase goes, once")
+        return value
+
+    @field_validator("confident")
+    @classmethod
+    def confident_is_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < 0.5 < value[1]:
+            raise ValueError("the first must lie under 0.5 and the second over it")
+        return value
+
+
 # ------------------------------------------------------------------------------------------------ score, tables
 class Score(Section):
     protocol: Protocol
@@ -397,6 +480,7 @@ class Params(Section):
     train: Train
     baselines: Baselines
     sample: Sample
+    refine: Refine
     score: Score
     tables: Tables
     resources: dict[Literal["data", "backbone", "latents", "train", "sample", "score", "tables"], Resources]

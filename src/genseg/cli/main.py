@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train the label-diffusion model or its discriminative control",
     "baseline": "predict masks by the backbone's attention, or make inexact ones",
     "sample": "predict masks: the main row, its controls, the grid",
+    "refine": "refine predictions of any method with G4Seg",
     "score": "score predictions: AR, mIoU, boundary IoU",
     "tables": "write the tables and figures",
     "predict": "segment one image by phrases",
