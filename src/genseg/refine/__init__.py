@@ -1,0 +1,1 @@
+"""Refinement: predictions -> predictions, and the controls that a refiner must beat."""
