@@ -150,9 +150,7 @@ def tune_crf(
     return grid[int(np.argmax(means))], means
 
 
-def images_of(
-    phrases: pd.DataFrame, predictions: pd.DataFrame
-) -> Iterator[tuple[NDArray[np.uint8], pd.DataFrame, Mask]]:
+def images_of(phrases: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[tuple[NDArray[np.uint8], pd.DataFrame, Mask]]:
     """(image [H, W, 3], its rows with `mask`, `score` and `truth`, coarse masks [K, H, W]) of predictions, by image."""
     table = phrases[[*KEY, "file_name", "height", "width", "mask"]].rename(columns={"mask": "truth"})
     joined = predictions.merge(table, on=KEY, how="left")
@@ -253,7 +251,7 @@ def _gaussian(height: int, width: int, deviation: float) -> Lattice:
 
 def _places(height: int, width: int, deviation: float) -> NDArray[np.float64]:
     """(x, y) / deviation of every pixel: [H W, 2]. The lattice's error depends on the order of the features."""
-    return np.stack(np.mgrid[:height, :width][::-1], -1).reshape(-1, 2) / deviation
+    return np.asarray(np.mgrid[:height, :width][::-1].reshape(2, -1).T / deviation)
 
 
 def _softmax(energy: Floats) -> Floats:

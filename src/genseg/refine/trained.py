@@ -6,6 +6,7 @@ the question whether a training-free refiner with a large generator is worth its
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,8 @@ from genseg.refine.crf import images_of
 Corruption = Literal["none", "dilate", "erode", "box", "shift", "noise"]
 CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
 VERSION = 1
-_PATCH = 4
+_PATCH = 2
+_MULTIPLE = 16
 _PRIOR = 2.0
 """Logit that the coarse mask has before training, so that the untrained network leaves it as it is."""
 
@@ -69,29 +71,26 @@ def corrupt(mask: Mask, kind: Corruption, rng: np.random.Generator) -> Mask:
 
 
 class RefinerNet(nn.Module):
-    """A U-Net of three levels on patches of 4 x 4 pixels; about 0.23 M parameters."""
+    """A U-Net of four levels on patches of 2 x 2 pixels; about 0.23 M parameters."""
 
-    def __init__(self, widths: tuple[int, int, int] = (32, 48, 64)) -> None:
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 48, 64)) -> None:
         super().__init__()
-        high, middle, low = widths
-        self.enter = _block(4 * _PATCH**2, high)
-        self.down = _block(high, middle)
-        self.bottom = _block(middle, low)
-        self.up_middle = _block(low + middle, middle)
-        self.up_high = _block(middle + high, high)
-        self.leave = nn.Conv2d(high, _PATCH**2, 1)
+        self.down = nn.ModuleList(map(_block, (4 * _PATCH**2, *widths[:-1]), widths))
+        self.up = nn.ModuleList(_block(low + high, high) for high, low in itertools.pairwise(widths))
+        self.leave = nn.Conv2d(widths[0], _PATCH**2, 1)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
         """Logits [B, 1, S, S] of image [B, 3, S, S] in [-1, 1] and coarse mask [B, 1, S, S] in [0, 1], 16 dividing S."""
         centred = 2 * coarse - 1
-        high = self.enter(nn.functional.pixel_unshuffle(torch.cat([image, centred], 1), _PATCH))
-        middle = self.down(nn.functional.max_pool2d(high, 2))
-        low = self.bottom(nn.functional.max_pool2d(middle, 2))
-        middle = self.up_middle(torch.cat([nn.functional.interpolate(low, scale_factor=2.0), middle], 1))
-        high = self.up_high(torch.cat([nn.functional.interpolate(middle, scale_factor=2.0), high], 1))
-        return _PRIOR * centred + nn.functional.pixel_shuffle(self.leave(high), _PATCH)
+        levels = [nn.functional.pixel_unshuffle(torch.cat([image, centred], 1), _PATCH)]
+        for number, block in enumerate(self.down):
+            levels.append(block(nn.functional.max_pool2d(levels[-1], 2) if number else levels[-1]))
+        hidden = levels.pop()
+        for block in reversed(self.up):
+            hidden = block(torch.cat([nn.functional.interpolate(hidden, scale_factor=2.0), levels.pop()], 1))
+        return _PRIOR * centred + nn.functional.pixel_shuffle(self.leave(hidden), _PATCH)
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -112,8 +111,8 @@ def train_refiner(
     Raises:
         UserError: no training phrase with a mask, `size` no multiple of 16, or an image that cannot be read.
     """
-    if size % (4 * _PATCH):
-        raise UserError(f"the trained refiner works at sizes that are multiples of {4 * _PATCH}, not {size}; choose another")
+    if size % _MULTIPLE:
+        raise UserError(f"the trained refiner works at sizes that are multiples of {_MULTIPLE}, not {size}; choose another")
     train = phrases[phrases["split"] == "train"]
     if train.empty:
         raise UserError("the phrase table has no phrase of split train; the trained refiner needs some")
@@ -125,7 +124,7 @@ def train_refiner(
         image, coarse, truth = _batch(train, size, batch, np.random.default_rng(derive_seed(seed, "refiner", step)))
         loss = _loss(net(image, coarse), truth)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         yield loss.item()
@@ -133,7 +132,15 @@ def train_refiner(
         save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / "refiner.safetensors")
         write_json(
             folder / "config.json",
-            {"version": VERSION, "size": size, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "corruptions": CORRUPTIONS},
+            {
+                "version": VERSION,
+                "size": size,
+                "steps": steps,
+                "batch": batch,
+                "lr": lr,
+                "seed": seed,
+                "corruptions": CORRUPTIONS,
+            },
         )
 
 
@@ -189,7 +196,9 @@ class Refiner:
         try:
             self.net.load_state_dict(load_file(weights))
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{weights}: cannot read the weights ({str(error).splitlines()[0]}); train the refiner again") from None
+            raise UserError(
+                f"{weights}: cannot read the weights ({str(error).splitlines()[0]}); train the refiner again"
+            ) from None
 
     @torch.inference_mode()
     def probability(self, image: NDArray[np.uint8], coarse: Mask) -> NDArray[np.float32]:
