@@ -19,10 +19,11 @@ from genseg.refine.crf import Crf, Lattice, binary_crf, dense_crf, permutohedral
 
 
 def scene(seed, labels=3, shape=(20, 24), smooth=1):
-    """A random picture and smooth random probabilities [K, H, W]."""
+    """A random picture and noisy random probabilities [K, H, W]."""
     rng = np.random.default_rng(seed)
     picture = gaussian_filter(rng.normal(size=(*shape, 3)), (smooth, smooth, 0))
-    field = np.clip(0.5 + 2 * gaussian_filter(rng.normal(size=(labels, *shape)), (0, 3, 3)), 0.05, None)
+    field = 0.5 + 2 * gaussian_filter(rng.normal(size=(labels, *shape)), (0, 3, 3)) + 0.3 * rng.normal(size=(labels, *shape))
+    field = np.clip(field, 0.05, None)
     return np.clip(128 + 50 * picture / picture.std(), 0, 255).astype(np.uint8), (field / field.sum(0)).astype(np.float32)
 
 
@@ -47,10 +48,10 @@ def all_pairs(probability, image, crf):
 @pytest.mark.parametrize("smooth", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_mean_field_over_all_pairs_within_the_lattices_error(seed, smooth):
-    """CLIP-ES' constants: one iteration within 0.003 on average, ten within 0.02 and 97 % of the labels."""
+    """CLIP-ES' constants: one iteration within 0.006 on average, ten within 0.02 and 97 % of the labels."""
     image, probability = scene(seed, smooth=smooth)
     once, often = (Crf(iterations=count) for count in (1, 10))
-    assert np.abs(dense_crf(probability, image, once) - all_pairs(probability, image, once)).mean() < 0.003
+    assert np.abs(dense_crf(probability, image, once) - all_pairs(probability, image, once)).mean() < 0.006
     found, expected = dense_crf(probability, image, often), all_pairs(probability, image, often)
     assert np.abs(found - expected).mean() < 0.02
     assert (found.argmax(0) == expected.argmax(0)).mean() > 0.97

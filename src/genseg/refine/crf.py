@@ -155,7 +155,7 @@ def images_of(phrases: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[tupl
     table = phrases[[*KEY, "file_name", "height", "width", "mask"]].rename(columns={"mask": "truth"})
     joined = predictions.merge(table, on=KEY, how="left")
     if joined["truth"].isna().any():
-        key = tuple(joined.loc[joined["truth"].isna(), KEY].iloc[0])
+        (key,) = joined.loc[joined["truth"].isna(), KEY].head(1).itertuples(index=False, name=None)
         raise UserError(f"predictions: no phrase {key} (image_id, narrative_id, phrase_id); give the table they were made for")
     for _, rows in joined.sort_values(KEY).groupby("image_id", sort=True):
         name, height, width = rows["file_name"].iloc[0], int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
