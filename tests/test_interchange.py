@@ -230,6 +230,7 @@ def test_the_palette_is_vocs(tmp_path, voc):
         indices = np.asarray(picture)
         np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), palette()[indices])
     assert main([*arguments, str(tmp_path / "png")]) == 2  # never over a folder that is there
+    assert main([*arguments, str(tmp_path / "p.parquet"), "--format", "coco"]) == 2  # nor over what is read
 
 
 # ------------------------------------------------------------------------------------------------------------------- COCO
@@ -442,12 +443,15 @@ def test_a_wrong_source_is_one_line_and_nothing_is_written(tmp_path, voc, capsys
         (["--format", "irn", "--background", "constant:much"], "--background constant:much: give none, constant:V"),
         (["--format", "irn", "--split", "val"], "no phrase of split val"),
         (["--format", "irn", "--source", "nowhere"], "nowhere: no such file or folder"),
+        (["--format", "coco_results"], "no such file or folder; give --source what coco_results is: JSON"),
+        (["--format", "irn", "--out", "voc.parquet"], "--out voc.parquet: would overwrite the phrase table"),
         (["--format", "png_masks", "--threshold", "2"], "--threshold 2.0: must lie"),
         (["--format", "irn", "--out", "x.csv"], "--out x.csv: give a name"),
     ],
 )
-def test_wrong_options(tmp_path, voc, capsys, options, message):
-    code = main(["import", "--source", str(tmp_path), "--phrases", str(voc), "--out", str(tmp_path / "o.parquet"), *options])
+def test_wrong_options(tmp_path, voc, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    code = main(["import", "--source", str(tmp_path), "--phrases", "voc.parquet", "--out", "o.parquet", *options])
     assert code == 2
     assert message in capsys.readouterr().err
 
@@ -455,9 +459,11 @@ def test_wrong_options(tmp_path, voc, capsys, options, message):
 def test_referring_phrases_are_no_class_phrases_and_missing_images_may_be_left_out(tmp_path, voc, capsys):
     cams(tmp_path)
     (tmp_path / "im_11.npy").unlink()
+    np.save(tmp_path / "im_3.npy", {"keys": np.zeros(0, int), "high_res": np.zeros((0, 3, 4), "f4")})  # it found no class
     code, out = run_import(voc, tmp_path, "irn", "--allow-missing")
     assert code == 0
     assert set(read_predictions(out)["image_id"]) == {3}
+    assert [decode(mask, 6, 9).all() for mask in read_predictions(out)["mask"]] == [True, False, False, False]
     assert "4 predictions for 1 images; 1 missing" in capsys.readouterr().out
     table = read_phrases(voc)
     write_phrases(table.iloc[1:], voc)

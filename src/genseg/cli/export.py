@@ -28,9 +28,12 @@ def run(args: argparse.Namespace) -> None:
 
     from genseg.artifacts.phrases import read_phrases
     from genseg.artifacts.predictions import read_predictions
+    from genseg.errors import UserError
     from genseg.interchange.exporting import export_coco, export_index_png, predicted
 
     out = Path(args.out)
+    if out.resolve() in (Path(args.predictions).resolve(), Path(args.phrases).resolve()):
+        raise UserError(f"--out {out}: would overwrite what is read; choose another name")
     rows = predicted(read_phrases(args.phrases), read_predictions(args.predictions), args.split, args.predictions)
     if args.format == "coco":
         export_coco(rows, out)

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix != ".parquet":
         raise UserError(f"--out {out}: give a name that ends in .parquet")
+    if out.resolve() == Path(args.phrases).resolve():
+        raise UserError(f"--out {out}: would overwrite the phrase table; choose another name")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: must lie above 0 and up to 1")
     recipe = Recipe(

@@ -89,7 +89,7 @@ def import_predictions(recipe: Recipe, source: Path, phrases: pd.DataFrame, spli
     for name, value in vars(recipe).items():
         if value not in (None, False) and name not in {"format", "allow_missing"} | _OPTIONS[recipe.format]:
             raise UserError(f"--{name}: format {recipe.format} has no such option; leave it out")
-    if not source.exists():
+    if not (source.is_file() if recipe.format in ("coco_results", "png_masks") else source.is_dir()):
         raise UserError(f"{source}: no such file or folder; give --source what {recipe.format} is: {FORMATS[recipe.format]}")
     chosen = phrases[phrases["split"] == split]
     if chosen.empty:

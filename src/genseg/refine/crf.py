@@ -51,7 +51,6 @@ class Kernels:
     def __init__(self, image: NDArray[np.uint8], crf: Crf) -> None:
         height, width = image.shape[:2]
         colours = image.reshape(-1, 3) / crf.bilateral_srgb
-        self.shape = (height, width)
         self.gaussian = _gaussian(height, width, crf.gaussian_sxy)
         self.bilateral = Lattice(np.concatenate([_places(height, width, crf.bilateral_sxy), colours], 1))
 
