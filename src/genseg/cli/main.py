@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "segment one image by phrases",
     "import": "read another method's outputs into predictions",
     "export": "write predictions as COCO results or index masks",
+    "plan": "what a study will take: memory, bytes, operations, hours",
     "sync": "make Snakemake and DVC agree about what is up to date",
     "dvc": "write dvc.yaml from the Snakefile, or check it",
     "lease": "run a command on leased GPUs",

@@ -8,6 +8,7 @@ colour alone does not solve it. Some (colour, shape) pairs occur only in the tes
 
 from __future__ import annotations
 
+import io
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -42,6 +43,10 @@ COMPOSITIONAL = frozenset({("red", "star"), ("green", "circle"), ("blue", "cross
 """(colour, shape) pairs that no training scene holds."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 STUFF_ID = 101
+ANNOTATORS = 2
+"""Narratives of each scene."""
+QUALITY = 93
+"""Of the JPEGs."""
 VISIBLE = 0.6
 """A thing is kept when at least this part of it stays visible."""
 
@@ -94,6 +99,23 @@ def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
             (annotations / f"png_coco_{split}2017.json").write_text(json.dumps(narratives))
 
 
+def sample_scenes(scenes: Scenes, split: str, count: int) -> tuple[float, float]:
+    """(grounded phrases, bytes of the JPEG) of a scene of `train` or `val`, on average over `count` scenes that are drawn
+    and not kept: what a data set will be like that was not written yet."""
+    phrases, size = 0, 0
+    for image_id in range(count):
+        rng = np.random.default_rng(derive_seed(scenes.seed, "sample scene", split, image_id))
+        picture, _, things, regions = _draw(rng, scenes, unseen_pairs=split == "val")
+        ids = [str(number) for number in range(len(things) + len(regions))]
+        for annotator in range(ANNOTATORS):
+            told = _narrate(rng, image_id, annotator, things, regions, ids)["segments"]
+            phrases += sum(bool(segment["segment_ids"]) for segment in told)
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=QUALITY)
+        size += len(file.getvalue())
+    return phrases / count, size / count
+
+
 def _write_scene(
     scenes: Scenes, split: str, images: Path, masks: Path, image_id: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
@@ -101,7 +123,7 @@ def _write_scene(
     rng, size = np.random.default_rng(derive_seed(scenes.seed, "scene", split, image_id)), scenes.size
     picture, segments, things, regions = _draw(rng, scenes, unseen_pairs=split == "val")
     name = f"{image_id:012d}"
-    Image.fromarray(picture).save(images / f"{name}.jpg", quality=93)
+    Image.fromarray(picture).save(images / f"{name}.jpg", quality=QUALITY)
     identity = [int(value) for value in rng.choice((1 << 24) - 1, size=len(things) + len(regions), replace=False) + 1]
     categories = [SHAPES.index(thing.shape) + 1 for thing in things] + [STUFF_ID + STUFF.index(name) for name in regions]
     info = []
@@ -117,7 +139,7 @@ def _write_scene(
     return (
         {"id": image_id, "file_name": f"{name}.jpg", "height": size, "width": size},
         {"image_id": image_id, "file_name": f"{name}.png", "segments_info": info},
-        [_narrate(rng, image_id, annotator, things, regions, ids) for annotator in range(2)],
+        [_narrate(rng, image_id, annotator, things, regions, ids) for annotator in range(ANNOTATORS)],
     )
 
 

@@ -50,10 +50,14 @@ class InjectedAttnProcessor:
         value = attn.to_v(context).unflatten(-1, (heads, -1))
         if mask is not None:
             mask = mask[:, None, None, :]
-        attend = _explicit_attention if query.device.type == "cpu" and query.dtype == torch.bfloat16 else dispatch_attention_fn
-        attended = attend(query, key, value, attn_mask=mask)
-        attended = attended.flatten(2).to(query.dtype)
+        attended = self.attend(query, key, value, mask).flatten(2).to(query.dtype)
         return attn.to_out[1](attn.to_out[0](attended)) / attn.rescale_output_factor
+
+    @staticmethod
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attention over [B, N, heads, d] by the backend that diffusers is set to; in bf16 on a CPU explicitly."""
+        explicit = query.device.type == "cpu" and query.dtype == torch.bfloat16
+        return (_explicit_attention if explicit else dispatch_attention_fn)(query, key, value, attn_mask=mask)
 
 
 def _explicit_attention(

@@ -28,7 +28,7 @@ def encode_phrases(encoders: TextEncoders, phrases: Sequence[str], batch: int = 
     length are batched together and nothing is padded.
     """
     limit = min(tokenizer.model_max_length for tokenizer in encoders.tokenizers)
-    ids = [[_token_ids(tokenizer, phrase, limit) for phrase in phrases] for tokenizer in encoders.tokenizers]
+    ids = [[token_ids(tokenizer, phrase, limit) for phrase in phrases] for tokenizer in encoders.tokenizers]
     found: dict[int, TextEmbedding] = {}
     lengths = [len(row) for row, _ in ids[0]]
     device = next(encoders.models[0].parameters()).device
@@ -47,6 +47,7 @@ def encode_phrases(encoders: TextEncoders, phrases: Sequence[str], batch: int = 
     return [found[i] for i in range(len(phrases))]
 
 
-def _token_ids(tokenizer: object, phrase: str, limit: int) -> tuple[list[int], bool]:
+def token_ids(tokenizer: object, phrase: str, limit: int) -> tuple[list[int], bool]:
+    """Ids of a phrase, start and end included and at most `limit`, and whether it was cut to that."""
     ids = tokenizer(phrase, truncation=False, verbose=False).input_ids  # type: ignore[operator]
     return (ids, False) if len(ids) <= limit else ([*ids[: limit - 1], ids[-1]], True)

@@ -394,6 +394,9 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         prediction=prediction,
         label_scale=study.train.label_scale,
         image_size=study.train.size,
+        # The paper's operating point for its objective; v and x_0 give a usable estimate in the first step already.
+        steps=50 if prediction == "noise" else 4,
+        guidance=7.5 if prediction == "noise" else 2.0,
     )
     with atomic_directory(folder) as temporary:
         pipeline.save_pretrained(temporary)

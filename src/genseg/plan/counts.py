@@ -1,0 +1,160 @@
+"""How much data a study has: from its phrase table where it was assembled, else from what is published or drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from genseg.artifacts.phrases import read_phrases
+from genseg.data.index_masks import read_classes
+from genseg.data.scenes import SHAPES, STUFF, sample_scenes
+from genseg.errors import UserError
+from genseg.latents import images_by_size
+from genseg.models.backbone import load_component
+from genseg.models.text import token_ids
+from genseg.params import IndexMasks, Params
+from genseg.sampling.runs import run_rows, study_runs
+
+TOKENS = 6
+"""Tokens of a phrase where none can be counted: four words, start and end (5.7 in the embedded scenes)."""
+PNG_NARRATIVES = {"train": 133_103, "test": 8_533}
+PNG_PHRASES = 726_445
+"""GS, section 4.1: narratives of train and val2017, and grounded phrases of both."""
+COCO_IMAGES = {"train": 118_287, "test": 5_000}
+PANOPTIC_CLASSES = 133
+COCO_CLASSES = 80
+COCO_CLASSES_AN_IMAGE = 3.5
+"""Lin et al. 2014, section 5: categories in an image of COCO, on average."""
+CAMVID_IMAGES = {"train": 367, "test": 101}
+"""The usual split of CamVid; its val part is what `params/camvid.yaml` tests on."""
+SCENES_DRAWN = 24
+ROW_BYTES = {"scenes": 85, "png": 400, "coco_object": 400, "index_masks": 400}
+"""Of a row with a mask, compressed, until there is a table to look at: its run-length code is most of it."""
+TABLES = ("phrases.parquet", "class_phrases.parquet")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of a study and where they come from."""
+
+    source: str
+    exact: bool
+    """Counted in the study's own tables; else published, estimated or bounded, as `source` says."""
+    image_latents: dict[int, int]
+    """Images to encode, by size."""
+    train: int
+    val: int
+    rows: dict[str, int]
+    """Phrases of a run, by `Run.phrases`: test, grid, permutable, class_phrases."""
+    texts: int
+    """Distinct phrases to encode."""
+    tokens: int
+    """Of all distinct phrases together."""
+    picture_bytes: int | None
+    """Of the images as files, where known."""
+    row_bytes: float
+    """Of a row of a table with its mask."""
+
+
+def count_data(study: Params, source: str | None) -> Counts:
+    """Counts of the study's data.
+
+    Args:
+        source: directory of the backbone, whose tokenizer counts tokens; None when it is not at hand.
+
+    Raises:
+        UserError: neither a table nor anything published or readable tells how much data there is.
+    """
+    tables = [study.data_dir / name for name in TABLES]
+    return _from_tables(study, tables, source) if all(path.exists() for path in tables) else _before_assembly(study)
+
+
+def _from_tables(study: Params, tables: list[Path], source: str | None) -> Counts:
+    phrases, class_phrases = map(read_phrases, tables)
+    runs = {run.phrases: run for run in study_runs(study)}
+    texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
+    tokens, exact = TOKENS * len(texts), False
+    if source is not None:
+        from transformers import CLIPTokenizer
+
+        tokenizer = load_component(CLIPTokenizer, source, "tokenizer", None)
+        tokens, exact = sum(len(token_ids(tokenizer, text, 77)[0]) for text in texts), True
+    files = {Path(name) for name in phrases["file_name"].dropna()}
+    return Counts(
+        source=f"counted in {tables[0]}" + ("" if exact else f"; {TOKENS} tokens a phrase assumed"),
+        exact=exact,
+        image_latents={size: len(images) for size, images in images_by_size(study, phrases, class_phrases).items()},
+        train=int((phrases["split"] == "train").sum()),
+        val=int((phrases["split"] == "val").sum()),
+        rows={name: len(run_rows(study, run, phrases, class_phrases)) for name, run in runs.items()},
+        texts=len(texts),
+        tokens=tokens,
+        picture_bytes=sum(path.stat().st_size for path in files) if all(path.exists() for path in files) else None,
+        row_bytes=sum(path.stat().st_size for path in tables) / (len(phrases) + len(class_phrases)),
+    )
+
+
+def _before_assembly(study: Params) -> Counts:
+    data = study.data
+    templates = len(data.phrase_templates)
+    picture_bytes, texts = None, None
+    if data.source == "png":
+        images, classes = COCO_IMAGES, PANOPTIC_CLASSES
+        phrases = {name: PNG_PHRASES * part / sum(PNG_NARRATIVES.values()) for name, part in PNG_NARRATIVES.items()}
+        source = "published counts of COCO 2017 and PNG (GS, section 4.1): an upper bound for a part of them"
+    elif data.source == "coco_object":
+        images, classes = COCO_IMAGES, COCO_CLASSES
+        phrases = {name: COCO_CLASSES_AN_IMAGE * count for name, count in images.items()}
+        source, texts = "published counts of COCO 2017", COCO_CLASSES * (templates + 1) + 1
+    elif data.scenes is not None and data.source == "scenes":
+        images, classes = {"train": data.scenes.train_images, "test": data.scenes.test_images}, len(SHAPES) + len(STUFF)
+        drawn = {name: sample_scenes(data.scenes, split, SCENES_DRAWN) for name, split in (("train", "train"), ("test", "val"))}
+        phrases = {name: images[name] * drawn[name][0] for name in images}
+        picture_bytes = round(sum(images[name] * drawn[name][1] for name in images))
+        source = f"{SCENES_DRAWN} scenes of each split, drawn and scaled up"
+    else:
+        assert data.index_masks is not None
+        folder = data.index_masks
+        listed = read_classes(Path(folder.classes), folder.ignore, folder.background)[0]
+        classes = sum(not item.background for item in listed)
+        if all(Path(item).exists() for item in (folder.lists or folder.images).values()):
+            images, source = {name: _images_of(folder, name) for name in folder.images}, "the images that are there"
+        elif "camvid" in folder.classes:
+            images, source = CAMVID_IMAGES, "published counts of CamVid"
+        else:
+            raise UserError(f"{folder.images['train']}: not there, so nothing tells how many images; put the data there first")
+        phrases = {name: classes * count for name, count in images.items()}
+        source, texts = f"{source}; every class in every image, an upper bound", classes * (templates + 1) + 1
+    test, train = round(phrases["test"]), round(phrases["train"])
+    val = round(data.val_fraction * train)
+    grid_images = max(1, round(study.sample.grid_fraction * images["test"]))
+    latents = dict.fromkeys(study.sample.sizes(), grid_images)
+    latents[study.sample.main.size] = images["test"]
+    latents[study.train.size] = latents.get(study.train.size, 0) + images["train"]
+    if texts is None:
+        texts = train + test + classes + 1
+        source += "; every phrase taken to be distinct"
+    return Counts(
+        source=f"{source}; {TOKENS} tokens a phrase",
+        exact=False,
+        image_latents=dict(sorted(latents.items())),
+        train=train - val,
+        val=val,
+        rows={
+            "test": test,
+            "grid": round(test * grid_images / images["test"]),
+            "permutable": test,
+            "class_phrases": classes * images["test"],
+        },
+        texts=texts,
+        tokens=TOKENS * texts,
+        picture_bytes=picture_bytes,
+        row_bytes=ROW_BYTES[data.source],
+    )
+
+
+def _images_of(folder: IndexMasks, split: Literal["train", "test"]) -> int:
+    if folder.lists is not None:
+        return len(Path(folder.lists[split]).read_text().split())
+    return len(list(Path(folder.images[split]).iterdir()))
