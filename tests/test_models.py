@@ -195,7 +195,7 @@ def test_pipeline_round_trip_is_bit_equal(pipeline, tmp_path):
 def test_maps_do_not_depend_on_the_batch(pipeline):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     phrases = ["a star", "the grass", "two small red circles near the grass", "some water"]
-    together, alone = pipeline(image, phrases, batch=4), pipeline(image, phrases, batch=1)
+    together, alone = pipeline(image, phrases, batch_size=4), pipeline(image, phrases, batch_size=1)
     assert np.abs(together.maps - alone.maps).max() < 1e-4
     other_seed = pipeline(image, phrases, seed=1)
     assert np.abs(together.maps - other_seed.maps).max() > 1e-3, "the seed matters"

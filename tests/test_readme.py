@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def repository(finished_study, tmp_path_factory) -> Path:
 def test_the_readme_has_commands():
     assert len(LINES) > 20
     assert set(ELSEWHERE) <= set(LINES), "a command that is tested elsewhere is gone from the README"
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S))
+def test_python(repository, block):
+    run(sys.executable, "-c", block.replace("mini", "smoke"), cwd=repository)
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line not in ELSEWHERE])

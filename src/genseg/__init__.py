@@ -1,3 +1,12 @@
 """Generative segmentation by label diffusion (GS) and generation-guided refinement (G4Seg), as one reproducible study."""
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`genseg.GSPipeline` without torch in every `import genseg`."""
+    if name == "GSPipeline":
+        from genseg.diffusion.pipeline import GSPipeline
+
+        return GSPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

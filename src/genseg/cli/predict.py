@@ -10,28 +10,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phrase", action="append", required=True, metavar="TEXT", help="what to segment; may be repeated")
     parser.add_argument("--model", required=True, metavar="DIR", help="trained model, e.g. results/mini/model")
     parser.add_argument("--out", required=True, metavar="DIR", help="where mask_<k>.png, overlay.png, predictions.json go")
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale; 1 is none (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    parser.add_argument("--guidance", type=float, help="guidance scale; 1 is none (default: the model's own)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="of the soft map, 0 to 1 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial noise (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the networks (default: %(default)s)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import sys
     from pathlib import Path
 
     from genseg.data.images import load_image
     from genseg.diffusion.pipeline import load_pipeline
     from genseg.diffusion.predict import write_prediction
     from genseg.errors import UserError
-    from genseg.models.device import choose_device, describe
+    from genseg.models.device import DTYPES, choose_device, describe
 
     if not all(phrase.strip() for phrase in arguments.phrase):
         raise UserError("--phrase: empty phrase; say what to segment")
-    if arguments.steps < 1 or arguments.guidance < 1:
-        raise UserError("--steps and --guidance must be at least 1")
+    for flag, value in (("--steps", arguments.steps), ("--guidance", arguments.guidance)):
+        if value is not None and not value >= 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    if not 0 <= arguments.threshold <= 1:
+        raise UserError(f"--threshold {arguments.threshold}: must lie between 0 and 1")
     image = load_image(arguments.image)
     device = choose_device(arguments.device)
-    pipeline = load_pipeline(arguments.model).to(device)
-    output = pipeline(image, arguments.phrase, arguments.steps, arguments.guidance, arguments.seed)
+    pipeline = load_pipeline(arguments.model, DTYPES[arguments.precision]).to(device)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="predict")
+    try:
+        output = pipeline(
+            image, arguments.phrase, arguments.steps, arguments.guidance, arguments.seed, threshold=arguments.threshold
+        )
+    except ValueError as error:  # what the arguments above let through: an answer that is not finite
+        raise UserError(str(error)) from None
     write_prediction(Path(arguments.out), image, arguments.phrase, output)
     print(f"{len(output.masks)} masks in {arguments.out} (device {describe(device)})")

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 import transformers.utils.logging
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.utils import BaseOutput, logging
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from genseg.artifacts.resample import bilinear
+from genseg.data.images import to_rgb
 from genseg.diffusion.sampling import Observe, draw_noise, phrase_generator, sample_labels
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
@@ -25,19 +27,22 @@ from genseg.models.text import TextEmbedding, encode_phrases
 from genseg.models.unet import run_unet
 from genseg.models.vae import encode_images, image_tensor
 
+Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
+"""PIL image of any mode; array [H, W, 3] or [H, W]; tensor [3, H, W] or [1, H, W]. Whole numbers are 0..255, floats 0..1."""
 DISCRIMINATIVE_TIMESTEP = 999
 """The one-pass control is the same U-Net asked once, at the last timestep, with an all-zero label."""
 
 
 @dataclass
 class GSOutput(BaseOutput):
-    """Masks of one image.
+    """Masks of one image; of a list of images, a list of them in each field.
 
-    masks: [N, H, W] bool at the image's own size. maps: [N, h, w] float32 in [0, 1], soft labels at latent size.
+    masks: [N, H, W] bool at the image's own size: array, tensor ("pt"), or N images of mode L, 0 and 255 ("pil").
+    maps: [N, h, w] float32 in [0, 1], soft labels at latent size: array, or tensor ("pt").
     """
 
-    masks: NDArray[np.bool_]
-    maps: NDArray[np.float32]
+    masks: Any
+    maps: Any
 
 
 class GSPipeline(DiffusionPipeline):
@@ -48,9 +53,16 @@ class GSPipeline(DiffusionPipeline):
         label_scale: b; labels lie in [-b, b].
         image_size: side the image is resized to.
         steps, guidance: defaults that belong to this checkpoint.
+
+    Example:
+        >>> pipe = GSPipeline.from_pretrained("results/mini/model", dtype=torch.bfloat16).to("cuda")
+        >>> output = pipe(Image.open("scene.jpg"), ["the grass", "the small star"])
+        >>> output.masks.shape  # (2, H, W), bool
     """
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->vae->adapter->unet"
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->vae->unet"
+    # Small, and its learned nulls are read outside of its forward pass, which is what the hooks watch.
+    _exclude_from_cpu_offload = ["adapter"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -87,34 +99,103 @@ class GSPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Image.Image,
-        phrases: Sequence[str],
-        steps: int | None = None,
-        guidance: float | None = None,
+        image: Picture | Sequence[Picture],
+        phrases: str | Sequence[str] | Sequence[Sequence[str]],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         seed: int = 0,
+        generator: torch.Generator | None = None,
         threshold: float = 0.5,
-        batch: int = 16,
-    ) -> GSOutput:
-        """Segment `image` by each of `phrases`; the image is encoded once.
+        batch_size: int = 16,
+        output_type: Literal["np", "pt", "pil"] = "np",
+        return_dict: bool = True,
+    ) -> GSOutput | tuple[Any, Any]:
+        """Segment an image by each of its phrases; the image is encoded once for all of them.
 
         Args:
-            steps, guidance: the checkpoint's own when None.
-            seed: a phrase's mask depends on it and on the phrase's position only, not on `batch`.
+            image: one image, or a list of images (or a batch, [B, ...]).
+            phrases: one phrase or N; for a list of images, a list of phrases for each.
+            num_inference_steps, guidance_scale: the checkpoint's own when None; guidance 1 halves the evaluations.
+            seed: of the initial noise. A phrase's mask depends on it and on the phrase's position among those of its
+                image, not on `batch_size` or on other images.
+            generator: draws the seed instead.
             threshold: of the soft map after bilinear up-sampling.
+            batch_size: phrases denoised together, of whichever images.
+
+        Returns:
+            `GSOutput`, or (masks, maps) with `return_dict=False`.
+
+        Raises:
+            ValueError: an argument is not as described, or the network's answer is not finite.
         """
-        size = self.config.image_size
-        device = self._execution_device
+        # 1. Inputs: single ones become lists of one.
+        single = isinstance(image, Image.Image) or (not isinstance(image, Sequence) and image.ndim < 4)
+        pictures = [_to_picture(item) for item in ([image] if single else image)]
+        texts_of: Any = [[phrases] if isinstance(phrases, str) else phrases] if single else phrases
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        guidance = self.config.guidance if guidance_scale is None else guidance_scale
+        self._check_inputs(pictures, texts_of, steps, guidance, batch_size, output_type)
+        if generator is not None:
+            seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+
+        # 2. Every image and every phrase is encoded once.
+        size, device = self.config.image_size, self._execution_device
         encoders = TextEncoders((self.tokenizer, self.tokenizer_2), (self.text_encoder, self.text_encoder_2))
-        texts = encode_phrases(encoders, phrases)
-        latent = encode_images(self.vae, image_tensor(image, size)[None].to(device))
+        embeddings = encode_phrases(encoders, [phrase for texts in texts_of for phrase in texts])
+        latents = [encode_images(self.vae, image_tensor(picture, size)[None].to(device))[0] for picture in pictures]
+
+        # 3. Labels are denoised in batches of phrases. (B, h, w)
+        places = [(number, k) for number, texts in enumerate(texts_of) for k in range(len(texts))]
+        rounds = range(0, len(places), batch_size)
+        evaluations = 1 if self.config.prediction == "logits" else steps
         maps = []
-        for start in range(0, len(texts), batch):
-            part = texts[start : start + batch]
-            keys = [("image", "predict", start + i) for i in range(len(part))]
-            maps.append(self.label_maps(latent.expand(len(part), -1, -1, -1), part, keys, size, steps, guidance, seed))
-        soft = torch.cat(maps).cpu().numpy()
-        masks = bilinear(soft, image.height, image.width) >= threshold
-        return GSOutput(masks=masks, maps=soft)
+        with self.progress_bar(total=len(rounds) * evaluations) as bar:
+            for start in rounds:
+                part = places[start : start + batch_size]
+                soft = self.label_maps(
+                    torch.stack([latents[number] for number, _ in part]),
+                    embeddings[start : start + batch_size],
+                    [("image", "predict", k) for _, k in part],
+                    size,
+                    steps,
+                    guidance,
+                    seed,
+                    observe=lambda t, x_t, x_0: bar.update(),
+                )
+                if self.config.prediction == "logits":
+                    bar.update()
+                maps.append(soft.float().cpu())
+        soft_maps = torch.cat(maps).numpy()
+        self.maybe_free_model_hooks()
+        if not np.isfinite(soft_maps).all():
+            raise ValueError(f"the U-Net's answer is not finite in {self.unet.dtype}; use torch.bfloat16 or torch.float32")
+
+        # 4. Read-out at each image's own size. (N, H, W)
+        found_masks, found_maps, start = [], [], 0
+        for picture, texts in zip(pictures, texts_of, strict=True):
+            found_maps.append(soft_maps[start : start + len(texts)])
+            large = (bilinear(row[None], picture.height, picture.width)[0] for row in found_maps[-1])
+            found_masks.append(np.stack([row >= threshold for row in large]))
+            start += len(texts)
+        masks: Any = [_as_type(item, output_type) for item in found_masks]
+        soft: Any = [torch.from_numpy(item) if output_type == "pt" else item for item in found_maps]
+        if single:
+            masks, soft = masks[0], soft[0]
+        return GSOutput(masks=masks, maps=soft) if return_dict else (masks, soft)
+
+    def _check_inputs(
+        self, pictures: list[Image.Image], texts: Any, steps: int, guidance: float, batch_size: int, output_type: str
+    ) -> None:
+        if len(texts) != len(pictures) or not all(isinstance(part, Sequence) and not isinstance(part, str) for part in texts):
+            raise ValueError(f"{len(pictures)} images need as many lists of phrases, one list an image")
+        if not pictures or not all(part and all(isinstance(text, str) and text.strip() for text in part) for part in texts):
+            raise ValueError("phrases: every image needs at least one, and none may be empty")
+        if steps < 1 or guidance < 1 or batch_size < 1:
+            raise ValueError("num_inference_steps, guidance_scale and batch_size must be at least 1")
+        if output_type not in ("np", "pt", "pil"):
+            raise ValueError(f"output_type {output_type!r}: must be np, pt or pil")
+        if not isinstance(self.scheduler, DDIMScheduler | DDPMScheduler):
+            raise ValueError(f"{type(self.scheduler).__name__}: the sampler knows DDIMScheduler and DDPMScheduler only")
 
     @torch.no_grad()
     def label_maps(
@@ -156,6 +237,31 @@ class GSPipeline(DiffusionPipeline):
         scale = self.config.label_scale
         x_0 = sample_labels(denoise, self.scheduler, x_t, steps or self.config.steps, guidance, generators, scale, observe)
         return soft_labels(x_0, scale)
+
+
+def _to_picture(image: Picture) -> Image.Image:
+    """8-bit RGB of any picture that the pipeline takes."""
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 3 or len(image) not in (1, 3):
+            raise ValueError(f"a tensor of an image must be [3, H, W] or [1, H, W]; got {list(image.shape)}")
+        image = (image.float() if image.is_floating_point() else image).detach().permute(1, 2, 0).cpu().numpy()
+    pixels = np.asarray(image)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)):
+        raise ValueError(f"an array of an image must be [H, W, 3] or [H, W]; got {list(pixels.shape)}")
+    limit = 1 if np.issubdtype(pixels.dtype, np.floating) else 255
+    if not (pixels.min() >= 0 and pixels.max() <= limit):
+        raise ValueError(f"an image of {pixels.dtype} must lie in 0..{limit}; got {pixels.min()}..{pixels.max()}")
+    return to_rgb(Image.fromarray(np.rint(pixels * (255 / limit)).astype(np.uint8)))
+
+
+def _as_type(masks: NDArray[np.bool_], output_type: str) -> Any:
+    if output_type == "pil":
+        return [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks]
+    return torch.from_numpy(masks) if output_type == "pt" else masks
 
 
 def soft_labels(x_0: torch.Tensor, label_scale: float) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -19,18 +22,33 @@ def vae_factor(vae: AutoencoderKL) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+@contextlib.contextmanager
+def _without_overflow(vae: AutoencoderKL) -> Iterator[None]:
+    """SDXL's VAE gives NaN in fp16, which its config says (`force_upcast`): it works in fp32 and is given back as it came."""
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast", True)
+    if upcast:
+        torch.nn.Module.to(vae, torch.float32)  # diffusers warns of every cast
+    try:
+        yield
+    finally:
+        if upcast:
+            torch.nn.Module.to(vae, torch.float16)
+
+
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Images [B, 3, H, W] in [-1, 1] -> latents [B, C, H/f, W/f], the posterior's mean in unit scale (no sampling)."""
-    mean = vae.encode(images.to(vae.dtype)).latent_dist.mode()
+    with _without_overflow(vae):
+        mean = vae.encode(images.to(vae.dtype)).latent_dist.mode()
     return (mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     """Latents [B, C, h, w] in unit scale -> images [B, 3, H, W] in [-1, 1]."""
-    raw = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    return vae.decode(raw).sample.clamp(-1, 1)
+    with _without_overflow(vae):
+        raw = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return vae.decode(raw).sample.clamp(-1, 1)
 
 
 @torch.no_grad()

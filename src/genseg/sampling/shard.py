@@ -142,8 +142,6 @@ class Sampler:
             folder = self.study.results_dir / ("control" if method == "discriminative" else "model")
             sample = self.study.sample
             pipeline = load_pipeline(folder, DTYPES[sample.precision])
-            if sample.precision == "fp16":
-                pipeline.vae.to(torch.float32)  # SDXL's VAE gives NaN in fp16; only read-outs use it
             if method == "gs":
                 betas = read_manifest(self.study.results_dir / "backbone" / "manifest.json")["betas"]
                 clip = pipeline.config.label_scale if sample.clip_x_0 else None
