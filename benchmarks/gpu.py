@@ -125,7 +125,7 @@ class Bench:
         self.tiny, self.device, self.effort = tiny, device, Effort(tiny)
         self.size = self.effort(1024, 64)
         self.pipeline = build(tiny, device, self.size)
-        tokens = len(self.pipeline.tokenizer(PHRASES[2]).input_ids)
+        tokens = max(len(self.pipeline.tokenizer(phrase).input_ids) for phrase in PHRASES)
         self.latent = self.size // 8
         self.config = self.pipeline.unet.config
         self.evaluation = unet_flops(self.config, self.latent, tokens, inject=True)
@@ -156,7 +156,7 @@ class Bench:
                     torch.cuda.reset_peak_memory_stats()
                 seconds = interleaved({"": sample}, self.effort(3 if steps < 10 else 1, 1))[""]
                 memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-                shares = stage_shares(self.pipeline, images, texts, [(steps, guidance)], 1)[0]
+                shares = stage_shares(self.pipeline, images, texts, steps, guidance, variant.batch)
         except Exception as error:  # a backend that is not installed, or takes no mask: any of a dozen kinds
             return row | {"unavailable": f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"}
         rate = masks / float(np.median(seconds))
@@ -188,7 +188,9 @@ class Bench:
     def operators(self, variant: Variant) -> list[Row]:
         """Device time of one U-Net evaluation of a batch by kind of operator, in eager mode, and the rate where operations are
         counted."""
-        unet, batch = self.pipeline.unet, variant.batch
+        images = pictures(-(-variant.batch // len(PHRASES)), self.size)
+        texts = [list(PHRASES)] * len(images)
+        unet, batch = self.pipeline.unet, len(images) * len(PHRASES)
         meta = meta_unet(self.config)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             run_unet(meta, **meta_inputs(meta, self.latent, self.tokens, True, batch))
@@ -196,8 +198,6 @@ class Bench:
         for operator, count in counter.get_flop_counts()["Global"].items():
             flops[kind_of(str(operator))] = flops.get(kind_of(str(operator)), 0) + count
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
-        images = pictures(-(-batch // len(PHRASES)), self.size)
-        texts = [list(PHRASES)] * len(images)
         cuda = self.device.type == "cuda"
         times: dict[str, float] = {}
 
@@ -213,7 +213,7 @@ class Bench:
             self.pipeline(images, texts, 1, 1.0, batch_size=batch)
             trace = profile(activities=activities)
             hooks = [unet.register_forward_pre_hook(profiled), unet.register_forward_hook(stopped)]
-            self.pipeline(images, texts, 1, 1.0, batch_size=len(images) * len(PHRASES))
+            self.pipeline(images, texts, 1, 1.0, batch_size=batch)
             for hook in hooks:
                 hook.remove()
         for event in trace.key_averages():

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from PIL import Image
 
 from benchmarks.harness import Effort, Row, Stopwatch, Study, interleaved, stage_modules, versus
 from genseg.artifacts.masks import compare, encode
@@ -21,6 +22,7 @@ from genseg.models.backbone import TextEncoders
 from genseg.models.text import encode_phrases
 from genseg.models.unet import run_unet
 from genseg.models.vae import encode_images, image_tensor, vae_factor
+from genseg.sampling.runs import run_rows, study_runs
 
 
 @torch.no_grad()
@@ -132,48 +134,42 @@ def accuracy(study: Study, effort: Effort) -> list[Row]:
 
 
 def stage_shares(
-    pipeline: GSPipeline, images: list[Any], phrases: list[list[str]], points: list[tuple[int, float]], repeats: int
-) -> list[Row]:
-    """Shares of the time of `pipeline(images, phrases)`; what is in no stage is the loop around the U-Net, noise, transfers."""
-    rows = []
-    for steps, guidance in points:
-        stages: dict[str, list[float]] = {}
-        for _ in range(repeats):
-            watch = Stopwatch()
-            outputs: list[Any] = []
-            with watch.inside(stage_modules(pipeline)):
-                total = interleaved({"": lambda: outputs.append(pipeline(images, phrases, steps, guidance))}, 1)[""][0]
+    pipeline: GSPipeline, images: list[Image.Image], phrases: list[list[str]], steps: int, guidance: float, batch: int = 16
+) -> Row:
+    """Shares of the time of one call of the pipeline; `rest` is the loop around the U-Net, noise, transfers."""
+    watch = Stopwatch()
+    outputs: list[Any] = []
+    with watch.inside(stage_modules(pipeline)):
+        (total,) = interleaved({"": lambda: outputs.append(pipeline(images, phrases, steps, guidance, batch_size=batch))}, 1)[
+            ""
+        ]
 
-            def read_out(outputs: list[Any] = outputs) -> None:
-                for image, soft in zip(images, outputs[0].maps, strict=True):
-                    bilinear(soft, image.height, image.width) >= 0.5  # noqa: B015 - its time counts
+    def read_out() -> None:
+        for image, soft in zip(images, outputs[0].maps, strict=True):
+            bilinear(soft, image.height, image.width) >= 0.5  # noqa: B015 - its time counts
 
-            watch.seconds["read-out"] = interleaved({"": read_out}, 1)[""][0]
-            watch.seconds["rest"] = max(0.0, total - sum(watch.seconds.values()))
-            for name, seconds in watch.seconds.items():
-                stages.setdefault(name, []).append(seconds / total)
-            stages.setdefault("seconds", []).append(total)
-        shares = {name: statistics.median(values) for name, values in stages.items()}
-        evaluations = steps * (1 if guidance == 1 else 2)
-        count = sum(map(len, phrases))
-        rows.append({"evaluations": evaluations, "masks": count, "s_per_mask": shares.pop("seconds") / count, **shares})
-    return rows
+    (watch.seconds["read-out"],) = interleaved({"": read_out}, 1)[""]
+    watch.seconds["rest"] = max(0.0, total - sum(watch.seconds.values()))
+    count = sum(map(len, phrases))
+    shares = {name: seconds / total for name, seconds in watch.seconds.items()}
+    return {"evaluations": steps * (1 if guidance == 1 else 2), "masks": count, "s_per_mask": total / count, **shares}
 
 
 def shares(study: Study, effort: Effort) -> list[Row]:
     """Shares of VAE, text, U-Net and read-out in one narrative's prediction, at our default and at the base cell."""
     rows, sample = study.narrative(), study.params.sample
-    image = load_image(rows["file_name"].iloc[0])
-    points = [(cell.steps, cell.guidance) for cell in (sample.main, sample.base)]
+    images, phrases = [load_image(rows["file_name"].iloc[0])], [rows["phrase"].tolist()]
     pipeline = study.pipeline()
-    pipeline([image], [rows["phrase"].tolist()], 1, 1.0)  # warm-up
-    return stage_shares(pipeline, [image], [rows["phrase"].tolist()], points, effort(3, 1))
+    pipeline(images, phrases, 1, 1.0)  # warm-up
+    found = []
+    for cell in (sample.main, sample.base):
+        some = [stage_shares(pipeline, images, phrases, cell.steps, cell.guidance) for _ in range(effort(3, 1))]
+        found.append({name: statistics.median(row[name] for row in some) for name in some[0]})
+    return found
 
 
 def padding(study: Study, effort: Effort) -> list[Row]:
     """Evaluations that sampling spends on the padding of the last block of `sample.batch` phrases, counted, not timed."""
-    from genseg.sampling.runs import run_rows, study_runs
-
     found = []
     phrases = study.phrases
     for run in study_runs(study.params):
