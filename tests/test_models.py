@@ -10,7 +10,7 @@ from genseg.diffusion.pipeline import GSPipeline
 from genseg.diffusion.schedule import make_scheduler
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
-from genseg.models.attention import InjectedAttnProcessor, self_attention_widths
+from genseg.models.attention import InjectedAttnProcessor, _explicit_attention, self_attention_widths
 from genseg.models.backbone import TextEncoders, load_component, load_unet
 from genseg.models.device import choose_device
 from genseg.models.miniature import build_miniature
@@ -97,6 +97,19 @@ def test_padding_of_text_changes_nothing():
     assert torch.allclose(
         self_attn(x, injected={32: padded_extra}, text_mask=mask), self_attn(x, injected={32: extra}), atol=1e-12
     )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_explicit_attention_in_bf16_is_attention(padded):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, n, 2, 16) for n in (9, 7, 7))
+    mask = (torch.arange(7) < torch.tensor([[7], [4]]))[:, None, None] if padded else None
+    wanted = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)), mask)
+    found = _explicit_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), wanted.transpose(1, 2), atol=0.03), "three roundings of 2^-8"
+    exact = _explicit_attention(query.double(), key.double(), value.double(), mask)
+    assert torch.allclose(exact.float(), wanted.transpose(1, 2), atol=1e-6)
 
 
 def test_without_injection_the_processor_is_the_stock_one(backbone):

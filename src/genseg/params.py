@@ -184,7 +184,7 @@ class Train(Section):
     size: ImageSize
     """Side of the square image; the label latent has side size / VAE factor."""
     prediction: Prediction
-    """What the network predicts: the paper's noise (Eq. 7), v, or x_0."""
+    """What the network predicts: the paper's noise (Eq. 7), v, or x_0 / b."""
     zero_terminal_snr: bool
     label_scale: PositiveFloat
     """b: the mask is x_0 in [-b, b]."""

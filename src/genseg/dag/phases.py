@@ -36,7 +36,7 @@ _SAMPLE = tuple(f"sample.{name}" for name in Sample.model_fields if name != "sha
 
 PHASES = {
     "data": Phase(
-        keys=("seed", "data"),
+        keys=("data",),
         rooms=("artifacts", "cli/data.py", "data"),
         needs=(),
         outs=("data/{study}",),

@@ -298,25 +298,29 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -
 
 
 def _surface_of_stuff(rng: np.random.Generator, name: str, x: Field, y: Field, size: int) -> Field:
-    """Texture [size, size, 3] in about [0, 1]; hues overlap with those of things on purpose."""
+    """Texture [size, size, 3] in about [0, 1]. Each stuff comes in two hues that are near another stuff's or a thing's, so
+    its texture, not its colour, tells what it is."""
     scale = size / 128
     phase = rng.uniform(0, 6.3)
     if name == "grass":
-        base, tone = (0.24, 0.52, 0.18), 0.30 * _smooth_noise(rng, size, (14, 56))
+        bases, tone = ((0.24, 0.52, 0.18), (0.66, 0.60, 0.30)), 0.30 * _smooth_noise(rng, size, (14, 56))
     elif name == "water":
         wave = np.sin((y + 2.5 * scale * np.sin(x / (9 * scale) + phase)) / (2.2 * scale) + phase)
-        base, tone = (0.18, 0.38, 0.66), 0.20 * wave + 0.1 * _smooth_noise(rng, size, (8, 8))
+        bases, tone = ((0.18, 0.38, 0.66), (0.26, 0.50, 0.34)), 0.20 * wave + 0.1 * _smooth_noise(rng, size, (8, 8))
     elif name == "sand":
-        base, tone = (0.80, 0.70, 0.42), 0.22 * rng.uniform(-1, 1, x.shape).astype(np.float32)
+        bases, tone = ((0.80, 0.70, 0.42), (0.64, 0.42, 0.32)), 0.22 * rng.uniform(-1, 1, x.shape).astype(np.float32)
     elif name == "bricks":
         row = np.floor(y / (7 * scale))
         mortar = ((y % (7 * scale)) < 1.3 * scale) | (((x + 7 * scale * (row % 2) + phase) % (14 * scale)) < 1.3 * scale)
-        base, tone = (0.62, 0.26, 0.18), np.where(mortar, 0.45, 0.08 * _smooth_noise(rng, size, (18, 9)))
+        bases, tone = ((0.62, 0.26, 0.18), (0.50, 0.54, 0.62)), np.where(mortar, 0.45, 0.08 * _smooth_noise(rng, size, (18, 9)))
     elif name == "snow":
-        base, tone = (0.86, 0.88, 0.92), 0.06 * _smooth_noise(rng, size, (24, 24)) - 0.06 * _smooth_noise(rng, size, (5, 5))
+        flakes = 0.10 * _smooth_noise(rng, size, (28, 28)) - 0.06 * _smooth_noise(rng, size, (5, 5))
+        bases, tone = ((0.86, 0.88, 0.92), (0.56, 0.66, 0.86)), flakes
     else:
-        base, tone = (0.45, 0.62, 0.86), 0.22 * np.clip(_smooth_noise(rng, size, (5, 4)), 0, 1) + 0.12 * (y / size - 0.5)
-    colour = np.asarray(base, np.float32) * rng.uniform(0.85, 1.15) + rng.uniform(-0.05, 0.05, 3).astype(np.float32)
+        clouds = 0.26 * np.clip(_smooth_noise(rng, size, (5, 4)), 0, 1) + 0.16 * (y / size - 0.5)
+        bases, tone = ((0.45, 0.62, 0.86), (0.84, 0.58, 0.40)), clouds
+    base = np.asarray(bases[rng.integers(len(bases))], np.float32)
+    colour = base * rng.uniform(0.85, 1.15) + rng.uniform(-0.05, 0.05, 3).astype(np.float32)
     return (colour + np.asarray(tone, np.float32)[..., None]).astype(np.float32)
 
 

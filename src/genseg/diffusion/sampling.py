@@ -59,6 +59,7 @@ def sample_labels(
     diffusers derives the next timestep from t - 1000 // steps, which misses the grid where steps do not divide 1000 and
     ends with noise left.
 
+    `label_scale` is the b by which x_0 prediction multiplies the network's answer (see `objectives.target`).
     Guidance w = 1 costs one evaluation a step and phrase; any other w two: Eq. 10, uncond + w (cond - uncond).
     """
     scheduler.set_timesteps(steps, device=x_t.device)

@@ -1,6 +1,6 @@
 """One job of sampling: the blocks of one shard, for every run at one size.
 
-A run's phrases are cut into fixed blocks of `sample.batch` in key order, the last one padded; a shard is every n-th block.
+A run's phrases are cut into fixed blocks of `sample.batch` in key order, the last one shorter; a shard is every n-th block.
 So a block is the same computation whatever the number of shards, and the gathered bytes do not depend on it.
 """
 
@@ -174,16 +174,15 @@ class Sampler:
         if run.role == "readout":
             yield from self._stored_maps(run, blocks, shard)
             return
-        pipeline, batch = self.pipeline(run.method), self.study.sample.batch
+        pipeline = self.pipeline(run.method)
         images = LatentStore(image_store(self.study, run.size or 0))
         last = time.monotonic()
         for number, rows in enumerate(blocks):
-            padded = rows.iloc[[*range(len(rows)), *[len(rows) - 1] * (batch - len(rows))]]
-            latents = torch.stack([images[image_id]["latent"] for image_id in padded["image_id"]]).to(self.device)
+            latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(self.device)
             soft = pipeline.label_maps(
                 latents,
-                [self.texts[text] for text in padded["text"]],
-                list(zip(*(padded[name] for name in KEY), strict=True)),
+                [self.texts[text] for text in rows["text"]],
+                list(zip(*(rows[name] for name in KEY), strict=True)),
                 run.size or 0,
                 run.steps,
                 run.guidance,
@@ -192,7 +191,7 @@ class Sampler:
             if time.monotonic() - last > 10:
                 last = time.monotonic()
                 print(f"sample: {run.name}: block {number + 1} of {len(blocks)}", flush=True)
-            yield rows, quantise(soft[: len(rows)].float().cpu().numpy())
+            yield rows, quantise(soft.float().cpu().numpy())
 
     def _stored_maps(self, run: Run, blocks: list[pd.DataFrame], shard: tuple[int, int]) -> Iterator[tuple[pd.DataFrame, Maps]]:
         """Maps of the base cell, which was sampled before: another read-out needs no evaluation."""

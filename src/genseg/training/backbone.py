@@ -1,7 +1,7 @@
 """Training and fitting the miniature backbone: its autoencoder on the images, its U-Net as text-to-image in-painting.
 
 This stands where SDXL-inpainting's pre-training stands at paper scale, and sees nothing but the training images and
-their captions: no mask, no phrase, no label.
+their captions: no mask, no label.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionXLInpaintPipeline
 
 from genseg.data.images import load_image
+from genseg.models.attention import use_injected_attention
 from genseg.models.device import DTYPES
 from genseg.models.vae import encode_images, image_tensor, psnr
 from genseg.params import BackboneTraining
@@ -83,6 +84,7 @@ def fit_unet(
     pipeline: StableDiffusionXLInpaintPipeline,
     images: torch.Tensor,
     captions: Sequence[Sequence[str]],
+    parts: Sequence[Sequence[str]],
     training: BackboneTraining,
     train_text: bool,
     seed: int,
@@ -93,12 +95,14 @@ def fit_unet(
 
     Args:
         images: [N, 3, S, S] uint8, N images.
-        captions: the captions of each image; one is drawn a step.
+        captions, parts: of each image, its captions and their noun phrases; half of the time one of the first, else one of
+            the second, so that the text encoder also knows the short texts that it will be asked for.
         train_text: also train the text encoders (from scratch); else they stay as they are.
     """
     if not training.steps:
         return
     unet, vae = pipeline.unet.to(device), pipeline.vae.to(device)
+    use_injected_attention(unet)  # nothing is injected here, but its attention is the faster one
     encoders = (pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device))
     modules = {"model": unet} | ({"text_encoder": encoders[0], "text_encoder_2": encoders[1]} if train_text else {})
     for module in modules.values():
@@ -114,7 +118,7 @@ def fit_unet(
         generator = step_generator(seed, "unet noise", step)
         chosen = [rng.randrange(len(images)) for _ in range(training.batch)]
         variant = [rng.randrange(VARIANTS) for _ in chosen]
-        texts = ["" if rng.random() < P_NO_TEXT else rng.choice(captions[i]) for i in chosen]
+        texts = ["" if rng.random() < P_NO_TEXT else rng.choice(rng.choice((captions, parts))[i]) for i in chosen]
         x_0 = clean[chosen].to(device)
         noise = torch.randn(x_0.shape, generator=generator).to(device)
         t = torch.randint(0, len(alphas), (len(chosen),), generator=generator).to(device)

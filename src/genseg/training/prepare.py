@@ -94,7 +94,7 @@ def _train(study: Params, target: Path, device: torch.device) -> dict[str, Any]:
     backbone = study.backbone
     phrases = read_phrases(study.data_dir / "phrases.parquet")
     train = phrases[phrases["split"] == "train"]
-    files, captions = captions_by_image(train)
+    files, captions, parts = captions_by_image(train)
     if backbone.shape is not None:
         pipeline = build_miniature(backbone.shape, backbone.size, [text for texts in captions for text in texts], study.seed)
     else:
@@ -113,13 +113,14 @@ def _train(study: Params, target: Path, device: torch.device) -> dict[str, Any]:
     fit_vae(pipeline.vae, images, backbone.vae, study.seed, work / "vae", device)
     after = measure_psnr(pipeline.vae, some, device)
     print(f"backbone: VAE at {before:.2f} dB PSNR before, {after:.2f} dB after {backbone.vae.steps} steps", flush=True)
-    fit_unet(pipeline, images, captions, backbone.unet, backbone.shape is not None, study.seed, work / "unet", device)
+    fit_unet(pipeline, images, captions, parts, backbone.unet, backbone.shape is not None, study.seed, work / "unet", device)
     with atomic_directory(target) as temporary:
         pipeline.to(torch.float16).save_pretrained(temporary)
     return {"vae_psnr_db_before": before, "vae_psnr_db": after, "images": len(images)}
 
 
-def captions_by_image(train: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Files of the training images and the distinct captions of each."""
+def captions_by_image(train: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Files of the training images, the distinct captions of each, and the noun phrases of these."""
     grouped = train.groupby("image_id", sort=True)
-    return list(grouped["file_name"].first()), [sorted(set(texts.dropna())) for _, texts in grouped["caption"]]
+    captions, phrases = ([sorted(set(texts.dropna())) for _, texts in grouped[name]] for name in ("caption", "phrase"))
+    return list(grouped["file_name"].first()), captions, phrases
