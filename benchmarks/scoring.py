@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness import Effort, Row, interleaved, versus
-from genseg.artifacts.masks import decode, encode, measure
+from genseg.artifacts.masks import decode_checked, encode, measure
 from genseg.metrics.scoring import score_run
 
 HEIGHT, WIDTH = 480, 640
@@ -59,7 +59,7 @@ def brute_ious(phrases: pd.DataFrame, predictions: pd.DataFrame) -> np.ndarray:
     """IoU by definition: both masks decoded, dense and / or."""
     ious = []
     for truth_code, code in zip(phrases["mask"], predictions["mask"], strict=True):
-        truth, prediction = decode(truth_code, HEIGHT, WIDTH), decode(code, HEIGHT, WIDTH)
+        truth, prediction = decode_checked(truth_code, HEIGHT, WIDTH), decode_checked(code, HEIGHT, WIDTH)
         ious.append((truth & prediction).sum() / (truth | prediction).sum())
     return np.array(ious)
 

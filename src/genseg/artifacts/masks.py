@@ -98,7 +98,7 @@ def _no_measures(count: int) -> Measures:
 
 def _note(measures: Measures, rows: Integers, ends: Integers, canonical: Mask) -> None:
     measures.pixels[rows] = ends[:, -1]
-    measures.foreground[rows] = ends[:, 1::2].sum(1, dtype=np.int64) - ends[:, ::2].sum(1, dtype=np.int64)
+    measures.foreground[rows] = (ends[:, 1::2] - ends[:, ::2]).sum(1, dtype=np.int64)
     measures.canonical[rows] = canonical
 
 
@@ -140,7 +140,7 @@ def _run_ends(codes: list[bytes]) -> tuple[Integers, Mask]:
     width = int(count.max() + count.max() % 2)
     runs = np.zeros((len(codes), width), np.int32)
     runs[:, 1:3] = 1  # behind the last run of a code its runs are repeated, so that every one there is positive, too
-    runs[np.arange(width) < count[:, None]] = numbers
+    runs[np.arange(width, dtype=np.int32) < count[:, None].astype(np.int32)] = numbers
     for begin in (1, 2):  # undo the differences: runs 1, 3, 5, ... and 2, 4, 6, ... are two chains
         chain = runs[:, begin::2]
         np.cumsum(chain, axis=1, dtype=np.int32, out=chain)
