@@ -274,7 +274,7 @@ def main() -> int:
         parser.error("torch sees no GPU; --tiny runs the same code anywhere")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = find_gpu(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    peak = arguments.peak * 1e12 if arguments.peak else gpu and gpu.half
+    peak = arguments.peak * 1e12 if arguments.peak else gpu.half if gpu else None
     bench = Bench(arguments.tiny, device, peak)
     sweep, best = bench.sweep()
     points = [bench.rate(best, steps, guidance) for steps, guidance in POINTS]

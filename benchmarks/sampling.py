@@ -68,7 +68,7 @@ def sampling(study: Study, effort: Effort) -> list[Row]:
         pipeline.register_to_config(image_size=size)
 
         def ours(steps: int, guidance: float) -> np.ndarray:
-            return np.asarray(pipeline(load_image(picture), phrases, steps, guidance).maps)
+            return np.asarray(pipeline(load_image(picture), phrases, steps, guidance, return_dict=False)[1])
 
         calls = {
             "equal": lambda: ours(base.steps, base.guidance),
@@ -80,7 +80,7 @@ def sampling(study: Study, effort: Effort) -> list[Row]:
         difference = np.abs(ours(2, base.guidance) - plain_loop(pipeline, picture, phrases, 2, base.guidance)).max()
         seconds = interleaved(calls, repeats)
         side = size // factor
-        facts = {"label": f"{side} x {side}", "phrases": len(phrases), "max_difference": float(difference)}
+        facts: dict[str, Any] = {"label": f"{side} x {side}", "phrases": len(phrases), "max_difference": float(difference)}
         count = len(phrases)
         wanted = 3.0 if side == 16 else None
         equal, plain = seconds["equal"], seconds["plain"]
@@ -112,8 +112,10 @@ def accuracy(study: Study, effort: Effort) -> list[Row]:
         masks: list[Any] = []
 
         def sample(steps: int = steps, guidance: float = guidance, masks: list[Any] = masks) -> None:
-            output = pipeline(images, phrases, steps, guidance, threshold=study.params.sample.threshold)
-            masks.extend(mask for part in output.masks for mask in part)
+            found_masks, _ = pipeline(
+                images, phrases, steps, guidance, threshold=study.params.sample.threshold, return_dict=False
+            )
+            masks.extend(mask for part in found_masks for mask in part)
 
         (seconds,) = interleaved({"": sample}, 1)[""]
         truth, predicted, common = compare(truths, [encode(mask) for mask in masks])
