@@ -1,5 +1,6 @@
 # make         the environment, then the embedded study: tables and figures in results/
 # make test    the tests          make lint    style, types, the DAG
+# make bench   times it: ratios, on the study of params.yaml (after make), and the GPU where there is one
 # make full    the embedded study once more with other seeds
 # make clean   removes what the study made (DVC's cache keeps a copy)
 # make lock    writes requirements.txt from the environment
@@ -10,7 +11,7 @@ STUDY := $(shell sed -n "s/^study: *//p" params.yaml)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: all test lint full clean lock
+.PHONY: all test lint bench full clean lock
 
 all: $(INSTALLED)
 	dvc repro
@@ -28,12 +29,16 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
-	ruff check src tests
-	ruff format --check src tests
+	ruff check src tests benchmarks
+	ruff format --check src tests benchmarks
 	mypy
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 	genseg dvc --check
+
+bench: $(INSTALLED)
+	python -m benchmarks.run
+	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then python -m benchmarks.gpu; fi
 
 full: all
 	for seed in 1 2; do \

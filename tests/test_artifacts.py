@@ -66,6 +66,36 @@ def test_measure_survives_any_bytes(rubbish):
     assert found.pixels[1] >= -1
 
 
+@quick
+@given(st.lists(st.tuples(st.integers(1, 7), st.integers(1, 40), st.integers(0, 99)), max_size=6))
+def test_common_pixels_of_many_pairs(pairs):
+    """Pairs of different sizes in one call, against the decoded masks."""
+    bitmaps = [np.random.default_rng(seed).random((2, height, width)) < 0.5 for height, width, seed in pairs]
+    left, right, common = masks.compare(*([masks.encode(pair[side]) for pair in bitmaps] for side in (0, 1)))
+    assert common.tolist() == [(one & other).sum() for one, other in bitmaps]
+    for measures, side in ((left, 0), (right, 1)):
+        assert measures.pixels.tolist() == [pair[side].size for pair in bitmaps]
+        assert measures.foreground.tolist() == [pair[side].sum() for pair in bitmaps]
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=12), st.integers(1, 2**26))
+def test_common_pixels_of_any_runs(runs, scale):
+    """Codes with empty runs, and pictures of more pixels than 32 bits count."""
+    left = [a for a, _ in runs] + [b for _, b in runs]
+    right = [b for _, b in runs] + [a for a, _ in runs]
+
+    def painted(lengths):
+        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
+
+    def code(lengths):
+        total = sum(lengths) * scale
+        return coco_mask.frPyObjects({"size": [total, 1], "counts": [scale * n for n in lengths]}, total, 1)["counts"]
+
+    common = masks.compare([code(left)], [code(right)])[2]
+    assert common.tolist() == [scale * (painted(left) & painted(right)).sum()]
+
+
 def test_measure_works_in_any_number_of_parts():
     codes = [masks.encode(np.arange(size * 3).reshape(size, 3) % 2) for size in range(1, 40)] * 80
     found = masks.measure(codes)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from genseg.artifacts.masks import encode, measure
+from genseg.artifacts.masks import compare, encode
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.resample import bilinear
 from genseg.errors import UserError
@@ -30,8 +30,8 @@ interpolate = torch.nn.functional.interpolate
 def pairs_of(truths, predictions):
     shapes = np.array([mask.shape for mask in truths])
     codes = [[encode(mask) for mask in masks] for masks in (truths, predictions)]
-    areas = [measure(column).foreground for column in codes]
-    return Pairs(*codes, shapes[:, 0], shapes[:, 1], *areas)
+    truth, prediction, common = compare(*codes)
+    return Pairs(*codes, shapes[:, 0], shapes[:, 1], truth.foreground, prediction.foreground, common)
 
 
 def blob(height, width, seed):
@@ -169,7 +169,7 @@ def test_empty_masks_under_every_protocol(protocol):
 
 def test_no_phrases_give_no_ious():
     for protocol in ("native", "png-official", "ppmn"):
-        iou, empty = phrase_ious(protocol, Pairs([], [], *[np.zeros(0, np.int64)] * 4))
+        iou, empty = phrase_ious(protocol, Pairs([], [], *[np.zeros(0, np.int64)] * 5))
         assert iou.shape == empty.shape == (0,)
 
 

@@ -273,6 +273,82 @@ class Train(Section):
         return self
 
 
+# ---------------------------------------------------------------------------------------------------- baselines
+Inexact = Literal["box", "dilated", "eroded", "shifted", "scribble"]
+Timestep = Annotated[int, Field(ge=0, lt=1000)]
+
+
+class Inversion(Section):
+    """Null-text inversion (Mokady et al. 2023)."""
+
+    steps: Steps
+    guidance: Guidance
+    inner_steps: NonNegative
+    """Most Adam steps on the null text at each denoising step."""
+    lr: PositiveFloat
+    tolerance: PositiveFloat
+    """Squared error under which a step's null text is good enough."""
+
+
+class CrossAttention(Section):
+    timesteps: Annotated[list[Timestep], Field(min_length=1)]
+    """Noise levels whose maps are averaged, one pass each."""
+
+
+class DiffPng(Section):
+    timesteps: Annotated[list[Timestep], Field(min_length=1)]
+    """Noise levels whose attention is averaged where there is no inversion."""
+    inversion: Inversion | None
+    """Null-text inversion, whose replay's attention is averaged; null: noise is added instead, at a hundredth of the cost."""
+    cross_side: Positive
+    """Side of the token grid whose cross-attention is read; the nearest one that the U-Net has."""
+    self_side: Positive
+    """Likewise of self-attention."""
+    anchor: Fraction
+    """A token whose min-max scaled phrase map is over this is an anchor."""
+
+
+class DiffSeg(Section):
+    timestep: Timestep
+    """Of the one pass; no noise is added to the image."""
+    anchors: Positive
+    """Side of the grid of anchors, clipped to the finest token grid."""
+    tau: PositiveFloat
+    """Divergence under which attention maps are merged."""
+    iterations: Positive
+
+
+class Baselines(Section):
+    backbone: str | None
+    """Diffusers directory or hub id of a Stable Diffusion to attend with; null: the study's own backbone."""
+    revision: str | None
+    size: ImageSize
+    """Side that images are resized to."""
+    precision: Literal["fp32", "bf16", "fp16"]
+    batch: Positive
+    """Most phrases of an image in one pass; masks do not depend on it beyond float rounding."""
+    prompt: str
+    """How a phrase becomes a prompt, e.g. `a photo of {phrase}`."""
+    visible: bool
+    """What an in-painting backbone is told: the whole image and nothing to paint, or (false) nothing but the noisy latent."""
+    val_images: Positive
+    """Images of val, chosen by hash, that thresholds are chosen on."""
+    thresholds: Annotated[list[Fraction], Field(min_length=1)]
+    """What is tried as a threshold of min-max scaled maps."""
+    cross_attention: CrossAttention
+    diffpng: DiffPng
+    diffseg: DiffSeg
+    inexact: dict[Inexact, Annotated[float, Field(gt=0, lt=1)]]
+    """Mean IoU with the ground truth that each kind of inexact masks is made to have."""
+
+    @field_validator("prompt")
+    @classmethod
+    def prompt_has_a_phrase(cls, value: str) -> str:
+        if "{phrase}" not in value or set(value.replace("{phrase}", "", 1)) & {"{", "}"}:
+            raise ValueError("write {phrase} where the phrase goes, once")
+        return value
+
+
 # ------------------------------------------------------------------------------------------------------- sample
 def step_is_guided(position: int, steps: int, guidance: float, interval: Interval | None) -> bool:
     """Whether step `position` of `steps` (0: from pure noise) is taken with classifier-free guidance.
@@ -385,6 +461,89 @@ class Sample(Section):
         return sorted({self.main.size, *(cell.size for cell in self.cells())})
 
 
+# ------------------------------------------------------------------------------------------------------- refine
+class Upsampling(Section):
+    """Guided filter (He, Sun and Tang, 2013) with the picture as guide."""
+
+    radius: PositiveFloat
+    """Of its windows, as a part of the picture's longer side."""
+    epsilon: PositiveFloat
+    """Ridge of its regressions: colour variance (intensities in [0, 1]) under which a window counts as flat."""
+    rounds: Positive
+
+
+class Refine(Section):
+    """G4Seg (ours). No value of the paper is known; these were chosen on val."""
+
+    backbone: str | None
+    """Diffusers directory or hub id of a Stable Diffusion to refine with; null: the study's own backbone."""
+    revision: str | None
+    precision: Literal["fp32", "bf16", "fp16"]
+    size: ImageSize
+    """Side that images are resized to."""
+    grid: Positive
+    """Side of the grid on which features are compared and P lives."""
+    batch: Positive
+    """Phrases of one block; masks do not depend on it beyond float rounding."""
+    prompt: str
+    """How a phrase becomes a prompt, e.g. `a photograph of a {phrase}`."""
+    timesteps: Annotated[list[Annotated[int, Field(ge=0, lt=1000)]], Field(min_length=1)]
+    """Noise levels t; distances are averaged over them."""
+    noises: Positive
+    """Noises a level."""
+    layers: Annotated[list[NonNegative], Field(min_length=1)]
+    """Up-blocks whose outputs are the features, counted from 0."""
+    generation: Fraction
+    """Share of the mask-conditioned image in the distances: D = (1 - share) D(F_o, F_o) + share D(F_o, F_g); 0 is feature
+    matching alone, F_g := F_o."""
+    reference: Literal["original", "unconditioned"]
+    """What it is compared with: the original image, or one generated without the mask."""
+    inject: Annotated[list[Literal["cross", "self"]], Field(min_length=1)]
+    """Kinds of attention that the mask is injected into."""
+    alpha: Fraction
+    """Strength of the injection; 0 is the stock network."""
+    beta: Fraction
+    """How much of P stays in an update; 1 changes nothing."""
+    iterations: NonNegative
+    neighbours: Positive
+    """k: nearest cells of a region that its distance is the mean over."""
+    temperature: PositiveFloat
+    """T of Q = sigmoid((d_b - d_f) / T)."""
+    spatial: Annotated[float, Field(ge=0)]
+    """Added to a distance for cells one side of the picture apart (it grows with the square): near cells match first."""
+    confident: tuple[Fraction, Fraction]
+    """Under the first P is background for sure, over the second foreground; between them it is undecided."""
+    band: Fraction
+    """Half-width of the confusion area about the mask's boundary, as a part of the picture's side."""
+    blur: Annotated[float, Field(ge=0)]
+    """Standard deviation in cells of the Gaussian that softens the coarse mask."""
+    clip: Annotated[float, Field(ge=0, lt=0.5)]
+    """The softened coarse mask stays this far from 0 and 1."""
+    gate: bool
+    """Weigh updates by the discrepancy g."""
+    upsampling: Upsampling | None
+    """How the refined map becomes a native mask; null: bilinearly."""
+    maps: NonNegative
+    """Side of the refined soft maps that are stored where the coarse ones have some; 0: none."""
+    alphas: list[Fraction]
+    """Values of alpha for the sensitivity, one at a time."""
+    betas: list[Fraction]
+
+    @field_validator("prompt")
+    @classmethod
+    def prompt_has_a_phrase(cls, value: str) -> str:
+        if value.count("{phrase}") != 1 or set(value.replace("{phrase}", "")) & {"{", "}"}:
+            raise ValueError("write {phrase} where the phrase goes, once")
+        return value
+
+    @field_validator("confident")
+    @classmethod
+    def confident_is_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < 0.5 < value[1]:
+            raise ValueError("the first must lie under 0.5 and the second over it")
+        return value
+
+
 # ------------------------------------------------------------------------------------------------ score, tables
 class Score(Section):
     protocol: Protocol
@@ -424,7 +583,9 @@ class Params(Section):
     backbone: Backbone
     latents: Latents
     train: Train
+    baselines: Baselines
     sample: Sample
+    refine: Refine
     score: Score
     tables: Tables
     resources: dict[Literal["data", "backbone", "latents", "train", "sample", "score", "tables"], Resources]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,54 +60,106 @@ class Measures(NamedTuple):
 
 
 def measure(codes: Sequence[bytes]) -> Measures:
-    """Measure many codes at once, without decoding them to pixels.
+    """Measure many codes at once, without decoding them to pixels."""
+    measures = _no_measures(len(codes))
+    for rows in _blocks(np.array([len(code) for code in codes], np.int64)):
+        _note(measures, rows, *_run_ends([codes[row] for row in rows.tolist()]))
+    return measures
+
+
+def compare(left: Sequence[bytes], right: Sequence[bytes]) -> tuple[Measures, Measures, Integers]:
+    """`measure` of n pairs of codes, and the pixels [n] that the two masks of a pair, being of one size, have in common."""
+    measures, common = (_no_measures(len(left)), _no_measures(len(right))), np.zeros(len(left), np.int64)
+    for rows in _blocks(np.array([len(a) + len(b) for a, b in zip(left, right, strict=True)], np.int64)):
+        ends = []
+        for column, found in zip((left, right), measures, strict=True):
+            some, canonical = _run_ends([column[row] for row in rows.tolist()])
+            _note(found, rows, some, canonical)
+            ends.append(some)
+        common[rows] = _common_pixels(*ends)
+    return *measures, common
+
+
+def _blocks(lengths: Integers) -> Iterator[Integers]:
+    """Row numbers of codes of about one length, few enough to stay in the processor's cache."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        end = start + 1024
+        while end - start > 1 and (end - start) * lengths[order[min(end, len(order)) - 1]] > 1 << 18:
+            end = (start + end) // 2
+        yield order[start:end]
+        start = end
+
+
+def _no_measures(count: int) -> Measures:
+    return Measures(np.full(count, -1, np.int64), np.zeros(count, np.int64), np.zeros(count, bool))
+
+
+def _note(measures: Measures, rows: Integers, ends: Integers, canonical: Mask) -> None:
+    measures.pixels[rows] = ends[:, -1]
+    measures.foreground[rows] = (ends[:, 1::2] - ends[:, ::2]).sum(1, dtype=np.int64)
+    measures.canonical[rows] = canonical
+
+
+_WELL_FORMED = re.compile(rb"(?:[P-o]{0,5}[0-O])+").fullmatch
+"""Complete numbers of at most six digits, which hold runs of up to 2 ** 29 pixels."""
+_FOLLOWED = bytes(range(48 + 32, 48 + 64))
+"""Digits that another one of their number follows."""
+
+
+def _run_ends(codes: list[bytes]) -> tuple[Integers, Mask]:
+    """Where the runs of n codes end: [n, L], background and foreground in turn, L even, the last end repeated; -1 for bytes
+    that are no code. And `Measures.canonical` [n].
 
     A code is a sequence of little-endian base-32 numbers, one run each: 5 bits a byte, bit 5 says that more follow, bit 4
     of the last byte is the sign, 48 is added to make it printable; from the fourth on a number is the difference to the
     run two before (pycocotools, `rleToString`).
     """
-    pixels, foreground = np.full(len(codes), -1, np.int64), np.zeros(len(codes), np.int64)
-    canonical = np.zeros(len(codes), bool)
-    formed = np.array([_WELL_FORMED(code) is not None for code in codes], bool)
-    for start in range(0, len(codes), 1024):  # few enough to stay in the processor's cache
-        chosen = start + np.flatnonzero(formed[start : start + 1024])
-        if len(chosen):
-            pixels[chosen], foreground[chosen], canonical[chosen] = _measure([codes[row] for row in chosen.tolist()])
-    return Measures(pixels, foreground, canonical)
+    sizes = np.array([len(code) for code in codes])
+    joined = b"".join(codes)
+    digits = np.frombuffer(joined, np.uint8) - np.uint8(48)
+    stops = np.cumsum(sizes)
+    more = np.flatnonzero(digits > 31)
+    if sizes.min() == 0 or digits.max() > 63 or digits[stops - 1].max() > 31 or (more[5:] - more[:-5] == 5).any():
+        formed = np.array([_WELL_FORMED(code) is not None for code in codes], bool)
+        ends, canonical = _run_ends([code if good else b"0" for code, good in zip(codes, formed, strict=True)])
+        ends[~formed] = -1
+        return ends, canonical & formed
 
+    finals = np.frombuffer(joined.translate(None, _FOLLOWED), np.uint8) - np.uint8(48)  # each number's last digit,
+    numbers = ((finals << 3).view(np.int8) >> 3).astype(np.int32)  # which is signed
+    count = sizes - np.diff(np.searchsorted(more, stops), prepend=0)
+    follow = more - np.arange(len(more))  # the number that each of the other digits belongs to
+    while len(more):
+        final = np.append(follow[1:] != follow[:-1], True)
+        number = follow[final]
+        numbers[number] = (numbers[number] << 5) | (digits[more[final]] & 31)
+        more, follow = more[~final], follow[~final]
 
-_WELL_FORMED = re.compile(rb"(?:[P-o]{0,5}[0-O])+").fullmatch
-"""Complete numbers of at most six digits, which hold runs of up to 2 ** 29 pixels."""
-
-
-def _measure(codes: Sequence[bytes]) -> Measures:
-    """`measure` for one or more well-formed codes."""
-    digits = np.frombuffer(b"".join(codes), np.uint8) - np.uint8(48)
-    last = np.flatnonzero(digits < 32)  # of each number
-    first = np.append(0, last[:-1] + 1)
-    length = last - first + 1
-    runs = (digits[first] & 0x1F).astype(np.int64)
-    longer = np.flatnonzero(length > 1)
-    for digit in range(1, 6):
-        runs[longer] |= (digits[first[longer] + digit] & 0x1F).astype(np.int64) << (5 * digit)
-        longer = longer[length[longer] > digit + 1]
-    runs -= np.where(digits[last] & 0x10, np.int64(1) << (5 * length), 0)
-
-    ends = np.searchsorted(last, np.cumsum([len(code) for code in codes]))  # each code's numbers are [start, end)
-    starts = np.append(0, ends[:-1])
-    place = np.arange(len(runs)) - np.repeat(starts, ends - starts)
+    width = int(count.max() + count.max() % 2)
+    runs = np.zeros((len(codes), width), np.int32)
+    runs[:, 1:3] = 1  # behind the last run of a code its runs are repeated, so that every one there is positive, too
+    runs[np.arange(width, dtype=np.int32) < count[:, None].astype(np.int32)] = numbers
     for begin in (1, 2):  # undo the differences: runs 1, 3, 5, ... and 2, 4, 6, ... are two chains
-        chain = np.flatnonzero((place & 1 == begin & 1) & (place > 0))
-        if len(chain):
-            steps = runs[chain]
-            total = np.cumsum(steps)
-            head = place[chain] == begin
-            runs[chain] = total - (total - steps)[head][np.cumsum(head) - 1]
+        chain = runs[:, begin::2]
+        np.cumsum(chain, axis=1, dtype=np.int32, out=chain)
+    smallest = runs[:, 1:].min(1)
+    ends = np.cumsum(runs, axis=1, dtype=np.int32)
+    if ends.min() < 0:  # past 32 bits
+        ends = np.cumsum(runs, axis=1, dtype=np.int64)
+    np.minimum(ends, ends[np.arange(len(codes)), count - 1][:, None], out=ends)
+    ends[(runs[:, 0] < 0) | (smallest < 0)] = -1
+    return ends, smallest > 0
 
-    positive = np.minimum.reduceat(runs, starts) >= 0
-    pixels = np.where(positive, np.add.reduceat(runs, starts), -1)
-    foreground = np.where(positive, np.add.reduceat(runs * (place & 1), starts), 0)
-    return Measures(pixels, foreground, positive & ~np.logical_or.reduceat((runs == 0) & (place > 0), starts))
+
+def _common_pixels(left: Integers, right: Integers) -> Integers:
+    """Pixels [n] that are foreground in both, from `_run_ends`. At most two runs are open at any pixel, so in order of
+    their places stop k closes start k, and until then start k + 1 may already be open."""
+    starts, stops = (np.concatenate([left[:, side::2], right[:, side::2]], axis=1) for side in (0, 1))
+    starts.sort(axis=1)
+    stops.sort(axis=1)
+    return np.maximum(stops[:, :-1] - starts[:, 1:], 0).sum(1, dtype=np.int64)
 
 
 def union(codes: Sequence[bytes], height: int, width: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 
@@ -14,10 +15,14 @@ COMMANDS = {
     "backbone": "load, fit or train the backbone (VAE, text encoders, U-Net)",
     "latents": "precompute image latents and text embeddings",
     "train": "train the label-diffusion model or its discriminative control",
+    "baseline": "predict masks by the backbone's attention, or make inexact ones",
     "sample": "predict masks: the main row, its controls, the grid",
+    "refine": "refine predictions of any method with G4Seg",
     "score": "score predictions: AR, mIoU, boundary IoU",
     "tables": "write the tables and figures",
     "predict": "segment one image by phrases",
+    "import": "read another method's outputs into predictions",
+    "export": "write predictions as COCO results or index masks",
     "plan": "what a study will take: memory, bytes, operations, hours",
     "sync": "make Snakemake and DVC agree about what is up to date",
     "dvc": "write dvc.yaml from the Snakefile, or check it",
@@ -50,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     head = parser.parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    module = importlib.import_module(f"genseg.cli.{head.command}")
+    module = importlib.import_module(f"genseg.cli.{head.command}{'_' if keyword.iskeyword(head.command) else ''}")
     command = argparse.ArgumentParser(prog=f"genseg {head.command}", description=module.__doc__)
     module.add_arguments(command)
     arguments = command.parse_args(head.arguments)

@@ -26,7 +26,7 @@ def protocol_ceiling(protocol: str, pairs: Pairs) -> Floats:
 
 @lru_cache(maxsize=65536)
 def _perfect(protocol: str, truth: bytes, height: int, width: int) -> float:
-    numbers = [np.array([number]) for number in (height, width, 0, 0)]
+    numbers = [np.array([number]) for number in (height, width, 0, 0, 0)]
     return float(phrase_ious(protocol, Pairs([truth], [truth], *numbers))[0][0])
 
 

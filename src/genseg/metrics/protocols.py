@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from scipy import sparse
 from tqdm import tqdm
 
@@ -46,6 +45,8 @@ class Pairs(NamedTuple):
     truth_area: Integers
     """[N], pixels of the ground truth."""
     predicted_area: Integers
+    common: Integers
+    """[N], pixels of both."""
 
     def rows(self) -> Iterator[tuple[bytes, bytes, int, int]]:
         return zip(self.truths, self.predictions, self.heights.tolist(), self.widths.tolist(), strict=True)
@@ -58,18 +59,17 @@ def phrase_ious(protocol: str, pairs: Pairs) -> tuple[Floats, Flags]:
     overlap = {"png-official": _official, "ppmn": _ppmn}[protocol]
     shown = tqdm(pairs.rows(), total=len(pairs.truths), desc=protocol, disable=None, leave=False)
     sums = [overlap(decode_checked(truth, *size), decode_checked(prediction, *size)) for truth, prediction, *size in shown]
-    intersection, union = np.array(sums, np.float64).reshape(-1, 2).T
-    empty = union == 0
-    return np.divide(intersection, union, out=np.zeros(len(sums)), where=~empty), empty
+    return _ratio(*np.array(sums, np.float64).reshape(-1, 2).T)
 
 
 def _native(pairs: Pairs) -> tuple[Floats, Flags]:
     """Union mask at H x W, straight from the run lengths."""
-    iou = [
-        coco_mask.iou([{"size": size, "counts": prediction}], [{"size": size, "counts": truth}], [0])[0, 0]
-        for truth, prediction, *size in pairs.rows()
-    ]
-    return np.array(iou, np.float64), (pairs.truth_area == 0) & (pairs.predicted_area == 0)
+    return _ratio(pairs.common, pairs.truth_area + pairs.predicted_area - pairs.common)
+
+
+def _ratio(intersection: NDArray[np.number], union: NDArray[np.number]) -> tuple[Floats, Flags]:
+    empty = union == 0
+    return np.divide(intersection, union, out=np.zeros(len(union)), where=~empty), empty
 
 
 def _official(truth: Mask, prediction: Mask) -> tuple[float, float]:

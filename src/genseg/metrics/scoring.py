@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from genseg.artifacts.masks import decode_checked, encode, measure, misfit
+from genseg.artifacts.masks import Measures, compare, decode_checked, encode, misfit
 from genseg.artifacts.parquet import KEY
 from genseg.errors import UserError
 from genseg.metrics.bootstrap import recall_intervals
@@ -142,32 +142,38 @@ def fitting_pairs(chosen: pd.DataFrame, origins: tuple[str, str]) -> Pairs:
     Raises:
         UserError: a code does not fit its image; the message names the row.
     """
-    sizes = list(zip(chosen["height"].tolist(), chosen["width"].tolist(), strict=True))
-    truths, truth_area = _fitting(chosen, chosen["mask"].tolist(), sizes, chosen["row"].to_numpy(), origins[0])
-    rows = chosen["predicted_row"].to_numpy()
-    given = [code if row >= 0 else _empty(*size) for code, row, size in zip(chosen["predicted_mask"], rows, sizes, strict=True)]
-    predictions, predicted_area = _fitting(chosen, given, sizes, rows, origins[1])
     heights, widths = (chosen[side].to_numpy(np.int64) for side in ("height", "width"))
-    return Pairs(truths, predictions, heights, widths, truth_area, predicted_area)
+    truths, given = chosen["mask"].tolist(), chosen["predicted_mask"].tolist()
+    rows = chosen["predicted_row"].to_numpy()
+    for row in np.flatnonzero(rows < 0).tolist():
+        given[row] = _empty(max(0, int(heights[row])), max(0, int(widths[row])))
+    truth, predicted, common = compare(truths, given)
+    truths = _fitting(chosen, truths, truth, heights, widths, chosen["row"].to_numpy(), origins[0])
+    given = _fitting(chosen, given, predicted, heights, widths, rows, origins[1])
+    return Pairs(truths, given, heights, widths, truth.foreground, predicted.foreground, common)
 
 
 def _fitting(
-    chosen: pd.DataFrame, codes: list[bytes], sizes: list[tuple[int, int]], numbers: NDArray[np.int64], origin: str
-) -> tuple[list[bytes], NDArray[np.int64]]:
-    """Canonical codes and their areas."""
-    measures = measure(codes)
-    bad = np.flatnonzero(measures.pixels != np.array([height * width for height, width in sizes]))
+    chosen: pd.DataFrame,
+    codes: list[bytes],
+    measures: Measures,
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    origin: str,
+) -> list[bytes]:
+    """Canonical codes."""
+    bad = np.flatnonzero(measures.pixels != heights * widths)
     if len(bad):
         first = int(bad[0])
+        fault = misfit(int(heights[first]), int(widths[first]))
         raise UserError(
-            f"{origin}: {place(chosen, first, numbers[first])}: {misfit(*sizes[first])} ({len(bad)} such rows); "
+            f"{origin}: {place(chosen, first, numbers[first])}: {fault} ({len(bad)} such rows); "
             "encode masks at their image's native height and width"
         )
-    canonical = [
-        code if whole else encode(decode_checked(code, *size))
-        for code, whole, size in zip(codes, measures.canonical, sizes, strict=True)
-    ]
-    return canonical, measures.foreground
+    for row in np.flatnonzero(~measures.canonical).tolist():
+        codes[row] = encode(decode_checked(codes[row], int(heights[row]), int(widths[row])))
+    return codes
 
 
 def place(rows: pd.DataFrame, position: int, number: int | None = None) -> str:

@@ -36,7 +36,7 @@ from genseg.sampling.readout import VaeReadout, quantise, read_mask
 from genseg.sampling.runs import Run, base_run, run_rows, study_runs
 
 Maps = NDArray[np.float32]
-CODE = ("params.py", "artifacts", "latents.py", "models", "diffusion", "baselines", "sampling")
+CODE = ("params.py", "artifacts", "latents.py", "models", "diffusion", "baselines/colour.py", "sampling")
 EVOLUTION_PHRASES = 4
 
 

@@ -1,0 +1,122 @@
+"""What the latents from disk save: encoding once against encoding per phrase, and the training step with either."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Effort, Row, Study, interleaved, versus
+from genseg.artifacts.latents import LatentStore
+from genseg.artifacts.manifest import read_manifest
+from genseg.data.images import load_image
+from genseg.diffusion.schedule import make_scheduler
+from genseg.latents import Texts, image_store, text_store
+from genseg.models.backbone import load_text_encoders, load_vae
+from genseg.models.device import DTYPES
+from genseg.models.text import TextEmbedding, encode_phrases
+from genseg.models.vae import encode_images, image_tensor
+from genseg.training.gs import Objective, PhraseData, build_networks, make_optimizer
+
+
+class Encoder:
+    """The backbone's VAE and text encoders."""
+
+    def __init__(self, study: Study) -> None:
+        backbone = read_manifest(study.params.results_dir / "backbone" / "manifest.json")
+        self.source, self.revision = backbone["pipeline"], backbone["revision"]
+        self.betas, self.size = backbone["betas"], study.params.train.size
+        self.vae = load_vae(self.source, self.revision)
+        self.texts = load_text_encoders(self.source, self.revision)
+
+    def images(self, files: list[str]) -> torch.Tensor:
+        return encode_images(self.vae, torch.stack([image_tensor(load_image(file), self.size) for file in files]))
+
+    def phrase(self, text: str) -> TextEmbedding:
+        return encode_phrases(self.texts, [text])[0]
+
+
+def precompute(study: Study, effort: Effort) -> list[Row]:
+    """Latents and embeddings for the phrases of some training images, seconds per phrase: each image and each text once, in
+    batches, against each phrase for itself."""
+    encoder = Encoder(study)
+    rows = study.phrases[study.phrases["split"] == "train"]
+    rows = rows[rows["image_id"].isin(rows["image_id"].unique()[: effort(16, 3)])]
+    files, texts, batch = rows["file_name"], rows["phrase"], study.params.latents.batch
+
+    def images_once() -> None:
+        unique = files.unique().tolist()
+        for start in range(0, len(unique), batch):
+            encoder.images(unique[start : start + batch])
+
+    calls = {
+        "images": images_once,
+        "images per phrase": lambda: [encoder.images([file]) for file in files],
+        "texts": lambda: encode_phrases(encoder.texts, sorted(set(texts))),
+        "texts per phrase": lambda: [encoder.phrase(text) for text in texts],
+    }
+    encoder.images(files.tolist()[:1]), encoder.phrase(texts.iloc[0])  # warm-up
+    seconds = interleaved(calls, effort(3, 1))
+    return [
+        versus(
+            f"{what} of {len(rows)} phrases", seconds[what], seconds[f"{what} per phrase"], len(rows), unique=column.nunique()
+        )
+        for what, column in (("images", files), ("texts", texts))
+    ]
+
+
+class EncodedOnTheFly(PhraseData):
+    """Training rows whose image and text are encoded when their batch is made."""
+
+    encoder: Encoder
+
+    def batch(self, indices: list[int], mirrored: list[bool]) -> Any:
+        rows = self.rows.iloc[indices]
+        self.images = {row.image_id: {"latent": self.encoder.images([row.file_name])[0]} for row in rows.itertuples()}  # type: ignore[assignment]
+        self.texts = {text: self.encoder.phrase(text) for text in rows["phrase"]}  # type: ignore[assignment]
+        return super().batch(indices, mirrored)
+
+
+def training(study: Study, effort: Effort) -> list[Row]:
+    """One optimiser step, seconds per sample: batches from the stored latents, as `genseg train` takes it, against a step that
+    encodes its images and phrases. `data_share` is the part of our step that waits for data."""
+    params, encoder = study.params, Encoder(study)
+    train = params.train
+    texts = Texts(text_store(params), torch.device("cpu"))
+    latents = LatentStore(image_store(params, train.size))
+    rows = study.phrases[study.phrases["split"] == "train"]
+    stored = PhraseData(rows, latents, texts, torch.device("cpu"))
+    fly = EncodedOnTheFly(rows, latents, texts, torch.device("cpu"))
+    fly.encoder = encoder
+    networks = build_networks(params, encoder.source, encoder.revision, texts[""])
+    optimizer = make_optimizer(networks, train.optimizer)
+    alphas_bar = make_scheduler(encoder.betas, train.prediction, train.zero_terminal_snr).alphas_cumprod
+    objective = Objective("gs", params, alphas_bar)
+    generator = torch.Generator().manual_seed(0)
+    indices = list(range(0, len(rows), max(1, len(rows) // train.micro_batch)))[: train.micro_batch]
+    mirrored = [False] * len(indices)
+
+    def step(data: PhraseData) -> None:
+        batch = data.batch(indices, mirrored)
+        noise = torch.randn(batch.label.shape, generator=generator)
+        t = torch.randint(0, len(alphas_bar), (len(indices),), generator=generator)
+        drop = torch.rand(len(indices), generator=generator) < train.p_drop
+        lower = torch.autocast("cpu", DTYPES[train.precision]) if train.precision != "fp32" else contextlib.nullcontext()
+        with lower:
+            loss = objective(networks, batch, noise, t, drop).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    step(stored), step(fly)  # warm-up
+    calls = {
+        "ours": lambda: step(stored),
+        "on the fly": lambda: step(fly),
+        "data": lambda: stored.batch(indices, mirrored),
+    }
+    seconds = interleaved(calls, effort(3, 1))
+    share = statistics.median(seconds["data"]) / statistics.median(seconds["ours"])
+    case = f"{len(indices)} samples, {train.precision}"
+    return [versus(case, seconds["ours"], seconds["on the fly"], len(indices), data_share=share)]

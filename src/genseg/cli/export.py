@@ -1,0 +1,42 @@
+"""Write predictions in a format that other tools read."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from genseg.interchange.exporting import FORMATS
+
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "formats:\n" + "\n".join(f"  {name:<10} {text}" for name, text in FORMATS.items())
+    parser.add_argument("--predictions", required=True, metavar="P", help="predictions, Parquet")
+    parser.add_argument("--phrases", required=True, metavar="T", help="the (class-)phrase table they were made for, Parquet")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="see below")
+    parser.add_argument("--out", required=True, metavar="PATH", help="a .json file (coco) or a new folder (index_png)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
+    parser.add_argument(
+        "--numbering",
+        choices=("class_id", "position"),
+        default="class_id",
+        help="index_png: pixels are class ids (default), or count the foreground classes from 1",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from genseg.artifacts.phrases import read_phrases
+    from genseg.artifacts.predictions import read_predictions
+    from genseg.errors import UserError
+    from genseg.interchange.exporting import export_coco, export_index_png, predicted
+
+    out = Path(args.out)
+    if out.resolve() in (Path(args.predictions).resolve(), Path(args.phrases).resolve()):
+        raise UserError(f"--out {out}: would overwrite what is read; choose another name")
+    rows = predicted(read_phrases(args.phrases), read_predictions(args.predictions), args.split, args.predictions)
+    if args.format == "coco":
+        export_coco(rows, out)
+        print(f"{out}: {len(rows)} results")
+    else:
+        print(f"{out}: {export_index_png(rows, out, args.numbering, args.phrases)} index masks")

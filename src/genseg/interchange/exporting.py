@@ -1,0 +1,93 @@
+"""Predictions in formats that other tools read: COCO results and index masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from genseg.artifacts.files import atomic_directory, write_text
+from genseg.artifacts.masks import decode
+from genseg.artifacts.parquet import KEY
+from genseg.errors import UserError
+from genseg.interchange.labels import IGNORE, NOTHING, Numbering, class_list, images, paint
+
+FORMATS = {
+    "coco": "JSON list of results for pycocotools' loadRes, with narrative_id and phrase_id beside",
+    "index_png": "folder of palette PNGs {name}.png of class numbers, for class phrases",
+}
+SEVERAL_CLASSES = -1
+"""`category_id` of a phrase whose segments are of several classes."""
+
+
+def predicted(phrases: pd.DataFrame, predictions: pd.DataFrame, split: str, origin: str) -> pd.DataFrame:
+    """Predictions of a split beside their phrases, by key; `mask` is the prediction's.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = phrases[phrases["split"] == split].drop(columns="mask")
+    joined = chosen.merge(predictions, on=KEY).sort_values(KEY, ignore_index=True)
+    if joined.empty:
+        raise UserError(f"{origin}: no prediction for a phrase of split {split}; give the table they were made for, or --split")
+    return joined
+
+
+def export_coco(rows: pd.DataFrame, out: Path) -> None:
+    """Write COCO results, one a prediction, in order of their keys; `category_id` is `class_id`."""
+    results = []
+    for row in rows.itertuples():
+        height, width = int(row.height), int(row.width)  # type: ignore[arg-type]
+        decode(row.mask, height, width)  # type: ignore[arg-type]
+        result = {
+            "image_id": int(row.image_id),  # type: ignore[arg-type]
+            "category_id": SEVERAL_CLASSES if pd.isna(row.class_id) else int(row.class_id),  # type: ignore[arg-type]
+            "segmentation": {"size": [height, width], "counts": row.mask.decode("ascii")},  # type: ignore[union-attr]
+            "score": float(row.score),  # type: ignore[arg-type]
+            "narrative_id": row.narrative_id,
+            "phrase_id": int(row.phrase_id),  # type: ignore[arg-type]
+        }
+        results.append(json.dumps(result, ensure_ascii=False))
+    write_text(out, "[" + ",\n".join(results) + "]\n")
+
+
+def export_index_png(rows: pd.DataFrame, out: Path, numbering: Numbering, origin: str) -> int:
+    """Write one palette PNG an image and return their number. Where masks overlap, the higher score is in front.
+
+    A pixel of no class is the background's number if the study has such a class, else 0, or 255 where a class is called 0.
+
+    Raises:
+        UserError: not class phrases, a class number over 254, two pictures of one name, or `out` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; give --out a new folder")
+    classes = class_list(rows, origin)
+    numbers = [classes.number(place, numbering) for place in range(len(classes.ids))]
+    if max(numbers) >= IGNORE or min(numbers) < 0:
+        raise UserError(f"{origin}: class number {max(numbers)} does not fit a PNG's 0 to 254; give --numbering position")
+    rest = IGNORE if 0 in numbers else 0
+    if classes.background is not None:
+        rest = numbers[classes.background]
+    written: set[str] = set()
+    with atomic_directory(out) as folder:
+        for _, name, height, width, group in images(rows):
+            if name in written:
+                raise UserError(f"{origin}: two pictures are called {name}; rename one of them")
+            written.add(name)
+            group = group[group["phrase_id"] != (NOTHING if classes.background is None else classes.background)]
+            front = paint([decode(mask, height, width) for mask in group["mask"]], group["score"].tolist(), height, width)
+            values = np.array([*(numbers[place] for place in group["phrase_id"]), rest], np.uint8)[front]
+            picture = Image.fromarray(values).convert("P")
+            picture.putpalette(palette().ravel().tolist())
+            picture.save(folder / f"{name}.png")
+    return len(written)
+
+
+def palette() -> np.ndarray:
+    """The PASCAL VOC colour map [256, 3]: bit k of channel c, from the top, is bit 3 k + c of the index."""
+    index = np.arange(256)
+    channels = [sum(((index >> (3 * k + c)) & 1) << (7 - k) for k in range(8)) for c in range(3)]
+    return np.stack(channels, 1).astype(np.uint8)

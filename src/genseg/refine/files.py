@@ -1,0 +1,97 @@
+"""The refiner between files: one call, one refined set of predictions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from genseg.artifacts.files import file_sha256
+from genseg.artifacts.manifest import code_hash, read_manifest
+from genseg.artifacts.parquet import read_metadata
+from genseg.artifacts.phrases import read_phrases
+from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_maps, write_predictions
+from genseg.errors import UserError
+from genseg.models.device import DTYPES, choose_device, describe
+from genseg.models.text_to_image import TextToImage
+from genseg.params import Params, digest
+from genseg.refine.g4seg import Trace, passes, refine_predictions, variants
+from genseg.refine.pictures import write_trace
+from genseg.training.prepare import weights_hash
+
+CODE = ("params.py", "artifacts", "data/images.py", "models", "refine")
+
+
+def refine_file(
+    study: Params,
+    phrases: str | Path,
+    predictions: str | Path,
+    out: str | Path,
+    method: str = "g4seg",
+    source: str | None = None,
+    images: str | Path | None = None,
+    pictures: str | Path | None = None,
+) -> None:
+    """Refine a predictions file by the phrases of a table; what is made already, of the same things, is not made again.
+
+    Soft maps beside the coarse predictions are refined with them.
+
+    Args:
+        method: see `g4seg.variants`.
+        source: Stable Diffusion to refine with; the one of `refine.backbone`, else the study's backbone, when None.
+        images: folder that the table's file names start from; the working directory when None.
+        pictures: folder for the pictures of `pictures.write_trace`; none when None.
+
+    Raises:
+        UserError: unknown method, unreadable file, a prediction of no phrase, soft maps that do not fit, no GPU for `cuda`.
+    """
+    out = Path(out)
+    if out.resolve() in (Path(phrases).resolve(), Path(predictions).resolve()):
+        raise UserError(f"--out {out}: would overwrite what is read; choose another name")
+    refine = study.refine
+    revision = None
+    if source is None and refine.backbone is None:
+        backbone = read_manifest(study.results_dir / "backbone" / "manifest.json")
+        source, revision, weights = backbone["pipeline"], backbone["revision"], backbone["weights"]
+    else:
+        source, revision = (source, None) if source is not None else (refine.backbone, refine.revision)
+        weights = weights_hash(str(source), revision)
+    if method not in variants(refine):
+        raise UserError(f"--method {method}: none of {', '.join(variants(refine))}")
+    coarse, table, shape = read_predictions(predictions), read_phrases(phrases), maps_shape(predictions)
+    made_of = [file_sha256(path) for path in (phrases, predictions, *([maps_path(predictions)] if shape else []))]
+    facts = variants(refine)[method].model_dump(mode="json", exclude={"alphas", "betas", "backbone", "revision"})
+    key = digest([method, facts, study.seed, weights, made_of, code_hash(*CODE)])
+    if read_metadata(out).get("key") == key and not pictures and maps_path(out).exists() == bool(shape and refine.maps):
+        print(f"refine: {out} is there already", flush=True)
+        return
+    device = choose_device(study.device, study.resources["sample"].threads)
+    print(f"refine: {method}, device {describe(device)}, {passes(variants(refine)[method])} U-Net passes a mask", flush=True)
+    if shape is not None and shape[0] != len(coarse):
+        raise UserError(f"{maps_path(predictions)}: {shape[0]} soft maps for {len(coarse)} predictions; remove it or both")
+    if images is not None:
+        table["file_name"] = [str(Path(images) / name) for name in table["file_name"]]
+    model = TextToImage(str(source), revision, device, DTYPES[refine.precision])
+    started = time.monotonic()
+
+    def draw(trace: Trace) -> None:
+        write_trace(trace, model, Path(str(pictures)))
+
+    frame, maps = refine_predictions(
+        table,
+        coarse,
+        model,
+        refine,
+        study.seed,
+        method,
+        maps=None
+        if shape is None
+        else lambda rows: np.concatenate([read_maps(predictions, slice(row, row + 1)) for row in rows]),
+        observe=draw if pictures else None,
+    )
+    seconds = time.monotonic() - started
+    if maps is not None:
+        write_maps(maps, out)
+    write_predictions(frame, out, key=key, method=method, evaluations=str(passes(variants(refine)[method])))
+    print(f"refine: {out}: {len(frame)} masks, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)

@@ -1,0 +1,496 @@
+"""The attention baselines and inexact masks: pure functions against their definitions, pipelines of both kinds, the command."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.spatial import Delaunay
+from scipy.stats import entropy
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from conftest import PROJECT
+from genseg.artifacts import masks
+from genseg.artifacts.parquet import KEY
+from genseg.artifacts.phrases import read_phrases
+from genseg.artifacts.predictions import maps_path, read_maps, read_predictions
+from genseg.artifacts.resample import bilinear
+from genseg.baselines import attention as att
+from genseg.baselines.attend import METHODS, Attended
+from genseg.baselines.inexact import KINDS, _hull, find_amount, inexact_masks
+from genseg.baselines.inversion import ddim_move, noise_of, replay
+from genseg.baselines.make import threshold_ious
+from genseg.baselines.registry import RUNS, study_baselines
+from genseg.cli import main
+from genseg.diffusion.objectives import target
+from genseg.errors import UserError
+from genseg.models.miniature import build_miniature, learn_tokenizer
+from genseg.models.text_to_image import TextToImage
+from genseg.params import BackboneShape, Inversion, load_params
+from genseg.sampling.runs import study_runs
+
+CAPTIONS = ["two small red circles near the grass", "a large striped blue star", "some water"]
+TEXTS = ["some water", "the small red circles", "a star"]
+CPU = torch.device("cpu")
+
+
+def distributions(*shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).dirichlet(np.full(shape[-1], 0.3), shape[:-1]))
+
+
+# ----------------------------------------------------------------------------------------------------------- pure functions
+def test_divergence_is_half_the_symmetric_kullback_leibler_divergence():
+    p, q = distributions(5, 12) + 1e-9, distributions(7, 12, seed=1) + 1e-9
+    expected = [[(entropy(a, b) + entropy(b, a)) / 2 for b in q.numpy()] for a in p.numpy()]
+    assert np.allclose(att.divergence(p, q), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("tau", "iterations"), [(0.5, 1), (1.0, 3), (2.0, 2), (5.0, 3)])
+def test_merging_is_the_loop_of_its_definition(tau, iterations):
+    maps, anchors = distributions(36, 36), att.anchor_indices((6, 6), 3)
+    table = maps.numpy()
+
+    def near(a, b):
+        return (entropy(a + 1e-12, b + 1e-12) + entropy(b + 1e-12, a + 1e-12)) / 2 < tau
+
+    expected = [np.mean([row for row in table if near(table[anchor], row)], 0) for anchor in anchors]
+    for _ in range(iterations - 1):
+        rest, expected = expected, []
+        while rest:
+            first = rest[0]
+            expected.append(np.mean([row for row in rest if near(first, row)], 0))
+            rest = [row for row in rest if not near(first, row)]
+    found = att.merge(maps, anchors, tau, iterations).numpy()
+    assert found.shape == np.shape(expected)
+    assert np.allclose(found, expected, atol=1e-9)
+
+
+def test_aggregation_is_the_weighted_sum_of_enlarged_and_repeated_maps():
+    fine, coarse = distributions(24, 24).float(), distributions(6, 6, seed=1).float()
+    found = att.aggregate({(2, 3): coarse, (4, 6): fine}).numpy()
+    for row in range(4):
+        for column in range(6):
+            part = bilinear(coarse[(row // 2) * 3 + column // 2].reshape(1, 2, 3).numpy(), 4, 6).ravel()
+            expected = fine[row * 6 + column].numpy() * 4 / 6 + part / part.sum() * 2 / 6
+            assert np.allclose(found[row * 6 + column], expected, atol=1e-6)
+    assert np.allclose(found.sum(1), 1)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20))
+def test_anchors_are_spread_evenly_over_any_grid(height, width, side):
+    anchors = att.anchor_indices((height, width), side).tolist()
+    assert len(set(anchors)) == len(anchors) == min(side, height) * min(side, width)
+    for places, length in (({a // width for a in anchors}, height), ({a % width for a in anchors}, width)):
+        steps = np.diff([-1, *sorted(places), length])
+        assert min(places) >= 0
+        assert max(places) < length
+        assert len(steps) == 2 or np.ptp(steps[1:-1]) <= 1
+
+
+def blocks(side=8):
+    """Self-attention of a picture with three regions, and the regions [side, side]."""
+    regions = np.zeros((side, side), int)
+    regions[:, side // 2 :] = 1
+    regions[side // 2 :, : side // 2] = 2
+    same = (regions.ravel()[:, None] == regions.ravel()[None]).astype(np.float32) + 0.01
+    return torch.from_numpy(same / same.sum(1, keepdims=True)), regions
+
+
+def test_diffseg_finds_regions_that_attend_to_themselves_and_names_them_by_the_phrases():
+    own, regions = blocks()
+    proposals = att.merge(att.aggregate({(8, 8): own}), att.anchor_indices((8, 8), 4), tau=1.0, iterations=3)
+    segments = att.segment(proposals, (8, 8), 8, 8)
+    assert len(proposals) == 3
+    assert all(len(np.unique(segments[regions == region])) == 1 for region in range(3))
+    maps = np.stack([(regions == region) + 0.2 for region in range(3)]).astype(np.float32)
+    found = att.assign(segments, maps, every_phrase=False)
+    assert np.array_equal(found > 0, maps > 1)
+    doubled = np.concatenate([maps, maps[:1] * 0.9])
+    assert np.array_equal(att.assign(segments, doubled, every_phrase=False)[3], np.zeros((8, 8)))
+    assert np.array_equal(att.assign(segments, doubled, every_phrase=True)[3] > 0, regions == 0)
+
+
+def test_diffpng_grows_a_region_from_a_few_anchors():
+    own, regions = blocks()
+    maps = torch.zeros(2, 4, 4)
+    maps[0, 0, 3], maps[1, 3, 0] = 1.0, 1.0
+    anchors = att.locate(maps, (8, 8), 0.4)
+    assert 1 <= anchors[0].sum() < (regions == 1).sum()
+    found = att.minmax(att.spread(own.expand(2, -1, -1), anchors, (8, 8)))
+    assert np.array_equal(found[0].numpy() > 0.3, regions == 1)
+    assert np.array_equal(found[1].numpy() > 0.3, regions == 2)
+    assert att.spread(own[None], torch.zeros(1, 64, dtype=torch.bool), (8, 8)).abs().max() == 0
+
+
+def test_phrase_maps_are_weighted_means_of_token_maps():
+    cross = {grid: distributions(2, grid[0] * grid[1], 5).float() for grid in ((4, 4), (2, 2))}
+    weights = torch.tensor([[0, 1.0, 3.0, 0, 0], [0, 2.0, 0, 0, 0]])
+    found = att.combined_maps(cross, weights)
+    token = {grid: torch.stack([(m[0, :, 1] + 3 * m[0, :, 2]) / 4, m[1, :, 1]]).view(2, *grid) for grid, m in cross.items()}
+    expected = token[4, 4].numpy() * 4 / 6 + bilinear(token[2, 2].numpy(), 4, 4) * 2 / 6
+    assert np.allclose(found, expected, atol=1e-6)
+    assert att.nearest_grid([(64, 64), (32, 32), (16, 16)], 16) == (16, 16)
+    assert att.nearest_grid([(16, 16), (8, 8)], 12) == (8, 8)
+
+
+@given(arrays(np.float32, (3, 4, 5), elements=st.floats(0, 1, width=16)))
+def test_scaling_alone_keeps_each_map_and_together_keeps_their_order(values):
+    maps = torch.from_numpy(values)
+    alone, together = att.minmax(maps), att.minmax(maps, together=True)
+    for scaled, low, high in [(a, m.min(), m.max()) for a, m in zip(alone, maps, strict=True)] + [
+        (together, maps.min(), maps.max())
+    ]:
+        assert scaled.min() == 0
+        assert scaled.max() == pytest.approx(1.0 if high - low > att.TINY else 0.0)
+    assert torch.equal(together.argmax(0), maps.argmax(0)) or maps.max() - maps.min() < 1e-6
+
+
+@given(
+    arrays(np.float32, (6, 7), elements=st.sampled_from(np.linspace(0, 1, 11).astype(np.float32).tolist())),
+    arrays(np.bool_, (6, 7)),
+)
+def test_ious_of_all_thresholds_at_once(soft, truth):
+    thresholds = np.array([0.1, 0.3, 0.5, 1.0], np.float32)
+    expected = [((soft >= t) & truth).sum() / max(1, ((soft >= t) | truth).sum()) for t in thresholds]
+    assert np.allclose(threshold_ious(soft, truth, thresholds), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- pipelines
+def tiny_sd() -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 in miniature: 4 channels, one text encoder."""
+    torch.manual_seed(3)
+    tokenizer = learn_tokenizer(CAPTIONS, 120, "<|endoftext|>")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, latent_channels=4,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(prediction_type="v_prediction"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def tiny_sdxl() -> StableDiffusionXLInpaintPipeline:
+    shape = BackboneShape(
+        unet_channels=[16, 32], transformer_layers=[1, 1], attention_head_channels=16, vae_channels=[8, 8],
+        text_width=32, text_layers=2, vocabulary=120,
+    )  # fmt: skip
+    return build_miniature(shape, 16, CAPTIONS, seed=3)
+
+
+@pytest.fixture(scope="module", params=[tiny_sd, tiny_sdxl])
+def pipeline(request, tmp_path_factory):
+    pipeline, folder = request.param(), tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        part.eval()
+    return pipeline, str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline):
+    return TextToImage(pipeline[1], None, CPU)
+
+
+def attended(model, params, texts=TEXTS):
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    return Attended(model, params, latent, (16, 20), texts, (0, 7))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return load_params(PROJECT / "params/smoke.yaml").baselines
+
+
+def test_prompts_are_embedded_as_the_pipeline_does(pipeline, model):
+    template = "a photo of {phrase} here"
+    prompts = model.embed(TEXTS, template)
+    stock = pipeline[0].encode_prompt([template.format(phrase=t) for t in TEXTS], device=CPU, num_images_per_prompt=1,
+                                      do_classifier_free_guidance=False)  # fmt: skip
+    assert torch.allclose(prompts.tokens, stock[0], atol=1e-6)
+    if model.double:
+        assert torch.allclose(prompts.pooled, stock[2], atol=1e-6)
+    tokenizer = pipeline[0].tokenizer
+    for text, chosen in zip(TEXTS, prompts.phrase_tokens, strict=True):
+        ids = torch.tensor(tokenizer(template.format(phrase=text), padding="max_length").input_ids)
+        assert tokenizer.decode(ids[chosen]).strip() == text
+    cut = model.embed(["star " * 200]).phrase_tokens[0]
+    assert cut.sum() == 75
+
+
+def test_what_the_unet_is_told(pipeline, model):
+    unet, vae = pipeline[0].unet, pipeline[0].vae
+    prompts, x_t, latent = model.embed(TEXTS[:2]), torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    for visible in (False, True):
+        model.visible = visible
+        found = model.predict(x_t, 50, latent, prompts.tokens, prompts.pooled)
+        sample, added = x_t, None
+        if model.double:
+            hidden = vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.mode() * vae.config.scaling_factor
+            known = latent if visible else hidden
+            sample = torch.cat([x_t, torch.full((2, 1, 8, 8), 1.0 - visible), known.expand(2, -1, -1, -1)], 1)
+            ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, -1)
+            added = {"text_embeds": prompts.pooled, "time_ids": ids}
+        with torch.no_grad():
+            expected = unet(sample, 50, prompts.tokens, added_cond_kwargs=added).sample
+        assert torch.allclose(found, expected, atol=1e-5)
+    model.visible = False
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_depend_on_neither_batch_nor_company(model, params, name):
+    """Any batch size, any other phrases asked of the same image: the same map, for methods without competition."""
+    whole = attended(model, params)
+    found = METHODS[name].maps(whole, TEXTS, False)
+    assert found.min() >= 0
+    assert found.max() <= 1
+    split = attended(model, params.model_copy(update={"batch": 1}), TEXTS[::-1])
+    assert np.allclose(METHODS[name].maps(split, TEXTS, False), found, atol=1e-4)
+    if name != "diffseg":
+        assert np.ptp(found) == 1
+        assert np.allclose(METHODS[name].maps(whole, TEXTS[1:2], False)[0], found[1], atol=1e-6)
+        together = METHODS[name].maps(whole, TEXTS, True)
+        assert sorted([together.min(), together.max()]) == pytest.approx([0, 1])
+    else:
+        assert found.shape == (3, 16, 20)
+        assert (found > 0).any((1, 2)).all()
+        alone = METHODS[name].maps(whole, TEXTS, True)
+        assert np.array_equal((alone > 0).sum(0), np.ones((16, 20)))
+
+
+def test_noise_and_steps_are_inverses_of_the_objectives():
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = (torch.randn(2, 4, 3, 3, generator=generator) for _ in range(2))
+    alpha, alphas, t = torch.tensor(0.3), torch.full((10,), 0.3), torch.tensor([4, 4])
+    x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
+    for name, kind in (("epsilon", "noise"), ("v_prediction", "v"), ("sample", "x0")):
+        answer = target(kind, x_0, noise, alphas, t, 1.0)
+        assert torch.allclose(noise_of(answer, x_t, alpha, name), noise, atol=1e-5)
+    lower = ddim_move(x_t, noise, alpha, torch.tensor(0.9))
+    assert torch.allclose(lower, 0.9**0.5 * x_0 + 0.1**0.5 * noise, atol=1e-5)
+    assert torch.allclose(ddim_move(lower, noise, torch.tensor(0.9), alpha), x_t, atol=1e-5)
+
+
+def test_null_texts_lead_back_to_the_image(model):
+    """More inner steps end nearer to the latent that was inverted; a prompt's row does not depend on the others."""
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    prompts, empty = model.embed(TEXTS[:2]), model.embed([""])
+    seen = []
+
+    class Record:
+        def __enter__(self):
+            seen.append(1)
+
+        def __exit__(self, *_):
+            return None
+
+    def error(inner, chosen=prompts):
+        inversion = Inversion(steps=3, guidance=7.5, inner_steps=inner, lr=0.05, tolerance=1e-9)
+        x = replay(model, latent, chosen, empty, inversion, Record)
+        return x, (x - latent).square().mean((1, 2, 3))
+
+    found, after = error(10)
+    assert len(seen) == 3
+    assert (after < error(0)[1]).all()
+    assert torch.allclose(error(10, prompts[1:2])[0], found[1:2], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------ inexact masks
+def shapes(count=24, side=48):
+    """A phrase table of discs, bars and rings."""
+    rows, columns = np.mgrid[:side, :side]
+    found = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        centre, radius = rng.uniform(14, side - 14, 2), rng.uniform(5, 13)
+        distance = np.hypot(rows - centre[0], columns - centre[1])
+        mask = [
+            distance <= radius,
+            (abs(rows - centre[0]) <= radius) & (abs(columns - centre[1]) <= 3),
+            abs(distance - radius) < 3,
+        ][number % 3]
+        found.append((number, "n", number % 5, masks.encode(mask), side, side))
+    return pd.DataFrame(found, columns=[*KEY, "mask", "height", "width"])
+
+
+def decoded(frame, side=48):
+    return np.stack([masks.decode(code, side, side) for code in frame["mask"]])
+
+
+def iou(a, b):
+    return (a & b).sum((1, 2)) / (a | b).sum((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("box", 0.4), ("dilated", 0.5), ("eroded", 0.4), ("shifted", 0.3), ("scribble", 0.4)]
+)
+def test_inexact_masks_have_the_mean_iou_asked_for(kind, target):
+    table = shapes()
+    amount, reached = find_amount(table, kind, target, seed=0)
+    made = inexact_masks(table, kind, amount, seed=0)
+    truth, spoiled = decoded(table), decoded(made)
+    assert iou(truth, spoiled).mean() == pytest.approx(reached)
+    assert reached == pytest.approx(target, abs=0.02)
+    backwards = inexact_masks(table.iloc[::-1], kind, amount, seed=0).iloc[::-1]
+    assert backwards["mask"].tolist() == made["mask"].tolist()
+    other = inexact_masks(table, kind, amount, seed=1)["mask"].tolist() != made["mask"].tolist()
+    assert other == (kind in ("shifted", "scribble"))
+    if kind in ("box", "dilated"):
+        assert not (truth & ~spoiled).any()
+    if kind == "eroded":
+        assert not (spoiled & ~truth).any()
+        assert spoiled.any((1, 2)).all()
+    if kind == "shifted":
+        assert (spoiled.sum((1, 2)) <= truth.sum((1, 2))).all()
+
+
+def test_a_target_out_of_reach_is_an_error_that_says_what_is_not():
+    with pytest.raises(UserError, match=r"baselines.inexact.box.*between 0\.\d\d and 0\.\d\d"):
+        find_amount(shapes(), "box", 0.99, seed=0)
+
+
+@given(arrays(np.bool_, (12, 10)))
+@settings(deadline=None)
+def test_every_kind_survives_every_mask(mask):
+    for kind in KINDS.values():
+        spoil = kind.prepare(mask, 5)
+        for amount in (kind.exact, 1.3, kind.far):
+            assert spoil(amount).shape == mask.shape
+            assert spoil(amount).any() <= mask.any()
+    for name in ("dilated", "eroded", "shifted"):
+        assert np.array_equal(KINDS[name].prepare(mask, 5)(0.0), mask)
+    box = KINDS["box"].prepare(mask, 5)(0.0)
+    if mask.any():
+        rows, columns = np.nonzero(mask)
+        assert box[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+        assert box.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 9)), min_size=3, max_size=9, unique=True))
+@settings(deadline=None)
+def test_a_hull_is_the_convex_hull(points):
+    points = np.array(points)
+    grid = np.argwhere(np.ones((12, 10), bool))
+    hull = _hull(points, (12, 10))
+    assert hull[tuple(points.T)].all()
+    if np.linalg.matrix_rank(points - points[0]) == 2:
+        inside = Delaunay(points).find_simplex(grid, tol=1e-9) >= 0
+        assert np.array_equal(hull.ravel(), inside)
+    else:
+        span = points.max(0) - points.min(0)
+        assert hull.sum() == np.gcd(*span) + 1  # the lattice points of the segment
+    assert _hull(points[:1], (12, 10)).sum() == 1
+
+
+# -------------------------------------------------------------------------------------------------------------- the command
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A smoke study up to its backbone, with all baselines made."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_params(folder)
+        assert main(["data", "--params", "params.yaml"]) == 0
+        assert main(["backbone", "--params", "params.yaml"]) == 0
+        assert main(["baseline", "--params", "params.yaml"]) == 0
+    return folder
+
+
+def write_params(folder, **changes):
+    document = yaml.safe_load((PROJECT / "params/smoke.yaml").read_text())
+    document["baselines"].update(changes)
+    (folder / "params.yaml").write_text(yaml.safe_dump(document))
+    return load_params(folder / "params.yaml")
+
+
+def test_every_baseline_answers_every_phrase(project, monkeypatch):
+    monkeypatch.chdir(project)
+    study = load_params("params.yaml")
+    entries = json.loads((project / "results/smoke/baselines/manifest.json").read_text())["baselines"]
+    assert [entry["name"] for entry in entries] == [baseline.name for baseline in study_baselines(study)]
+    assert {entry["name"] for entry in entries if not entry["real"]} == {f"inexact_{kind}" for kind in study.baselines.inexact}
+    for which, table in (("predictions", "phrases"), ("class_predictions", "class_phrases")):
+        rows = read_phrases(study.data_dir / f"{table}.parquet")
+        rows = rows[rows["split"] == "test"].sort_values(KEY, ignore_index=True)
+        for entry in entries:
+            if "/predictions/" in entry[which]:
+                continue
+            frame = read_predictions(entry[which])
+            assert frame[KEY].equals(rows[KEY])
+            assert frame["score"].between(0, 1).all()
+            assert set(masks.measure(frame["mask"].tolist()).pixels) == {64 * 64}
+            if maps_path(entry[which]).exists() and which == "predictions":  # the masks are what the maps say
+                soft = bilinear(read_maps(entry[which]), 64, 64)
+                again = soft >= entry["threshold"]
+                assert np.mean(again == np.stack([masks.decode(code, 64, 64) for code in frame["mask"]])) > 0.95
+
+
+def test_runs_that_are_pointed_to_exist_in_sampling(project):
+    study = load_params(PROJECT / "params/smoke.yaml")
+    runs = {run.name: run for run in study_runs(study)}
+    for baseline in RUNS:
+        assert baseline.run in runs
+        assert runs[baseline.class_run].role == "class_phrases"
+        assert runs[baseline.class_run].method == runs[baseline.run].method
+
+
+def test_finished_baselines_are_kept_and_a_changed_one_is_made_again(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    folder = project / "results/smoke/baselines"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    assert main(["baseline", "--params", "params.yaml"]) == 0
+    assert "0 of 9 to make" in capsys.readouterr().out
+    diffseg = yaml.safe_load((PROJECT / "params/smoke.yaml").read_text())["baselines"]["diffseg"]
+    write_params(project, diffseg=diffseg | {"tau": 0.001}, inexact={"box": 0.3})
+    assert main(["baseline", "--params", "params.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "2 of 5 to make" in out
+    assert "removed results/smoke/baselines/inexact_scribble.parquet" in out
+    write_params(project)
+    assert main(["baseline", "inexact_box", "diffseg", "--params", "params.yaml"]) == 0
+    assert main(["baseline", "--params", "params.yaml"]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"} == before
+
+
+def test_a_stable_diffusion_directory_takes_the_backbones_place(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    tiny_sd().save_pretrained(project / "sd")
+    write_params(project, backbone="sd", size=32)
+    before = (project / "results/smoke/baselines/cross_attention.parquet").read_bytes()
+    assert main(["baseline", "cross_attention", "--params", "params.yaml"]) == 0
+    assert (project / "results/smoke/baselines/cross_attention.parquet").read_bytes() != before
+    assert read_maps(project / "results/smoke/baselines/cross_attention.parquet").shape[1:] == (16, 16)
+    write_params(project)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nonsense"], "nonsense: no baseline of study smoke; there are cross_attention"), (["gs"], "made by the phase sample")],
+)
+def test_a_wrong_name_is_one_line(project, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(project)
+    assert main(["baseline", *arguments, "--params", "params.yaml"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error

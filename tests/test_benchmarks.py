@@ -1,0 +1,61 @@
+"""The benchmarks in their tiny mode: what they report is whole and possible. Times are not looked at."""
+
+import json
+import math
+import os
+
+import pytest
+
+from conftest import PROJECT, run
+
+COMPARED = {"sampling", "precompute", "training", "scoring"}
+
+
+def report_of(command, cwd, tmp_path):
+    """The JSON of a benchmark command, whose Markdown must hold every benchmark of it."""
+    path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+    run("python", "-m", *command, "--tiny", "--json", str(tmp_path / "out.json"), cwd=cwd, PYTHONPATH=path, OMP_NUM_THREADS="1")
+    document = json.loads((tmp_path / "out.json").read_text())
+    table = (tmp_path / "out.md").read_text()
+    assert all(f"## {name}\n" in table for name in document["benchmarks"])
+    return document
+
+
+def test_every_benchmark_of_a_finished_study(finished_study, tmp_path):
+    document = report_of(["benchmarks.run", "--params", "params/smoke.yaml"], finished_study, tmp_path)
+    found = {name: entry["rows"] for name, entry in document["benchmarks"].items()}
+    assert set(found) == {*COMPARED, "accuracy", "shares", "padding"}
+    for row in (row for name in COMPARED for row in found[name]):
+        assert row["ours_s"] > 0
+        assert row["ratio"] == pytest.approx(row["reference_s"] / row["ours_s"], rel=1e-6)  # one repetition
+    assert all(row["max_difference"] < 1e-3 for row in found["sampling"])  # both loops make the same masks
+    assert [row["evaluations"] for row in found["accuracy"]] == [1, 2, 2]
+    assert all(0 <= row["ar"] <= 1 for row in found["accuracy"])
+    for row in found["shares"]:
+        assert math.isclose(sum(row[name] for name in ("text", "VAE", "U-Net", "read-out", "rest")), 1, abs_tol=0.05)
+    for row in found["padding"]:
+        assert row["computed"] >= row["phrases"] > 0
+    assert abs(found["scoring"][0]["ar"] - found["scoring"][0]["brute_ar"]) < 2e-5
+
+
+def test_without_a_study_the_others_still_run_and_the_report_says_so(tmp_path):
+    command = ["benchmarks.run", "--params", str(PROJECT / "params/smoke.yaml"), "--only", "shares", "scoring"]
+    document = report_of(command, tmp_path, tmp_path)
+    assert "run `make` first" in document["benchmarks"]["shares"]["skipped"]
+    assert document["benchmarks"]["scoring"]["rows"]
+
+
+def test_the_gpu_benchmark_in_small(tmp_path):
+    found = report_of(["benchmarks.gpu"], tmp_path, tmp_path)["benchmarks"]
+    assert [row["evaluations"] for row in found["evaluations"]["rows"]] == [1, 2, 4, 6]
+    rows = {(row["mode"], row["backend"]): row for row in found["variants"]["rows"]}
+    assert {mode for mode, _ in rows} == {"eager", "channels last", "compiled blocks", "compiled"}
+    for (_, backend), row in rows.items():
+        assert (row["unavailable"] is None) == ("masks_per_s" in row)
+        assert row["unavailable"] is None or backend != "native"
+    kinds = {row["operator"]: row for row in found["operators"]["rows"]}
+    assert {"convolution", "matrix product", "attention", "norm"} <= set(kinds)
+    assert math.isclose(sum(row["share"] for row in kinds.values()), 1)
+    batch = 5 * math.ceil(found["equal lengths"]["rows"][0]["batch"] / 5)
+    unet = found["operations"]["rows"][0]["tflop"]
+    assert sum(row["tflop"] or 0 for row in kinds.values()) == pytest.approx(batch * unet, rel=1e-6)
