@@ -61,8 +61,7 @@ def sampling(study: Study, effort: Effort) -> list[Row]:
     sample = study.params.sample
     base, main, repeats = sample.base, sample.main, effort(3, 1)
     factor = vae_factor(pipeline.vae)
-    evaluations = base.steps * (1 if base.guidance == 1 else 2)
-    default = main.steps * (1 if main.guidance == 1 else 2)
+    evaluations, default = base.evaluations, main.evaluations
     found = []
     for size in sorted({main.size, *sample.grid.sizes}):
         pipeline.register_to_config(image_size=size)

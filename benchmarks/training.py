@@ -74,7 +74,8 @@ class EncodedOnTheFly(PhraseData):
 
     def batch(self, indices: list[int], mirrored: list[bool]) -> Any:
         rows = self.rows.iloc[indices]
-        self.images = {row.image_id: {"latent": self.encoder.images([row.file_name])[0]} for row in rows.itertuples()}  # type: ignore[assignment]
+        files = zip(rows["image_id"], rows["file_name"], strict=True)
+        self.images = {image_id: {"latent": self.encoder.images([file])[0]} for image_id, file in files}  # type: ignore[assignment]
         self.texts = {text: self.encoder.phrase(text) for text in rows["phrase"]}  # type: ignore[assignment]
         return super().batch(indices, mirrored)
 
@@ -87,8 +88,8 @@ def training(study: Study, effort: Effort) -> list[Row]:
     texts = Texts(text_store(params), torch.device("cpu"))
     latents = LatentStore(image_store(params, train.size))
     rows = study.phrases[study.phrases["split"] == "train"]
-    stored = PhraseData(rows, latents, texts, torch.device("cpu"))
-    fly = EncodedOnTheFly(rows, latents, texts, torch.device("cpu"))
+    stored = PhraseData(rows, latents, texts)
+    fly = EncodedOnTheFly(rows, latents, texts)
     fly.encoder = encoder
     networks = build_networks(params, encoder.source, encoder.revision, texts[""])
     optimizer = make_optimizer(networks, train.optimizer)
@@ -110,7 +111,8 @@ def training(study: Study, effort: Effort) -> list[Row]:
         loss.backward()
         optimizer.step()
 
-    step(stored), step(fly)  # warm-up
+    for data in (stored, fly):  # warm-up
+        step(data)
     calls = {
         "ours": lambda: step(stored),
         "on the fly": lambda: step(fly),
