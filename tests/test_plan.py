@@ -16,7 +16,7 @@ from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import read_predictions
 from genseg.cli import main
 from genseg.models import sdxl
-from genseg.models.flops import meta_unet
+from genseg.models.flops import meta_unet, vae_flops
 from genseg.params import load_params
 from genseg.plan.cost import largest_unit, safetensors_bytes
 from genseg.plan.counts import SCENES_DRAWN
@@ -116,6 +116,36 @@ def test_more_gpus_take_less_time_and_shards_less_memory(clone, capsys):
     assert {"replicate", "FSDP over 2", "FSDP over 16"} <= rows.keys()
     for name in ("weights", "gradients", "moments", "average", "teacher"):
         assert rows["FSDP over 16"][name] == rows["replicate"][name] // 16
+
+
+def test_a_stage_and_labels_of_the_vae_are_planned(clone, capsys):
+    (clone / "params").mkdir()
+    shutil.copy(PROJECT / "params.yaml", clone / "params/smoke.yaml")
+    rare = {"train__validate_every": 10**6}
+    distil = {"objective": "distill", "steps": 100, "lr_factor": 0.5, "guidance": 2.0}
+    vae = {"train__label": "vae", "train__task_weight": 0.0, "sample__clip_x_0": False}
+    without, stage, labels = (
+        plan(capsys, "--params", variant(clone, name, **rare, **changes))
+        for name, changes in (("a", {}), ("b", {"train__stages": [distil]}), ("c", vae))
+    )
+    train = load_params(PROJECT / "params.yaml").train
+    phases = [{row["what"].split(":")[0]: row for row in found["phases"]} for found in (without, stage, labels)]
+    validations = 4 * min(train.validate_phrases, without["counts"]["val"])
+    forward = phases[0]["gs"]["flops"] / (train.steps * train.batch * 3 + validations)
+    assert phases[1]["gs"]["evaluations"] - phases[0]["gs"]["evaluations"] == 100 * train.batch * 3, "two are the teacher's"
+    assert phases[1]["gs"]["flops"] - phases[0]["gs"]["flops"] == pytest.approx(100 * train.batch * 5 * forward)
+    more = phases[1]["discriminative"]["flops"] - phases[0]["discriminative"]["flops"]
+    assert more == pytest.approx(100 * train.batch * 3 * forward), "the control has the same budget"
+    assert all(row["teacher"] == row["weights"] for row in stage["memory"]["training"])
+    assert not any(row["teacher"] for row in without["memory"]["training"])
+    width = json.loads((clone / "data/backbone/unet/config.json").read_text())["block_out_channels"][0]
+    assert labels["parameters"]["unet"] - without["parameters"]["unet"] == 3 * 9 * width + 3 * (9 * width + 1)
+    encoded = vae_flops(json.loads((clone / "data/backbone/vae/config.json").read_text()), train.size)[0]
+    assert phases[2]["gs"]["flops"] - phases[0]["gs"]["flops"] > (train.steps * train.batch + validations) * encoded
+    maps = [
+        next(row["bytes"] for row in found["artifacts"] if row["artifact"] == "soft label maps") for found in (without, labels)
+    ]
+    assert maps[1] > 10 * maps[0], "decoded, they are as large as the image"
 
 
 def test_the_text_has_every_table(clone, capsys):

@@ -418,7 +418,7 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         label="mask" if prediction == "logits" else study.train.label,
         # The paper's operating point for its objective; v and x_0 give a usable estimate in the first step already, and
         # guidance gains them little.
-        steps=50 if prediction == "noise" else 2,
+        steps=50 if prediction == "noise" else 1,
         guidance=7.5 if prediction == "noise" else 1.0,
     )
     with atomic_directory(folder) as temporary:
