@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.harness import Effort, Study, machine, report
-from benchmarks.sampling import accuracy, padding, sampling, shares
+from benchmarks.sampling import accuracy, sampling, shares
 from benchmarks.scoring import scoring
 from benchmarks.training import precompute, training
 from genseg.errors import UserError
@@ -22,7 +22,6 @@ ON_STUDY = {
     "sampling": sampling,
     "accuracy": accuracy,
     "shares": shares,
-    "padding": padding,
     "precompute": precompute,
     "training": training,
 }

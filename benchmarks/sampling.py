@@ -22,7 +22,6 @@ from genseg.models.backbone import TextEncoders
 from genseg.models.text import encode_phrases
 from genseg.models.unet import run_unet
 from genseg.models.vae import encode_images, image_tensor, vae_factor
-from genseg.sampling.runs import run_rows, study_runs
 
 
 @torch.no_grad()
@@ -166,17 +165,4 @@ def shares(study: Study, effort: Effort) -> list[Row]:
     for cell in (sample.main, sample.base):
         some = [stage_shares(pipeline, images, phrases, cell.steps, cell.guidance) for _ in range(effort(3, 1))]
         found.append({name: statistics.median(row[name] for row in some) for name in some[0]})
-    return found
-
-
-def padding(study: Study, effort: Effort) -> list[Row]:
-    """Evaluations that sampling spends on the padding of the last block of `sample.batch` phrases, counted, not timed."""
-    found = []
-    phrases = study.phrases
-    for run in study_runs(study.params):
-        if run.evaluations is None or run.phrases == "class_phrases" or run.role == "readout":
-            continue
-        rows = len(run_rows(study.params, run, phrases, phrases.iloc[:0]))
-        computed = -(-rows // study.params.sample.batch) * study.params.sample.batch
-        found.append({"run": run.name, "phrases": rows, "computed": computed, "wasted_share": 1 - rows / computed})
     return found
