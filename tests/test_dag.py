@@ -32,7 +32,7 @@ CHANGES = [
     ("device", "cpu", set()),
     ("resources.train.threads", 7, set()),
     ("resources.train.gpu", 8, set()),
-    ("seed", 12345, ALL),
+    ("seed", 12345, BACKBONE),
     ("data.class_template", "some {name}", ALL),
     ("backbone.unet.lr", 0.123, BACKBONE),
     ("latents.batch", 77, LATENTS),
