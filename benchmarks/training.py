@@ -18,7 +18,9 @@ from genseg.models.backbone import load_text_encoders, load_vae
 from genseg.models.device import DTYPES
 from genseg.models.text import TextEmbedding, encode_phrases
 from genseg.models.vae import encode_images, image_tensor
-from genseg.training.gs import Objective, PhraseData, build_networks, make_optimizer
+from genseg.training.data import PhraseData
+from genseg.training.gs import build_networks, make_optimizer
+from genseg.training.objective import Objective
 
 
 class Encoder:
@@ -81,28 +83,29 @@ class EncodedOnTheFly(PhraseData):
 
 
 def training(study: Study, effort: Effort) -> list[Row]:
-    """One optimiser step, seconds per sample: batches from the stored latents, as `genseg train` takes it, against a step that
-    encodes its images and phrases. `data_share` is the part of our step that waits for data."""
+    """One optimiser step, seconds per sample: batches from the stored latents, against a step that encodes its images and
+    phrases. `data_share` is the part of our step that makes the batch, which `genseg train` does ahead in a thread."""
     params, encoder = study.params, Encoder(study)
     train = params.train
     texts = Texts(text_store(params), torch.device("cpu"))
     latents = LatentStore(image_store(params, train.size))
     rows = study.phrases[study.phrases["split"] == "train"]
-    stored = PhraseData(rows, latents, texts)
-    fly = EncodedOnTheFly(rows, latents, texts)
+    vae = encoder.vae if train.label == "vae" else None
+    stored = PhraseData(rows, latents, texts, train.task_size, vae)
+    fly = EncodedOnTheFly(rows, latents, texts, train.task_size, vae)
     fly.encoder = encoder
-    networks = build_networks(params, encoder.source, encoder.revision, texts[""])
+    networks = build_networks(params, encoder.source, encoder.revision, texts[""], stored.label_shape[0])
     optimizer = make_optimizer(networks, train.optimizer)
     alphas_bar = make_scheduler(encoder.betas, train.prediction, train.zero_terminal_snr).alphas_cumprod
-    objective = Objective("gs", params, alphas_bar)
+    objective = Objective("gs", params, alphas_bar, vae)
     generator = torch.Generator().manual_seed(0)
     indices = list(range(0, len(rows), max(1, len(rows) // train.micro_batch)))[: train.micro_batch]
     mirrored = [False] * len(indices)
 
     def step(data: PhraseData) -> None:
         batch = data.batch(indices, mirrored)
-        noise = torch.randn(batch.label.shape, generator=generator)
-        t = torch.randint(0, len(alphas_bar), (len(indices),), generator=generator)
+        noise = torch.randn((len(indices), *stored.label_shape), generator=generator)
+        t = objective.timesteps(len(indices), generator)
         drop = torch.rand(len(indices), generator=generator) < train.p_drop
         lower = torch.autocast("cpu", DTYPES[train.precision]) if train.precision != "fp32" else contextlib.nullcontext()
         with lower:
