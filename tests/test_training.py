@@ -497,7 +497,7 @@ def test_the_last_timestep_is_drawn_with_its_probability(p_last):
 
 
 def test_the_control_has_the_budget_of_all_parts():
-    train = toy_objective(stages=[DISTIL, TASK])[0].study.train
+    train = toy_objective(steps=1000, stages=[DISTIL, TASK])[0].study.train
     parts = training_parts(train, 100, "gs")
     assert [(part.first, part.steps) for part in parts] == [(0, 1000), (1000, 2), (1002, 2)]
     assert [(part.first, part.steps) for part in training_parts(train, 100, "discriminative")] == [(0, 1004)]
