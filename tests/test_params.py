@@ -135,6 +135,7 @@ def test_the_path_of_a_plain_cell_is_what_it_was():
 
 
 def test_operating_points_are_cells_of_the_main_size_without_repeats(document):
+    document["sample"]["main"]["steps"] = 2
     document["sample"]["points"] = [{"steps": 2, "guidance": 1.0}, {"steps": 4, "guidance": 1.0, "rule": "dpmpp"}]
     sample = validate_params(document).sample
     assert sample.operating_points() == [sample.main, Cell(size=128, steps=4, guidance=1.0, rule="dpmpp")]

@@ -26,6 +26,7 @@ DRY = (
     ("dvc repro", "dvc repro --dry"),
     ("dvc exp run ", "dvc exp run --queue "),
     ("make ", "make --dry-run "),
+    ("python -m benchmarks.run ", "python -m benchmarks.run --tiny "),
 )
 
 
@@ -36,6 +37,7 @@ def repository(finished_study, tmp_path_factory) -> Path:
     shutil.copytree(finished_study, target)
     for name in ("Makefile", "README.md", ".gitignore", "pyproject.toml", "requirements.txt"):
         shutil.copy(PROJECT / name, target)
+    shutil.copytree(PROJECT / "benchmarks", target / "benchmarks")
     shutil.copytree(PROJECT / "src", target / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copytree(PROJECT / ".dvc", target / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     shutil.copy(target / "params/smoke.yaml", target / "params.yaml")

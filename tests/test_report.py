@@ -110,6 +110,8 @@ def build_study(root: Path, miou: bool = True) -> dict[str, Any]:
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     document["study"] = "made_up"
     document["tables"]["dpi"] = 60
+    document["sample"]["main"]["steps"] = 2
+    document["sample"]["points"][0] = {"steps": 1, "guidance": 1.0}
     (root / "params.yaml").write_text(yaml.safe_dump(document))
     shutil.copytree(ROOT / "data" / "published", root / "data" / "published")
     params = validate_params(document)
@@ -502,7 +504,7 @@ def test_manifest_describes_what_was_written(made: Path, monkeypatch: pytest.Mon
         ("scores/protocols/main.ppmn.json", "protocols/main.ppmn.json: no such file"),
         (
             "scores/grid/size=0064/steps=0050/cfg=07.50.json",
-            "no scores of the cell size 64, 50 steps, guidance 7.5; run `genseg sample`",
+            "no scores of the cell size 64, 50 steps, w = 7.5; run `genseg sample`",
         ),
         ("predictions/evolution.safetensors", "evolution.safetensors: no such file; run `genseg sample`"),
         ("predictions/main/predictions.parquet", "no such predictions file"),

@@ -382,9 +382,9 @@ class Point(Section):
     def __str__(self) -> str:
         """As tables and messages call it; what is the plain sampler's is left out."""
         names = {"ddim": "", "ddpm": ", DDPM", "dpmpp": ", DPM-Solver++"}
-        interval = f" within [{self.guidance_interval[0]:g}, {self.guidance_interval[1]:g}]" if self.guidance_interval else ""
+        interval = f" in [{self.guidance_interval[0]:g}, {self.guidance_interval[1]:g}]" if self.guidance_interval else ""
         several = f", mean of {self.ensemble}" if self.ensemble > 1 else ""
-        return f"{self.steps} step{'s' * (self.steps > 1)}, guidance {self.guidance:g}{interval}{names[self.rule]}{several}"
+        return f"{self.steps} step{'s' * (self.steps > 1)}, w = {self.guidance:g}{interval}{names[self.rule]}{several}"
 
     @property
     def evaluations(self) -> int:

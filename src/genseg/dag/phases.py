@@ -66,7 +66,16 @@ PHASES = {
     "train": Phase(
         keys=("seed", "latents", "train"),
         rooms=(
-            *("artifacts", "cli/train.py", "data/images.py", "diffusion", "latents.py", "models"),
+            *(
+                "artifacts",
+                "cli/train.py",
+                "dag/launch.py",
+                "dag/lease.py",
+                "data/images.py",
+                "diffusion",
+                "latents.py",
+                "models",
+            ),
             *("training/data.py", "training/distributed.py", "training/gs.py", "training/loop.py"),
             "training/objective.py",
         ),
