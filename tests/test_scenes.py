@@ -30,6 +30,7 @@ SCENES = Scenes(
     surfaces=["plain", "dotted"],
     radii={"small": (0.09, 0.12), "large": (0.155, 0.21)},
     most_things=7,
+    hold_back=True,
 )
 
 
@@ -89,6 +90,15 @@ def test_unseen_pairs_stay_out_of_training():
     shown = [_choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=True) for seed in range(300)]
     part = np.mean([any((t.colour, t.shape) in COMPOSITIONAL for t in things) for things in shown])
     assert part > 0.4
+
+
+def test_training_scenes_show_the_pairs_that_are_not_held_back(tmp_path):
+    for hold_back in (True, False):
+        folder = tmp_path / str(hold_back)
+        write_scenes(SCENES.model_copy(update={"train_images": 30, "hold_back": hold_back}), folder)
+        narratives = json.loads((folder / "annotations" / "png_coco_train2017.json").read_text())
+        named = [part for narrative in narratives for part in narrative["segments"] if part.get("tags")]
+        assert bool(named) != hold_back
 
 
 def test_phrases_are_true_of_exactly_what_they_name():

@@ -55,6 +55,8 @@ class Scenes(Section):
     radii: dict[Literal["small", "large"], tuple[Fraction, Fraction]]
     """Radius of a thing as a part of the picture's side, from and to; a gap between them keeps the words unambiguous."""
     most_things: Positive
+    hold_back: bool
+    """Keep some (colour, shape) pairs out of the training scenes: what only the test scenes show is the compositional part."""
 
 
 class Png(Section):

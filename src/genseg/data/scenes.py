@@ -3,7 +3,8 @@
 A scene has two or three regions of *stuff* and several *things* that differ in shape, colour, surface and size. Things
 come in families of distractors that share all attributes of another thing but one, so a model that ignores a word of
 the phrase picks the wrong one. Regions and things share hues; shading, shadows, noise and low contrast do the rest:
-colour alone does not solve it. Some (colour, shape) pairs occur only in the test scenes (`COMPOSITIONAL`).
+colour alone does not solve it. Some (colour, shape) pairs occur only in the test scenes (`COMPOSITIONAL`), unless the params
+hold none back.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def sample_scenes(scenes: Scenes, split: str, count: int) -> tuple[float, float]
     phrases, size = 0, 0
     for image_id in range(count):
         rng = np.random.default_rng(derive_seed(scenes.seed, "sample scene", split, image_id))
-        picture, _, things, regions = _draw(rng, scenes, unseen_pairs=split == "val")
+        picture, _, things, regions = _draw(rng, scenes, unseen_pairs=split == "val" or not scenes.hold_back)
         ids = [str(number) for number in range(len(things) + len(regions))]
         for annotator in range(ANNOTATORS):
             told = _narrate(rng, image_id, annotator, things, regions, ids)["segments"]
@@ -121,7 +122,7 @@ def _write_scene(
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """Write one picture and its panoptic PNG; returns its rows of `images`, `annotations` and the narratives."""
     rng, size = np.random.default_rng(derive_seed(scenes.seed, "scene", split, image_id)), scenes.size
-    picture, segments, things, regions = _draw(rng, scenes, unseen_pairs=split == "val")
+    picture, segments, things, regions = _draw(rng, scenes, unseen_pairs=split == "val" or not scenes.hold_back)
     name = f"{image_id:012d}"
     Image.fromarray(picture).save(images / f"{name}.jpg", quality=QUALITY)
     identity = [int(value) for value in rng.choice((1 << 24) - 1, size=len(things) + len(regions), replace=False) + 1]
