@@ -365,6 +365,9 @@ def test_soft_maps_round_trip_and_partial_reads(tmp_path):
     assert maps_shape(path) == (7, 4, 6)
     assert np.abs(read_maps(path) - maps).max() <= 0.5 / 255 + 1e-6
     assert (read_maps(path, slice(2, 5)) == read_maps(path)[2:5]).all()
+    none = tmp_path / "none.parquet"
+    write_maps(maps[:0], none)
+    assert read_maps(none).shape == (0, *maps.shape[1:]), "a shard may have no phrase"
     whole = maps_path(path).read_bytes()
     for content in (b"", whole[:20], whole[:-1]):
         maps_path(path).write_bytes(content)
