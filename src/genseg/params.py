@@ -422,8 +422,8 @@ class Grid(Section):
 
 class Sample(Section):
     runs: Annotated[list[Part], Field(min_length=1)]
-    """Which runs are sampled: the main row; its controls (permuted text, class phrases, colours, the discriminative model, which
-    is trained for them alone); the grid on its part of test; the operating points on val. Tables need all four."""
+    """Which runs are sampled: the main row; its controls (permuted text, class phrases, colours, the discriminative model,
+    which is trained for them alone); the grid on its part of test; the operating points on val. Tables need all four."""
     main: Cell
     """The operating point of the main row, on all of test."""
     base: Cell
@@ -733,6 +733,7 @@ def _names_beside(location: list[str], model: type[Section]) -> list[str]:
 
     node = schema
     for part in location[:-1]:
-        node = resolve(node)
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
+        parent = resolve(node)
+        node = parent.get("properties", {}).get(part) or parent.get("additionalProperties") or parent.get("items") or {}
+        node = node or next(iter(parent.get("patternProperties", {}).values()), {})
     return list(resolve(node).get("properties", {}))

@@ -111,8 +111,11 @@ class Sweep:
         return found
 
     def choose(self, variant: str) -> tuple[Choice, float]:
-        """The operating point and threshold that val chooses for a variant, and its AR there (a fraction). Raises UserError when
-        its points were not scored."""
+        """The operating point and threshold that val chooses for a variant, and its AR there (a fraction).
+
+        Raises:
+            UserError: its points were not scored.
+        """
         path = self.variants[variant].results_dir / "scores" / "operating_points.json"
         point = choose_point(read_json(path)["points"], self.document.variants[variant].evaluations)
         return Choice(Cell.of(point), point["best_threshold"]), point["best_ar"]

@@ -119,9 +119,9 @@ def _make(study: Params, cores: str) -> None:
 def share(sweep: Sweep, variant: str) -> None:
     """Link (hard) what an earlier study of the sweep made from the same params, so that it is not made again.
 
-    What was linked follows its origin: it is linked anew when that was made again, and removed when the params no longer agree. A
-    folder that the variant made itself is left to Snakemake. No artifact is ever written in place, so nothing that is done
-    to one study changes the other.
+    What was linked follows its origin: it is linked anew when that was made again, and removed when the params no longer
+    agree. A folder that the variant made itself is left to Snakemake. No artifact is ever written in place, so nothing that
+    is done to one study changes the other.
     """
     study, donors = sweep.variants[variant].study, _donors(sweep, variant)
     record = sweep.variants[variant].work_dir / "shared.json"

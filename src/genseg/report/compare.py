@@ -175,8 +175,8 @@ def variants_table(sweep: Sweep, entries: list[Entry], absent: list[str]) -> Tab
     assert own.test is not None
     rows = [_row(entry) | (_minus(sweep, own.test, entry.test) if entry.test and entry is not own else {}) for entry in entries]
     notes = [
-        f"Test: {where(sweep.study, own.test)}. Every variant was trained on as many samples as the study, stages included. Its "
-        "operating point and threshold are those with the highest AR on a part of val (the study's: as its params say); test "
+        f"Test: {where(sweep.study, own.test)}. Every variant was trained on as many samples as the study, stages included. "
+        "Its operating point and threshold are those with the highest AR on a part of val (the study's: as its params say); test "
         "saw only that point. A dash: another variant of its group was better on val.",
         f"Δ: AR of {own.name}'s main row minus the variant's, paired bootstrap over images. {EVALUATION}",
     ]
@@ -248,7 +248,8 @@ def picks_tables(sweep: Sweep, own: Entry, picks: dict[str, Entry]) -> list[Tabl
     rows = [{"pick": name} | _row(entry) for name, entry in picks.items()]
     pairs = []
     for (a, first), (b, second) in combinations(picks.items(), 2):
-        assert first.test and second.test
+        assert first.test
+        assert second.test
         pair = {"a": a, "b": b, "a_variant": first.name, "b_variant": second.name, "scores": str(first.test.path)}
         pairs.append(pair | _minus(sweep, first.test, second.test))
     note = f"Each pick is the best on val of its candidates. Test: {where(sweep.study, own.test)}."
@@ -281,7 +282,7 @@ def picks_tables(sweep: Sweep, own: Entry, picks: dict[str, Entry]) -> list[Tabl
 
 
 def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Counts stay whole numbers where some are missing; the columns of a difference are there also when nothing was compared."""
+    """Counts stay whole numbers where some are missing; a difference has its columns also when nothing was compared."""
     frame = pd.DataFrame(rows)
     if "overall" in frame:
         frame = frame.reindex(columns=list(dict.fromkeys([*frame.columns, *difference(dict.fromkeys(_DIFFERENCE))])))

@@ -55,14 +55,12 @@ def gather(study: Params) -> None:
         if not any(empty.iterdir()):
             empty.rmdir()
     outputs = [path for run in runs for path in _files(study, run)]
+    models = sorted({"control" if run.method == "discriminative" else "model" for run in runs})
     write_manifest(
         folder / "manifest.json",
         "sample",
         study.subtree(*NEEDED),
-        [
-            study.results_dir / model / "manifest.json"
-            for model in sorted({"control" if run.method == "discriminative" else "model" for run in runs})
-        ],
+        [study.results_dir / model / "manifest.json" for model in models],
         [*outputs, *([evolution] if "grid" in study.sample.runs else [])],
         started,
         code=code_hash(*CODE),

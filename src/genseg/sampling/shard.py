@@ -178,10 +178,11 @@ class Sampler:
     def _maps(self, run: Run, blocks: list[pd.DataFrame], shard: tuple[int, int]) -> Iterator[tuple[pd.DataFrame, Maps]]:
         """Soft maps [B, h, w] of each block, as they are stored."""
         if stored := self._stored(run, shard):
-            maps, rows = read_maps(stored), read_predictions(stored)[KEY].itertuples(index=False, name=None)
-            places = {key: place for place, key in enumerate(rows)}
-            for block in blocks:
-                yield block, maps[[places[key] for key in block[KEY].itertuples(index=False, name=None)]]
+            maps = read_maps(stored)
+            keys = read_predictions(stored)[KEY].itertuples(index=False, name=None)
+            places = {key: place for place, key in enumerate(keys)}
+            for rows in blocks:
+                yield rows, maps[[places[key] for key in rows[KEY].itertuples(index=False, name=None)]]
             return
         pipeline = self.pipeline(run.method)
         images = LatentStore(image_store(self.study, run.size or 0))
@@ -206,8 +207,7 @@ class Sampler:
             yield rows, quantise(soft.float().cpu().numpy())
 
     def _stored(self, run: Run, shard: tuple[int, int]) -> Path | None:
-        """Predictions that hold this run's soft maps already: its own of another threshold, or the base cell's, which a read-out
-        follows."""
+        """Predictions that hold this run's soft maps already: its own of another threshold; for a read-out the base cell's."""
         source = base_run(self.study) if run.role == "readout" else run
         gathered = predictions_path(self.study, source)
         if read_metadata(gathered).get("maps") == maps_key(self.study, source):
