@@ -185,12 +185,12 @@ def _read(source: int) -> bytes:
         return b""
 
 
-def die_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
-    """Have the kernel end this process (and what it becomes) by a signal when its parent ends, however that ends."""
+def die_with_parent() -> None:
+    """Have the kernel end this process (and what it becomes) when its parent ends, however that ends."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2); survives exec
-    ctypes.CDLL(None).prctl(set_parent_death_signal, how)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != parent:
         sys.exit("the parent of this job has ended")

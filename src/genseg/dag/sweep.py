@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -100,7 +101,9 @@ def _make(study: Params, cores: str) -> None:
         command += ["--resources", f"gpu={len(available)}"]
 
     def die() -> None:
-        die_with_parent(signal.SIGKILL)
+        die_with_parent()
+        if sys.platform == "linux":  # at once: told to end, Snakemake would wait for the training that runs
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
     with open(study.work_dir / "sweep.lock", "w") as lock:
         try:
