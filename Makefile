@@ -1,7 +1,7 @@
 # make         the environment, then the embedded study: tables and figures in results/
 # make test    the tests          make lint    style, types, the DAG
 # make bench   times it: ratios, on the study of params.yaml (after make), and the GPU where there is one
-# make full    the embedded study once more with other seeds
+# make full    the embedded study once more with other seeds, and a comparison of trainings
 # make clean   removes what the study made (DVC's cache keeps a copy)
 # make lock    writes requirements.txt from the environment
 
@@ -44,6 +44,7 @@ full: all
 	for seed in 1 2; do \
 	  snakemake --cores all --configfile params.yaml --config study=mini-seed$$seed seed=$$seed || exit; \
 	done
+	genseg sweep --sweep sweeps/objectives.yaml
 
 clean:
 	rm -rf data/$(STUDY) results/$(STUDY) work/$(STUDY)

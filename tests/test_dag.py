@@ -46,6 +46,7 @@ CHANGES = [
     ("sample.grid_fraction", 0.375, NEW_SIZE),
     ("sample.points", [{"steps": 3, "guidance": 1.5}], {MAIN} | GATHER),
     ("sample.select_fraction", 0.375, NEW_SIZE),
+    ("sample.runs", ["main", "val"], {MAIN, "sample", "score"}),  # nor controls, nor tables
     ("sample.shards", 3, SAMPLE),
     ("score.bootstrap", 77, SCORE),
     ("tables.dpi", 77, TABLES),

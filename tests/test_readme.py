@@ -29,6 +29,14 @@ DRY = (
     ("python -m benchmarks.run ", "python -m benchmarks.run --tiny "),
 )
 
+SWEEP = """
+variants:
+  few: {evaluations: 2, params: {sample.points: [{steps: 1, guidance: 1.0}, {steps: 2, guidance: 1.0}]}}
+picks:
+  few: {evaluations: [1, 2]}
+"""
+"""Of the smoke study, which the shipped sweep's numbers of steps do not fit."""
+
 
 @pytest.fixture(scope="module")
 def repository(finished_study, tmp_path_factory) -> Path:
@@ -41,6 +49,8 @@ def repository(finished_study, tmp_path_factory) -> Path:
     shutil.copytree(PROJECT / "src", target / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     shutil.copytree(PROJECT / ".dvc", target / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
     shutil.copy(target / "params/smoke.yaml", target / "params.yaml")
+    (target / "sweeps").mkdir()
+    (target / "sweeps/objectives.yaml").write_text(SWEEP)
     (target / ".venv").mkdir()
     (target / ".venv/installed").touch()
     for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "study"]):

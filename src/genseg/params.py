@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -33,10 +33,14 @@ Rule = Literal["ddim", "ddpm", "dpmpp"]
 Interval = tuple[Fraction, Fraction]
 Readout = Literal["bilinear", "nearest", "vae"]
 Label = Literal["mask", "vae"]
+Part = Literal["main", "controls", "grid", "val"]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Document = TypeVar("Document", bound=Section)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -417,6 +421,9 @@ class Grid(Section):
 
 
 class Sample(Section):
+    runs: Annotated[list[Part], Field(min_length=1)]
+    """Which runs are sampled: the main row; its controls (permuted text, class phrases, colours, the discriminative model,
+    which is trained for them alone); the grid on its part of test; the operating points on val. Tables need all four."""
     main: Cell
     """The operating point of the main row, on all of test."""
     base: Cell
@@ -460,7 +467,16 @@ class Sample(Section):
         return list(dict.fromkeys([*self.cells(), *self.operating_points()]))
 
     def sizes(self) -> list[int]:
+        """Sizes that images are encoded at."""
         return sorted({self.main.size, *(cell.size for cell in self.cells())})
+
+    def run_sizes(self) -> list[int]:
+        """Sizes of the runs that are sampled."""
+        return self.sizes() if "grid" in self.runs else [self.main.size]
+
+    def is_whole(self) -> bool:
+        """Whether the runs are all that tables need."""
+        return set(self.runs) == set(get_args(Part))
 
 
 # ------------------------------------------------------------------------------------------------------- refine
@@ -655,33 +671,42 @@ def load_params(path: str | Path) -> Params:
         UserError: the file is missing or no mapping, or a key is unknown, missing or out of range; the message names
             the key and, for an unknown one, the nearest valid name.
     """
+    return validate_params(read_document(path, "params"), origin=str(path))
+
+
+def read_document(path: str | Path, kind: str) -> Any:
+    """Parse a YAML file; raises UserError naming it and the option `--<kind>` that gives another."""
     path = Path(path)
     try:
         text = path.read_text()
     except OSError as error:
-        raise UserError(f"{path}: cannot read the params file ({error.strerror}); give one with --params FILE") from None
+        raise UserError(f"{path}: cannot read the {kind} file ({error.strerror}); give one with --{kind} FILE") from None
     try:
-        document = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return validate_params(document, origin=str(path))
 
 
 def validate_params(document: Any, origin: str = "params") -> Params:
     """Validate a params document that was already parsed, e.g. Snakemake's config."""
+    return validate(Params, document, origin)
+
+
+def validate(schema: type[Document], document: Any, origin: str) -> Document:
+    """Validate a parsed document of any schema. Raises UserError that names key and remedy."""
     if not isinstance(document, dict):
-        raise UserError(f"{origin}: expected a mapping of params at the top level, got {type(document).__name__}")
+        raise UserError(f"{origin}: expected a mapping at the top level, got {type(document).__name__}")
     try:
-        return Params.model_validate(document)
+        return schema.model_validate(document)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise UserError(f"{origin}: " + "; ".join(_explain(item, schema) for item in error.errors())) from None
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, schema: type[Section]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        names = _names_beside(location)
+        names = _names_beside(location, schema)
         near = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"valid here: {', '.join(names)}"
         return f"unknown key {key}; {hint}"
@@ -692,9 +717,9 @@ def _explain(item: Any) -> str:
     return f"{key or 'document'}: {message}{given}"
 
 
-def _names_beside(location: list[str]) -> list[str]:
+def _names_beside(location: list[str], model: type[Section]) -> list[str]:
     """Valid names at the place of an unknown key, found by walking the schema."""
-    schema: dict[str, Any] = Params.model_json_schema()
+    schema: dict[str, Any] = model.model_json_schema()
     definitions = schema["$defs"]
 
     def resolve(node: dict[str, Any]) -> dict[str, Any]:
@@ -708,6 +733,7 @@ def _names_beside(location: list[str]) -> list[str]:
 
     node = schema
     for part in location[:-1]:
-        node = resolve(node)
-        node = node.get("properties", {}).get(part) or node.get("additionalProperties") or node.get("items") or {}
+        parent = resolve(node)
+        node = parent.get("properties", {}).get(part) or parent.get("additionalProperties") or parent.get("items") or {}
+        node = node or next(iter(parent.get("patternProperties", {}).values()), {})
     return list(resolve(node).get("properties", {}))

@@ -4,8 +4,7 @@ rule sample_shard:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/latents/manifest.json",
-        f"{RESULTS}/model/manifest.json",
-        f"{RESULTS}/control/manifest.json",
+        STUDY.models(),
     output:
         STUDY.shard("{size}", "{shard}"),
     log:

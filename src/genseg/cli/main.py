@@ -20,6 +20,8 @@ COMMANDS = {
     "refine": "refine predictions of any method with G4Seg",
     "score": "score predictions: AR, mIoU, boundary IoU",
     "tables": "write the tables and figures",
+    "sweep": "train variants of a study and compare them",
+    "compare": "compare a sweep's variants, from their scores",
     "predict": "segment one image by phrases",
     "import": "read another method's outputs into predictions",
     "export": "write predictions as COCO results or index masks",

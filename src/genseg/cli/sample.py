@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     from genseg.sampling.gather import gather
 
-    for size in study.sample.sizes():
+    for size in study.sample.run_sizes():
         for shard in range(study.sample.shards):
             sample_shard(study, size, shard, study.sample.shards)
     gather(study)

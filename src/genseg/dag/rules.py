@@ -92,11 +92,19 @@ class Study:
     def shards(self) -> list[str]:
         """What the gather waits for."""
         sample = self.params.sample
-        return [self.shard(f"{size:04d}", str(shard)) for size in sample.sizes() for shard in range(sample.shards)]
+        return [self.shard(f"{size:04d}", str(shard)) for size in sample.run_sizes() for shard in range(sample.shards)]
+
+    def models(self) -> list[str]:
+        """Manifests of the models that are sampled."""
+        folders = ["model", *(["control"] if "controls" in self.params.sample.runs else [])]
+        return [f"{self.results}/{folder}/manifest.json" for folder in folders]
 
     def manifests(self) -> list[str]:
-        """Manifests of every phase."""
-        return [target.format(study=self.params.study) for phase in PHASES.values() for target in phase.targets]
+        """Manifests of every phase, as far as the runs of the study call for them."""
+        every = [target.format(study=self.params.study) for phase in PHASES.values() for target in phase.targets]
+        control, tables = (f"{self.results}/{folder}/manifest.json" for folder in ("control", "tables"))
+        unwanted = {control} - set(self.models()) | (set() if self.params.sample.is_whole() else {tables})
+        return [target for target in every if target not in unwanted]
 
     def local_backbone(self) -> list[str]:
         """Files of the pipeline that the backbone starts from, where that is a folder here and no name on the hub."""

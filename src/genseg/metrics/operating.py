@@ -31,6 +31,13 @@ def threshold_ious(rows: pd.DataFrame, maps: NDArray[np.float32], thresholds: Fl
     return found
 
 
+def choose_point(points: list[dict[str, Any]], budget: int) -> dict[str, Any]:
+    """The point with the highest AR on val, at its best threshold, among those of at most `budget` evaluations (one must be);
+    of equals the cheapest."""
+    affordable = [point for point in points if point["evaluations"] <= budget]
+    return min(affordable, key=lambda point: (-point["best_ar"], point["evaluations"], point["name"]))
+
+
 def operating_points(points: list[dict[str, Any]], main: str) -> dict[str, Any]:
     """What the scores tell about the points: the points themselves by evaluations, for each number of evaluations the best
     that costs no more, and whether the main point is the best for its cost.
@@ -42,8 +49,7 @@ def operating_points(points: list[dict[str, Any]], main: str) -> dict[str, Any]:
     ordered = sorted(points, key=lambda point: (point["evaluations"], point["name"]))
     best = []
     for budget in sorted({point["evaluations"] for point in points}):
-        affordable = [point for point in ordered if point["evaluations"] <= budget]
-        chosen = max(affordable, key=lambda point: point["best_ar"])
+        chosen = choose_point(points, budget)
         best.append({"evaluations_at_most": budget, **{key: chosen[key] for key in ("name", "evaluations", "best_ar")}})
     cost = next(point["evaluations"] for point in ordered if point["name"] == main)
     chosen_name = next(entry["name"] for entry in best if entry["evaluations_at_most"] == cost)

@@ -267,7 +267,7 @@ def draw_evaluations(points: pd.DataFrame, path: Path, dpi: int) -> None:
             if key == "overall":
                 bars = shown[["ci_low", "ci_high"]].astype(float)
                 axes.vlines(cost, bars["ci_low"], bars["ci_high"], color=colour, linewidth=0.5)
-        for _, row in points[points["role"] != ""].iterrows():
+        for _, row in points[(points["role"] != "") & points["overall"].notna()].iterrows():
             place = (float(row["evaluations"]), float(row["overall"]))
             axes.annotate(str(row["role"]), place, (4, -9), textcoords="offset points", fontsize=_FONT)
         axes.set_xscale("log", base=2)

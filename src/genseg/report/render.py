@@ -128,7 +128,7 @@ def to_tex(table: Table) -> str:
         "l" if column.kind == "text" else "c" if column.kind in ("flag", "interval") else "r" for column in table.columns
     )
     lines = [
-        f"% {table.name}: written by `genseg tables`; every number stands in full precision in {table.name}.csv",
+        f"% {table.name}: written by genseg; every number stands in full precision in {table.name}.csv",
         r"\begin{table*}[t]",
         r"\centering",
         rf"\caption{{{escape_tex(table.caption)}}}",

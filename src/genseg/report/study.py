@@ -96,27 +96,29 @@ def read_study(params: Params) -> StudyScores:
     Raises:
         UserError: a run that the params call for was not scored, or a file lacks a field; the message names it.
     """
+    if not params.sample.is_whole():
+        raise UserError(f"study {params.study}: tables need main, controls, grid and val in sample.runs; add what is missing")
     folder = params.results_dir / "scores"
     cells = _cells(folder / "grid", params.sample.grid_cells())
-    main, discriminative = _read(folder / "main.json"), _read(folder / "discriminative.json")
+    main, discriminative = read_scored(folder / "main.json"), read_scored(folder / "discriminative.json")
     own: str = params.score.protocol
     protocols = {("main", own): main, ("discriminative", own): discriminative}
     for protocol in params.score.also:
         if protocol == own:
             continue
         for run in ("main", "discriminative"):
-            protocols[run, protocol] = _read(folder / "protocols" / f"{run}.{protocol}.json")
+            protocols[run, protocol] = read_scored(folder / "protocols" / f"{run}.{protocol}.json")
     return StudyScores(
         main=main,
-        text_permuted=_read(folder / "text_permuted.json"),
+        text_permuted=read_scored(folder / "text_permuted.json"),
         discriminative=discriminative,
-        colour_threshold=_read(folder / "colour_threshold.json"),
+        colour_threshold=read_scored(folder / "colour_threshold.json"),
         cells=cells,
         val=_cells(folder / "val", params.sample.operating_points()),
         ranking=_read_json(folder / "operating_points.json"),
         ranking_path=folder / "operating_points.json",
         readouts={params.sample.readout: cells[params.sample.base]}
-        | {name: _read(folder / "readouts" / f"{name}.json") for name in params.other_readouts()},
+        | {name: read_scored(folder / "readouts" / f"{name}.json") for name in params.other_readouts()},
         protocols=protocols,
         comparisons=_read_json(folder / "comparisons.json"),
         comparisons_path=folder / "comparisons.json",
@@ -125,7 +127,7 @@ def read_study(params: Params) -> StudyScores:
 
 def _cells(folder: Path, wanted: list[Cell]) -> dict[Cell, Scored]:
     """Scored cells by what they were sampled with, so that the naming of their files is not told twice."""
-    scored = [_read(path) for path in sorted(folder.rglob("*.json"))]
+    scored = [read_scored(path) for path in sorted(folder.rglob("*.json"))]
     found = {Cell.of(item.summary["run"]): item for item in scored}
     for cell in wanted:
         if cell not in found:
@@ -135,7 +137,8 @@ def _cells(folder: Path, wanted: list[Cell]) -> dict[Cell, Scored]:
     return {cell: found[cell] for cell in wanted}
 
 
-def _read(path: Path) -> Scored:
+def read_scored(path: Path) -> Scored:
+    """Raises UserError for a file that is missing or lacks what tables read."""
     summary = _read_json(path)
     missing = [key for key in _NEEDED if key not in summary]
     if missing:

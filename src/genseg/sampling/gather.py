@@ -14,10 +14,10 @@ from genseg.artifacts.predictions import maps_path, read_maps, read_predictions,
 from genseg.errors import UserError
 from genseg.params import Params
 from genseg.sampling.runs import Run, study_runs
-from genseg.sampling.shard import CODE, part_path, predictions_path, run_key
+from genseg.sampling.shard import CODE, maps_key, part_path, predictions_path, run_key
 
 NEEDED = (
-    *("seed", "latents", "sample.main", "sample.base", "sample.grid", "sample.grid_fraction", "sample.points"),
+    *("seed", "latents", "sample.runs", "sample.main", "sample.base", "sample.grid", "sample.grid_fraction", "sample.points"),
     *(
         "sample.select_fraction",
         "sample.spacing",
@@ -41,9 +41,11 @@ def gather(study: Params) -> None:
     runs = study_runs(study)
     for run in runs:
         _gather_run(study, run)
-    evolution = study.work_dir / "samples" / "evolution.safetensors"
-    if evolution.exists():
-        shutil.copyfile(evolution, folder / "evolution.safetensors")
+    made, evolution = study.work_dir / "samples" / "evolution.safetensors", folder / "evolution.safetensors"
+    if "grid" not in study.sample.runs:
+        evolution.unlink(missing_ok=True)
+    elif made.exists():
+        shutil.copyfile(made, evolution)
     wanted = {predictions_path(study, run).parent for run in runs}
     for path in sorted(folder.rglob("predictions.parquet")):
         if path.parent not in wanted:
@@ -53,12 +55,13 @@ def gather(study: Params) -> None:
         if not any(empty.iterdir()):
             empty.rmdir()
     outputs = [path for run in runs for path in _files(study, run)]
+    models = sorted({"control" if run.method == "discriminative" else "model" for run in runs})
     write_manifest(
         folder / "manifest.json",
         "sample",
         study.subtree(*NEEDED),
-        [study.results_dir / "model" / "manifest.json", study.results_dir / "control" / "manifest.json"],
-        [*outputs, folder / "evolution.safetensors"],
+        [study.results_dir / model / "manifest.json" for model in models],
+        [*outputs, *([evolution] if "grid" in study.sample.runs else [])],
         started,
         code=code_hash(*CODE),
         runs=[run.entry() for run in runs],
@@ -80,8 +83,10 @@ def _gather_run(study: Params, run: Run) -> None:
             raise UserError(f"{part}: missing or made with other params; run `snakemake -- sample`, which samples it first")
     frame = pd.concat([read_predictions(part) for part in parts], ignore_index=True)
     order = frame.sort_values(KEY, kind="stable").index.to_numpy()
+    metadata = {"key": key}
     if maps_path(parts[0]).exists():
+        metadata["maps"] = maps_key(study, run)
         maps = [read_maps(part) for part in parts]
         write_maps(np.concatenate([part for part in maps if len(part)])[order], path)
-    write_predictions(frame, path, key=key)
+    write_predictions(frame, path, **metadata)
     print(f"sample: {run.name}: {len(frame)} masks", flush=True)

@@ -93,7 +93,7 @@ class Run:
 
 
 def study_runs(study: Params) -> list[Run]:
-    """All runs, in the order of the manifest."""
+    """The runs that `sample.runs` asks for, in the order of the manifest."""
     main, readout = study.sample.main, study.sample.readout
     point: dict[str, Any] = {**main.model_dump(), "readout": readout}
     control: dict[str, Any] = {"size": main.size, "readout": readout}
@@ -111,7 +111,8 @@ def study_runs(study: Params) -> list[Run]:
             runs.append(Run(f"{part}/{cell_path(cell)}", part, "gs", part, **cell.model_dump(), readout=readout))
     for other in study.other_readouts():
         runs.append(Run(f"readouts/{other}", "readout", "gs", "grid", **study.sample.base.model_dump(), readout=other))
-    return runs
+    parts = {"main": "main", "control": "controls", "class_phrases": "controls", "readout": "grid"}
+    return [run for run in runs if parts.get(run.role, run.role) in study.sample.runs]
 
 
 def base_run(study: Params) -> Run:

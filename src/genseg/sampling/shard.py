@@ -50,10 +50,16 @@ def predictions_path(study: Params, run: Run) -> Path:
 
 def run_key(study: Params, run: Run) -> str:
     """Hash of everything a run's bytes depend on: a prediction that carries it need not be made again."""
+    threshold = None if run.method == "colour_threshold" else study.sample.threshold
+    return digest([maps_key(study, run), run.readout, threshold])
+
+
+def maps_key(study: Params, run: Run) -> str:
+    """Hash of everything a run's soft maps depend on; another threshold or read-out of them needs no sampling."""
     folder = "control" if run.method == "discriminative" else "model"
     sample = study.sample
     facts = [
-        run.entry() | {"name": None, "role": None},
+        run.entry() | {"name": None, "role": None, "readout": None},
         file_sha256(study.data_dir / "phrases.parquet"),
         file_sha256(study.data_dir / "class_phrases.parquet") if run.phrases == "class_phrases" else None,
         study.subtree("seed", "latents"),
@@ -62,7 +68,7 @@ def run_key(study: Params, run: Run) -> str:
     ]
     if run.method != "colour_threshold":
         facts += [read_json(study.results_dir / folder / "manifest.json")["weights"]]
-        facts += [sample.spacing, sample.clip_x_0, sample.threshold, sample.batch, sample.precision]
+        facts += [sample.spacing, sample.clip_x_0, sample.batch, sample.precision]
     return digest(facts)
 
 
@@ -106,7 +112,7 @@ def sample_shard(study: Params, size: int, shard: int, shards: int) -> None:
         seconds = time.monotonic() - begun
         cost = f"{run.evaluations} evaluations a mask" if run.evaluations else "no network"
         print(f"sample: {run.name}: {len(frame)} masks, {cost}, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
-    if shard == 0 and size == study.sample.base.size:
+    if "grid" in study.sample.runs and shard == 0 and size == study.sample.base.size:
         _write_evolution(study, sampler, phrases)
     target = study.work_dir / "samples" / f"size={size:04d}.shard={shard}-of-{shards}.json"
     write_json(
@@ -171,8 +177,12 @@ class Sampler:
 
     def _maps(self, run: Run, blocks: list[pd.DataFrame], shard: tuple[int, int]) -> Iterator[tuple[pd.DataFrame, Maps]]:
         """Soft maps [B, h, w] of each block, as they are stored."""
-        if run.role == "readout":
-            yield from self._stored_maps(run, blocks, shard)
+        if stored := self._stored(run, shard):
+            maps = read_maps(stored)
+            keys = read_predictions(stored)[KEY].itertuples(index=False, name=None)
+            places = {key: place for place, key in enumerate(keys)}
+            for rows in blocks:
+                yield rows, maps[[places[key] for key in rows[KEY].itertuples(index=False, name=None)]]
             return
         pipeline = self.pipeline(run.method)
         images = LatentStore(image_store(self.study, run.size or 0))
@@ -196,16 +206,13 @@ class Sampler:
                 print(f"sample: {run.name}: block {number + 1} of {len(blocks)}", flush=True)
             yield rows, quantise(soft.float().cpu().numpy())
 
-    def _stored_maps(self, run: Run, blocks: list[pd.DataFrame], shard: tuple[int, int]) -> Iterator[tuple[pd.DataFrame, Maps]]:
-        """Maps of the base cell, which was sampled before: another read-out needs no evaluation."""
-        base = base_run(self.study)
-        gathered = predictions_path(self.study, base)
-        fresh = read_metadata(gathered).get("key") == run_key(self.study, base)
-        source = gathered if fresh else part_path(self.study, base, *shard)
-        maps = read_maps(source)
-        places = {key: place for place, key in enumerate(read_predictions(source)[KEY].itertuples(index=False, name=None))}
-        for rows in blocks:
-            yield rows, maps[[places[key] for key in rows[KEY].itertuples(index=False, name=None)]]
+    def _stored(self, run: Run, shard: tuple[int, int]) -> Path | None:
+        """Predictions that hold this run's soft maps already: its own of another threshold; for a read-out the base cell's."""
+        source = base_run(self.study) if run.role == "readout" else run
+        gathered = predictions_path(self.study, source)
+        if read_metadata(gathered).get("maps") == maps_key(self.study, source):
+            return gathered
+        return part_path(self.study, source, *shard) if run.role == "readout" else None
 
 
 def _colour_predictions(study: Params, phrases: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
