@@ -490,6 +490,61 @@ class Upsampling(Section):
     rounds: Positive
 
 
+Control = Literal[
+    "alpha_zero",
+    "gate",
+    "no_gate",
+    "no_generation",
+    "upsampling_only",
+    "unconditioned",
+    "random",
+    "crf",
+    "g4seg_crf",
+    "trained",
+]
+
+
+class Sensitivity(Section):
+    """Values that one constant of G4Seg takes instead of its own, one at a time, on some of the baselines."""
+
+    baselines: list[str]
+    controls: list[Control]
+    """Controls that these baselines have beside those of all. Of `gate` and `no_gate` the one that changes something counts."""
+    alpha: list[Fraction]
+    beta: list[Fraction]
+    timestep: list[Timestep]
+    """Alone, instead of all of `timesteps`."""
+    iterations: list[NonNegative]
+    layer: list[NonNegative]
+    """Alone, instead of all of `layers`."""
+
+
+class Crf(Section):
+    """Constants of the dense-CRF control (Krähenbühl & Koltun 2011)."""
+
+    iterations: Positive
+    gaussian_sxy: PositiveFloat
+    """Standard deviation of k_1 in pixels."""
+    gaussian_weight: Annotated[float, Field(ge=0)]
+    bilateral_sxy: PositiveFloat
+    """Standard deviation of k_2 in pixels."""
+    bilateral_srgb: PositiveFloat
+    """Standard deviation of k_2 in grey levels, of 0 to 255."""
+    bilateral_weight: Annotated[float, Field(ge=0)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    """Probability that a hard coarse mask gives every pixel to have its label."""
+
+
+class TrainedRefiner(Section):
+    """The control that is trained: a small network, on the training phrases' ground truth made inexact."""
+
+    steps: Positive
+    batch: Positive
+    lr: PositiveFloat
+    size: Annotated[int, Field(gt=0, multiple_of=16)]
+    """Side that pictures and masks are resized to."""
+
+
 class Refine(Section):
     """G4Seg (ours). No value of the paper is known; these were chosen on val."""
 
@@ -543,9 +598,17 @@ class Refine(Section):
     """How the refined map becomes a native mask; null: bilinearly."""
     maps: NonNegative
     """Side of the refined soft maps that are stored where the coarse ones have some; 0: none."""
-    alphas: list[Fraction]
-    """Values of alpha for the sensitivity, one at a time."""
-    betas: list[Fraction]
+    test_fraction: Annotated[float, Field(gt=0, le=1)]
+    """Part of test (a fixed, hash-chosen set of images) whose masks are refined: phrases and class phrases of all baselines."""
+    controls: list[Control]
+    """What stands beside G4Seg in the table of controls, on all baselines."""
+    sensitivity: Sensitivity
+    crf: Crf
+    trained: TrainedRefiner
+    pictures: NonNegative
+    """Phrases of each baseline whose maps are kept for the figure."""
+    shards: Positive
+    """Jobs that the baselines are dealt to; the bytes of the result do not depend on it."""
 
     @field_validator("prompt")
     @classmethod
@@ -590,7 +653,7 @@ class Resources(Section):
     threads: Positive
 
 
-PHASES = ("data", "backbone", "latents", "train", "sample", "score", "tables")
+PHASES = ("data", "backbone", "latents", "train", "baselines", "sample", "refine", "score", "tables")
 
 
 class Params(Section):
@@ -606,7 +669,7 @@ class Params(Section):
     refine: Refine
     score: Score
     tables: Tables
-    resources: dict[Literal["data", "backbone", "latents", "train", "sample", "score", "tables"], Resources]
+    resources: dict[Literal["data", "backbone", "latents", "train", "baselines", "sample", "refine", "score", "tables"], Resources]
 
     @field_validator("resources")
     @classmethod

@@ -2,6 +2,8 @@ rule score:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/predictions/manifest.json",
+        f"{RESULTS}/baselines/manifest.json",
+        f"{RESULTS}/refined/manifest.json",
     output:
         f"{RESULTS}/scores/manifest.json",
     log:

@@ -4,6 +4,7 @@ rule tables:
         f"{DATA}/manifest.json",
         f"{RESULTS}/model/manifest.json",
         f"{RESULTS}/predictions/manifest.json",
+        f"{RESULTS}/refined/manifest.json",
         f"{RESULTS}/scores/manifest.json",
     output:
         f"{RESULTS}/tables/manifest.json",

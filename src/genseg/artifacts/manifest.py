@@ -18,7 +18,7 @@ from genseg.artifacts.files import file_sha256, read_json, write_json
 from genseg.errors import UserError
 
 VERSION = 1
-TIMING = ("started", "seconds")
+TIMING = ("started", "seconds", "timing")
 """Fields that may differ between two runs that made the same bytes."""
 
 _SOURCE = Path(__file__).resolve().parents[1]

@@ -1,6 +1,8 @@
-"""Refine masks of any method with G4Seg (ours): predictions in, predictions out, each phrase alone.
+"""Refine masks with G4Seg (ours): predictions in, predictions out, each phrase alone.
 
-Constants are those of the params file's `refine`; --method takes its controls (`upsampling_only`, `alpha_zero`, ...), too.
+With --predictions one file of any method; constants are those of the params file's `refine`, and --method takes its controls
+(`upsampling_only`, `alpha_zero`, ...), too. Without, all baselines of the study by G4Seg and its controls, on the fixed part of
+test that `refine.test_fraction` gives; --train, --shard and --gather do a part of that. What is finished is kept.
 """
 
 from __future__ import annotations
@@ -10,9 +12,13 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
-    parser.add_argument("--phrases", required=True, metavar="FILE", help="phrase table, Parquet; it names the images")
-    parser.add_argument("--predictions", required=True, metavar="FILE", help="coarse predictions, Parquet")
-    parser.add_argument("--out", required=True, metavar="FILE", help="where the refined predictions go, Parquet")
+    parser.add_argument("--train", action="store_true", help="train the trained control")
+    parser.add_argument("--shard", type=int, help="refine every n-th baseline, from this one, n = --shards")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="of how many (default: %(default)s)")
+    parser.add_argument("--gather", action="store_true", help="remove what the study no longer has, write the manifest")
+    parser.add_argument("--phrases", metavar="FILE", help="phrase table, Parquet; it names the images")
+    parser.add_argument("--predictions", metavar="FILE", help="coarse predictions, Parquet")
+    parser.add_argument("--out", metavar="FILE", help="where the refined predictions go, Parquet")
     parser.add_argument("--method", default="g4seg", help="g4seg or one of its controls (default: %(default)s)")
     parser.add_argument("--model", metavar="DIR", help="Stable Diffusion to refine with (default: refine.backbone)")
     parser.add_argument("--images", metavar="DIR", help="folder that the table's file names start from (default: here)")
@@ -20,16 +26,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from genseg.errors import UserError
     from genseg.params import load_params
-    from genseg.refine.files import refine_file
 
-    refine_file(
-        load_params(arguments.params),
-        arguments.phrases,
-        arguments.predictions,
-        arguments.out,
-        method=arguments.method,
-        source=arguments.model,
-        images=arguments.images,
-        pictures=arguments.pictures,
-    )
+    study = load_params(arguments.params)
+    one = {f"--{name}": getattr(arguments, name) for name in ("phrases", "predictions", "out")}
+    if any(one.values()):
+        lacking = [flag for flag, value in one.items() if value is None]
+        if lacking:
+            raise UserError(f"give {', '.join(lacking)}, too (one set of predictions), or none of {', '.join(one)} (a study)")
+        from genseg.refine.files import refine_file
+
+        refine_file(
+            study,
+            arguments.phrases,
+            arguments.predictions,
+            arguments.out,
+            method=arguments.method,
+            source=arguments.model,
+            images=arguments.images,
+            pictures=arguments.pictures,
+        )
+        return
+    from genseg.refine.study import gather_refined, refine_shard, train_network
+
+    everything = not (arguments.train or arguments.gather or arguments.shard is not None)
+    if arguments.train or everything:
+        train_network(study)
+    if arguments.shard is not None or everything:
+        refine_shard(study, arguments.shard or 0, arguments.shards)
+    if arguments.gather or everything:
+        gather_refined(study)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from genseg.params import Sample
+from genseg.params import Refine, Sample
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Phase:
 
 # Everything of `sample` but `shards`, on which no byte depends.
 _SAMPLE = tuple(f"sample.{name}" for name in Sample.model_fields if name != "shards")
+# Likewise.
+_REFINE = tuple(f"refine.{name}" for name in Refine.model_fields if name != "shards")
 
 PHASES = {
     "data": Phase(
@@ -85,6 +87,14 @@ PHASES = {
         outs=("results/{study}/model", "results/{study}/control"),
         targets=("results/{study}/model/manifest.json", "results/{study}/control/manifest.json"),
     ),
+    "baselines": Phase(
+        keys=("seed", "baselines"),
+        rooms=("artifacts", "baselines", "cli/baseline.py", "data/images.py", "models", "training/prepare.py"),
+        needs=("results/{study}/backbone",),
+        outs=("results/{study}/baselines",),
+        targets=("results/{study}/baselines/manifest.json",),
+        persist=True,
+    ),
     "sample": Phase(
         keys=("seed", "latents", *_SAMPLE),
         rooms=(
@@ -96,15 +106,26 @@ PHASES = {
         targets=("results/{study}/predictions/manifest.json",),
         persist=True,
     ),
+    "refine": Phase(
+        keys=("seed", "baselines.inexact", *_REFINE, "score.background_threshold"),
+        rooms=(
+            *("artifacts", "baselines/registry.py", "cli/refine.py", "data/images.py", "interchange/labels.py", "models"),
+            *("refine", "training/prepare.py"),
+        ),
+        needs=("results/{study}/predictions", "results/{study}/baselines"),
+        outs=("results/{study}/refined",),
+        targets=("results/{study}/refined/manifest.json",),
+        persist=True,
+    ),
     "score": Phase(
         keys=("seed", "score", "sample.main", "sample.base", "sample.readout", "sample.threshold"),
         rooms=("artifacts", "cli/score.py", "metrics"),
-        needs=("results/{study}/predictions",),
+        needs=("results/{study}/predictions", "results/{study}/baselines", "results/{study}/refined"),
         outs=("results/{study}/scores",),
         targets=("results/{study}/scores/manifest.json",),
     ),
     "tables": Phase(
-        keys=("seed", "data.source", "data.class_template", *_SAMPLE, "score", "tables"),
+        keys=("seed", "data.source", "data.class_template", *_SAMPLE, *_REFINE, "score", "tables"),
         rooms=("artifacts", "cli/tables.py", "data/images.py", "report"),
         needs=("data/published", "results/{study}/scores"),
         outs=("results/{study}/tables", "results/{study}/figures"),

@@ -99,6 +99,13 @@ class Study:
         folders = ["model", *(["control"] if "controls" in self.params.sample.runs else [])]
         return [f"{self.results}/{folder}/manifest.json" for folder in folders]
 
+    def refined_shard(self, shard: str) -> str:
+        """What one `refine_shard` job writes last."""
+        return f"{self.work}/refined/shard={shard}-of-{self.params.refine.shards}.json"
+
+    def refined_shards(self) -> list[str]:
+        return [self.refined_shard(str(shard)) for shard in range(self.params.refine.shards)]
+
     def manifests(self) -> list[str]:
         """Manifests of every phase, as far as the runs of the study call for them."""
         every = [target.format(study=self.params.study) for phase in PHASES.values() for target in phase.targets]

@@ -9,7 +9,6 @@ constants the literature quotes and whose results these are within 1e-3 (it has 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,27 +21,11 @@ from genseg.artifacts.masks import Mask, decode, encode
 from genseg.artifacts.parquet import KEY
 from genseg.data.images import load_image
 from genseg.errors import UserError
+from genseg.params import Crf
 
 Floats = NDArray[np.float32]
 _LEAST = 1e-5
 """Probabilities are clipped to it before their logarithm, as pydensecrf's `unary_from_softmax`."""
-
-
-@dataclass(frozen=True)
-class Crf:
-    """Constants of the CRF; the defaults are those of CLIP-ES (Lin et al. 2023)."""
-
-    iterations: int = 10
-    gaussian_sxy: float = 1.0
-    """Standard deviation of k_1 in pixels."""
-    gaussian_weight: float = 3.0
-    bilateral_sxy: float = 67.0
-    """Standard deviation of k_2 in pixels."""
-    bilateral_srgb: float = 3.0
-    """Standard deviation of k_2 in grey levels, of 0 to 255."""
-    bilateral_weight: float = 4.0
-    confidence: float = 0.9
-    """Probability that a hard coarse mask gives every pixel to have its label: the unary of `refine`."""
 
 
 class Kernels:

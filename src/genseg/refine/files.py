@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.text_to_image import TextToImage
-from genseg.params import Params, digest
+from genseg.params import Params, Refine, digest
 from genseg.refine.g4seg import Trace, passes, refine_predictions, variants
 from genseg.refine.pictures import write_trace
 from genseg.training.prepare import weights_hash
@@ -51,28 +52,25 @@ def refine_file(
         raise UserError(f"--out {out}: would overwrite what is read; choose another name")
     refine = study.refine
     revision = None
-    if source is None and refine.backbone is None:
-        backbone = read_manifest(study.results_dir / "backbone" / "manifest.json")
-        source, revision, weights = backbone["pipeline"], backbone["revision"], backbone["weights"]
+    if source is None:
+        source, revision, weights = backbone(study)
     else:
-        source, revision = (source, None) if source is not None else (refine.backbone, refine.revision)
-        weights = weights_hash(str(source), revision)
+        weights = weights_hash(source, None)
     if method not in variants(refine):
         raise UserError(f"--method {method}: none of {', '.join(variants(refine))}")
     coarse, table, shape = read_predictions(predictions), read_phrases(phrases), maps_shape(predictions)
     made_of = [file_sha256(path) for path in (phrases, predictions, *([maps_path(predictions)] if shape else []))]
-    facts = variants(refine)[method].model_dump(mode="json", exclude={"alphas", "betas", "backbone", "revision"})
-    key = digest([method, facts, study.seed, weights, made_of, code_hash(*CODE)])
+    key = digest([method, variant_facts(refine, method), study.seed, weights, made_of, code_hash(*CODE)])
     if read_metadata(out).get("key") == key and not pictures and maps_path(out).exists() == bool(shape and refine.maps):
         print(f"refine: {out} is there already", flush=True)
         return
-    device = choose_device(study.device, study.resources["sample"].threads)
+    device = choose_device(study.device, study.resources["refine"].threads)
     print(f"refine: {method}, device {describe(device)}, {passes(variants(refine)[method])} U-Net passes a mask", flush=True)
     if shape is not None and shape[0] != len(coarse):
         raise UserError(f"{maps_path(predictions)}: {shape[0]} soft maps for {len(coarse)} predictions; remove it or both")
     if images is not None:
         table["file_name"] = [str(Path(images) / name) for name in table["file_name"]]
-    model = TextToImage(str(source), revision, device, DTYPES[refine.precision])
+    model = TextToImage(source, revision, device, DTYPES[refine.precision])
     started = time.monotonic()
 
     def draw(trace: Trace) -> None:
@@ -95,3 +93,18 @@ def refine_file(
         write_maps(maps, out)
     write_predictions(frame, out, key=key, method=method, evaluations=str(passes(variants(refine)[method])))
     print(f"refine: {out}: {len(frame)} masks, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
+
+
+def backbone(study: Params) -> tuple[str, str | None, str]:
+    """Source, revision and hash of the weights of the pipeline that masks are refined with."""
+    refine = study.refine
+    if refine.backbone is not None:
+        return refine.backbone, refine.revision, weights_hash(refine.backbone, refine.revision)
+    manifest = read_manifest(study.results_dir / "backbone" / "manifest.json")
+    return manifest["pipeline"], manifest["revision"], manifest["weights"]
+
+
+def variant_facts(refine: Refine, method: str) -> dict[str, Any]:
+    """The params that one of `g4seg.variants` uses."""
+    elsewhere = {"backbone", "revision", "test_fraction", "controls", "sensitivity", "crf", "trained", "pictures", "shards"}
+    return variants(refine)[method].model_dump(mode="json", exclude=elsewhere)

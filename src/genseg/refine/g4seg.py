@@ -48,6 +48,8 @@ class Trace:
     """[H, W, 3], native."""
     coarse: Mask
     refined: Mask
+    refined_by: Refined | None = None
+    """How `refined` came about, of G4Seg itself where `refined` is the random control's."""
     steps: list[Step] = field(default_factory=list)
     generated: list[torch.Tensor] = field(default_factory=list)
     """z0_hat [4, h, w] of every iteration at the first timestep and noise; empty without generation."""
@@ -71,13 +73,24 @@ def variants(refine: Refine) -> dict[str, Refine]:
         "unconditioned": but(reference="unconditioned"),
         RANDOM: refine,
     }
-    found |= {f"alpha={alpha:.2f}": but(alpha=alpha) for alpha in refine.alphas}
-    return found | {f"beta={beta:.2f}": but(beta=beta) for beta in refine.betas}
+    return found | sensitivity(refine)
+
+
+def sensitivity(refine: Refine) -> dict[str, Refine]:
+    """G4Seg with one constant changed, by name."""
+    tried, found = refine.sensitivity, {}
+    found |= {f"alpha={value:g}": {"alpha": value} for value in tried.alpha}
+    found |= {f"beta={value:g}": {"beta": value} for value in tried.beta}
+    found |= {f"timestep={value}": {"timesteps": [value]} for value in tried.timestep}
+    found |= {f"iterations={value}": {"iterations": value} for value in tried.iterations}
+    found |= {f"layer={value}": {"layers": [value]} for value in tried.layer}
+    return {name: refine.model_copy(update=changes) for name, changes in found.items()}
 
 
 def passes(refine: Refine) -> int:
     """U-Net passes for one phrase."""
-    each = 1 + (refine.reference == "unconditioned") + 2 * refine.iterations * (refine.generation > 0)
+    generated = refine.iterations if refine.alpha else 1
+    each = 1 + (refine.reference == "unconditioned") + 2 * generated * (refine.generation > 0)
     return len(refine.timesteps) * refine.noises * each if refine.iterations else 0
 
 
@@ -129,13 +142,13 @@ def refine_predictions(
     for start in range(0, len(rows), chosen.batch):
         block = rows.iloc[start : start + chosen.batch]
         for trace, refined in _refine_block(block, model, chosen, seed):
-            mask = _random(trace, refined, seed) if method == RANDOM else refined.mask
-            trace.refined = mask
+            trace.refined_by = refined
+            shown = at_random(trace, seed) if method == RANDOM else refined
+            trace.refined = mask = shown.mask
             codes.append(masks.encode(mask))
             if maps is not None and chosen.maps:
                 before = bilinear(maps(block["row"].to_numpy()[[len(codes) - 1 - start]]), *mask.shape)[0]
-                after = np.where(refined.area, np.clip(before + refined.change, 0, 1), before)
-                soft.append(area_reduce(after, chosen.maps, chosen.maps))
+                soft.append(shown.applied(before, chosen.maps))
             if observe is not None:
                 observe(trace)
         if time.monotonic() - last > LOG_SECONDS:
@@ -152,6 +165,10 @@ class Refined:
     mask: Mask
     area: Mask
     change: Maps
+
+    def applied(self, before: Maps, side: int) -> Maps:
+        """A soft map [H, W] with the change, reduced to [side, side]."""
+        return area_reduce(np.where(self.area, np.clip(before + self.change, 0, 1), before), side, side)
 
 
 def _refine_block(rows: pd.DataFrame, model: TextToImage, refine: Refine, seed: int) -> Iterator[tuple[Trace, Refined]]:
@@ -199,13 +216,17 @@ def read_out(coarse: Mask, picture: NDArray[np.uint8], before: Maps, after: Maps
     return Refined(mask, inside, np.where(inside, new - old, 0).astype(np.float32))
 
 
-def _random(trace: Trace, refined: Refined, seed: int) -> Mask:
-    """The coarse mask with as many pixels of the confusion area flipped as G4Seg flipped there."""
-    count = int((refined.mask != trace.coarse).sum())
+def at_random(trace: Trace, seed: int) -> Refined:
+    """What G4Seg did to a mask, dealt anew: as many pixels of the confusion area flipped as it flipped there, and its changes
+    of probability, each at another pixel of that area."""
+    by = trace.refined_by
+    assert by is not None
     rng = np.random.default_rng(derive_seed(seed, "random refiner", *trace.key))
-    flipped = trace.coarse.copy()
-    flipped.flat[rng.choice(np.flatnonzero(refined.area), size=count, replace=False)] ^= True
-    return flipped
+    area, count = np.flatnonzero(by.area), int((by.mask != trace.coarse).sum())
+    mask, change = trace.coarse.copy(), np.zeros_like(by.change)
+    mask.flat[rng.choice(area, size=count, replace=False)] ^= True
+    change.flat[area] = rng.permutation(by.change.flat[area])
+    return Refined(mask, by.area, change)
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -216,10 +237,13 @@ def _iterate(traces: list[Trace], probability: torch.Tensor, model: TextToImage,
     original = run.references()
     offsets = refine.spatial * squared_offsets(run.grid, model.device)
     matching = correspondence(original, original)
+    under_mask: torch.Tensor | None = None
     for _ in range(refine.iterations):
         distances = matching
         if refine.generation:
-            distances = torch.lerp(matching, correspondence(original, run.generated(probability)), refine.generation)
+            if under_mask is None or refine.alpha:  # without injection every iteration generates the same
+                under_mask = correspondence(original, run.generated(probability))
+            distances = torch.lerp(matching, under_mask, refine.generation)
         distances = distances + offsets
         steps = [update(p, d, run.grid, refine) for p, d in zip(probability, distances, strict=True)]
         for trace, step in zip(traces, steps, strict=True):

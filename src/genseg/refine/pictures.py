@@ -26,7 +26,7 @@ def write_trace(trace: Trace, model: TextToImage, folder: Path) -> Path:
         side = round(len(step.before) ** 0.5)
         row = [_tile(value.float().view(side, side).cpu().numpy()) for value in maps]
         if trace.generated:
-            decoded = decode_latents(model.vae, trace.generated[number][None])[0]
+            decoded = decode_latents(model.vae, trace.generated[min(number, len(trace.generated) - 1)][None])[0]
             row.append(_tile(((decoded.float() + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
         rows.append(row)
     width = max(map(len, rows))
