@@ -669,7 +669,9 @@ class Params(Section):
     refine: Refine
     score: Score
     tables: Tables
-    resources: dict[Literal["data", "backbone", "latents", "train", "baselines", "sample", "refine", "score", "tables"], Resources]
+    resources: dict[
+        Literal["data", "backbone", "latents", "train", "baselines", "sample", "refine", "score", "tables"], Resources
+    ]
 
     @field_validator("resources")
     @classmethod

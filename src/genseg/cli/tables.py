@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from genseg.artifacts.files import write_text
-    from genseg.artifacts.manifest import code_hash, write_manifest
+    from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
     from genseg.artifacts.parquet import KEY
     from genseg.artifacts.phrases import read_phrases
     from genseg.artifacts.predictions import read_predictions
@@ -24,11 +24,15 @@ def run(args: argparse.Namespace) -> None:
         draw_evaluations,
         draw_evolution,
         draw_examples,
+        draw_gain,
+        draw_refined,
         draw_reliability,
         load_examples,
+        load_refined,
         read_evolution,
     )
     from genseg.report.page import build_page
+    from genseg.report.refinement import refinement_tables
     from genseg.report.render import write_table
     from genseg.report.study import PUBLISHED, published_path
     from genseg.report.tables import OPTIONAL
@@ -40,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     predictions_path = params.results_dir / "predictions" / "main" / "predictions.parquet"
     evolution_path = params.results_dir / "predictions" / "evolution.safetensors"
 
-    study = read_study(params)
-    tables = build_tables(params, study)
+    refined_folder = params.results_dir / "refined"
+    study, refined = read_study(params), read_manifest(refined_folder / "manifest.json")
+    tables = [*build_tables(params, study), *refinement_tables(params, study)]
     (folder / "manifest.json").unlink(missing_ok=True)  # tables in the making have no manifest
     outputs = [path for table in tables for path in write_table(table, folder)]
 
@@ -59,6 +64,21 @@ def run(args: argparse.Namespace) -> None:
     points = next(table.frame for table in tables if table.name == "evaluations")
     draw_evaluations(points, figures / "evaluations.png", params.tables.dpi)
     captions["evaluations.png"] = "Average recall against U-Net evaluations per mask: the operating points of the table below."
+    counts = study.refinement["counts"]
+    shown = load_refined(refined["refined"], refined_folder / "discrepancy", phrases)
+    (figures / "refined.png").unlink(missing_ok=True)
+    if shown:
+        draw_refined(shown, figures / "refined.png", params.tables.dpi)
+        captions["refined.png"] = (
+            "G4Seg (ours): coarse mask, discrepancy of the first iteration, refined mask and ground truth, of phrases that a "
+            "hash chose from the refined part of test."
+        )
+    draw_gain(study.refinement["gain"], figures / "gain.png", params.tables.dpi)
+    captions["gain.png"] = (
+        "Mean gain in IoU by G4Seg (ours) over all coarse masks, by their IoU and by the ground truth's complexity: "
+        f"{counts['phrases']} phrases in {counts['images']} test images, protocol {study.refinement['protocol']}, bootstrap "
+        "over images. A gain that falls with the IoU of the coarse mask is in part regression to the mean."
+    )
     (figures / "reliability.png").unlink(missing_ok=True)
     if pairs := study.ensembles():
         several, single = pairs[0]
@@ -78,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     write_manifest(
         folder / "manifest.json",
         phase="tables",
-        params=params.subtree("study", "data.source", "data.class_template", "seed", "sample", "score", "tables"),
+        params=params.subtree("study", "data.source", "data.class_template", "seed", "sample", "refine", "score", "tables"),
         inputs=[
             # No manifests here, though the page quotes them: their bytes hold times.
             *study.paths(),
@@ -86,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
             phrases_path,
             predictions_path,
             evolution_path,
+            *sorted((refined_folder / "discrepancy").iterdir()),
             *(published_path(name) for name in PUBLISHED),
         ],
         outputs=sorted(outputs),

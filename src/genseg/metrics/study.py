@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from genseg.artifacts.files import atomic_path, read_json, write_json
+from genseg.artifacts.files import atomic_path, write_json
 from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import read_phrases
@@ -26,13 +26,16 @@ from genseg.metrics.bootstrap import (
     resampled_sums,
 )
 from genseg.metrics.calibration import Counts, calibration_counts, calibration_error, calibration_summary
+from genseg.metrics.class_phrases import ClassPhrases
 from genseg.metrics.operating import THRESHOLDS, operating_points, threshold_ious
 from genseg.metrics.recall import split_members
-from genseg.metrics.scoring import fitting_pairs, match, score_run
-from genseg.metrics.semantic import Semantic, class_ious, count_pixels, mean_iou
+from genseg.metrics.refinement import manifests, score_baselines, score_refinement
+from genseg.metrics.scoring import score_run
+from genseg.metrics.semantic import Semantic, class_ious, mean_iou
 from genseg.params import Cell, Params
 
 SPLIT = "test"
+_READ = (".parquet", ".safetensors")
 PARTIAL = ("grid", "permutable", "val")
 """Values of a run's `phrases` that stand for a part of a split: the phrases in its predictions file."""
 
@@ -59,7 +62,10 @@ def score_study(params: Params) -> Path:
     phrases = read_phrases(phrases_path)
     (folder / "manifest.json").unlink(missing_ok=True)  # scores in the making have no manifest
 
-    semantics = {run["method"]: _semantic(params, run, predicted) for run in runs if run["role"] == "class_phrases"}
+    others = manifests(params)
+    class_runs = [run for run in runs if run["role"] == "class_phrases"]
+    classes = ClassPhrases(params) if class_runs else None
+    semantics = {run["method"]: classes.count(predicted / run["name"] / "predictions.parquet") for run in class_runs if classes}
     factor = _latent_factor(runs, predicted)
     tables: dict[str, pd.DataFrame] = {}
     calibrations: dict[str, Counts] = {}
@@ -123,13 +129,27 @@ def score_study(params: Params) -> Path:
         with atomic_path(folder / "operating_points.csv") as temporary:
             pd.DataFrame(ranked["points"]).to_csv(temporary, index=False, lineterminator="\n")
         outputs += [folder / "operating_points.json", folder / "operating_points.csv"]
+    for out, summary in score_baselines(params, phrases, others["baselines"]):
+        outputs += [out, out.with_suffix(".parquet")]
+        print(f"{out}: AR {summary['ar']['overall']:.4f} over {summary['counts']['phrases']} phrases", flush=True)
+    out, refinement = score_refinement(params, phrases, others["refined"])
+    outputs.append(out)
+    for mean in (mean for mean in refinement["means"] if mean["miou"]["difference"] is not None):
+        gain = f"{100 * mean['miou']['difference']:+.2f}"
+        print(f"{out}: {mean['refiner']}, {mean['over']} baselines: mIoU {gain} points", flush=True)
     for orphan in {*folder.rglob("*.json"), *folder.rglob("*.parquet")} - set(outputs):
         orphan.unlink()
     write_manifest(
         folder / "manifest.json",
         phase="score",
         params=params.subtree("study", *("seed", "score", "sample.main", "sample.base", "sample.readout", "sample.threshold")),
-        inputs=[phrases_path, predicted / "manifest.json", *_read_files(params, runs, predicted)],
+        inputs=sorted(
+            {
+                *(phrases_path, predicted / "manifest.json"),
+                *_read_files(params, runs, predicted),
+                *map(Path, (path for made in others.values() for path in made["outputs"] if path.endswith(_READ))),
+            }
+        ),
         outputs=sorted(outputs),
         started=started,
         code=code_hash("artifacts", "cli/score.py", "metrics", "params.py"),
@@ -197,28 +217,6 @@ def _latent(run: dict[str, Any], factor: float | None) -> tuple[int, int] | None
 
 
 # ------------------------------------------------------------------------------------------------------ class phrases
-def _semantic(params: Params, run: dict[str, Any], predicted: Path) -> Semantic:
-    """Pixel counts of a run over class phrases, from its soft maps where it has them and its masks otherwise."""
-    phrases_path, path = params.data_dir / "class_phrases.parquet", predicted / run["name"] / "predictions.parquet"
-    origins = (str(phrases_path), str(path))
-    predictions = read_predictions(path)
-    rows, _ = match(read_phrases(phrases_path), predictions, SPLIT, False, origins)
-    pairs = fitting_pairs(rows, origins)
-    rows = rows.assign(mask=pairs.truths, predicted_mask=pairs.predictions, area=pairs.truth_area)
-    shape = maps_shape(path)
-    if shape is not None and shape[0] != len(predictions):
-        raise UserError(
-            f"{maps_path(path)}: {shape[0]} soft maps for {len(predictions)} predictions; remove both and sample again"
-        )
-
-    def maps(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-        low, high = (int(chosen.min()), int(chosen.max()) + 1) if len(chosen) else (0, 0)
-        return read_maps(path, slice(low, high))[chosen - low]  # an image's rows lie together
-
-    classes = read_json(params.data_dir / "classes.json")
-    return count_pixels(rows, None if shape is None else maps, classes, params.score.background_threshold, origins[0])
-
-
 def miou_summary(semantic: Semantic, params: Params) -> dict[str, Any]:
     """The `miou` of a scores file: `mean`, `per_class` (null without ground truth), 95 % `interval`, and what it rests on."""
     total = semantic.counts.sum(0)

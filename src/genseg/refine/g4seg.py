@@ -78,7 +78,8 @@ def variants(refine: Refine) -> dict[str, Refine]:
 
 def sensitivity(refine: Refine) -> dict[str, Refine]:
     """G4Seg with one constant changed, by name."""
-    tried, found = refine.sensitivity, {}
+    tried = refine.sensitivity
+    found: dict[str, dict[str, Any]] = {}
     found |= {f"alpha={value:g}": {"alpha": value} for value in tried.alpha}
     found |= {f"beta={value:g}": {"beta": value} for value in tried.beta}
     found |= {f"timestep={value}": {"timesteps": [value]} for value in tried.timestep}

@@ -33,7 +33,7 @@ from genseg.models.text_to_image import TextToImage
 from genseg.params import Params, Refine, digest
 from genseg.refine import crf
 from genseg.refine.files import CODE, backbone, variant_facts
-from genseg.refine.g4seg import RANDOM, Maps, Trace, at_random, passes, refine_predictions, sensitivity, variants
+from genseg.refine.g4seg import RANDOM, Maps, Trace, passes, refine_predictions, sensitivity, variants
 from genseg.refine.trained import Refiner, train_refiner
 
 G4SEG = "g4seg"
@@ -294,7 +294,9 @@ class _Work:
             if part.soft is not None:
                 winner = self.rule.winner(bilinear(part.maps(rows), height, width))
             else:
-                winner = paint([masks.decode(code, height, width) for code in group["mask"]], list(group["score"]), height, width)
+                winner = paint(
+                    [masks.decode(code, height, width) for code in group["mask"]], list(group["score"]), height, width
+                )
             found.loc[group.index, "mask"] = [masks.encode(winner == index) for index in range(len(rows))]
         return found
 
@@ -344,9 +346,10 @@ class _Work:
 
 def _images(part: Part) -> Iterator[tuple[NDArray[np.int64], int, int]]:
     """(rows of `part.coarse`, height, width) of every image."""
-    sizes = part.table.drop_duplicates("image_id").set_index("image_id")[["height", "width"]]
+    first = part.table.drop_duplicates("image_id")
+    sizes = dict(zip(first["image_id"], zip(first["height"], first["width"], strict=True), strict=True))
     for image_id, rows in part.coarse.groupby("image_id", sort=True).indices.items():
-        height, width = sizes.loc[image_id]
+        height, width = sizes[image_id]
         yield np.asarray(rows, np.int64), int(height), int(width)
 
 

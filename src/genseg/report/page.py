@@ -74,7 +74,9 @@ def manifest_paths(params: Params) -> dict[str, Path]:
         "latents": results / "latents" / "manifest.json",
         "train": results / "model" / "manifest.json",
         "control": results / "control" / "manifest.json",
+        "baselines": results / "baselines" / "manifest.json",
         "sample": results / "predictions" / "manifest.json",
+        "refine": results / "refined" / "manifest.json",
         "score": results / "scores" / "manifest.json",
     }
 
@@ -88,6 +90,7 @@ def build_page(params: Params, study: StudyScores, tables: list[Table], figures:
     named = {table.name: table for table in tables}
     order: dict[str, list[str]] = {
         "Results": ["table2", "controls"],
+        "Refinement": [name for name in ("refinement", "refinement_controls", "refinement_sensitivity") if name in named],
         "Sampling": ["evaluations", "table3", "table4", "table5", "readouts"],
         "Evaluation": [name for name in ("ceilings", "breakdown", "miou", "comparisons") if name in named],
     }

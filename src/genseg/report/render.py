@@ -41,6 +41,8 @@ class Table:
     groups: dict[str, str] = field(default_factory=dict)
     """Headings of groups by the value of `group_by`; a group that is not named here has a rule and no heading."""
     notes: list[str] = field(default_factory=list)
+    printed: pd.Series | None = None
+    """Which rows stand in print, bool; None: all. The CSV has every row."""
     small: bool = False
     """Print it in LaTeX in the smaller of two sizes, so that it fits a 345 pt page."""
 
@@ -78,7 +80,8 @@ def _points(value: float) -> str:
 
 def _groups(table: Table) -> Iterator[tuple[str, list[list[str]], list[str]]]:
     """(heading or "", rows of printed cells, scores files), in the frame's order."""
-    rows = [row for _, row in table.frame.iterrows()]
+    frame = table.frame if table.printed is None else table.frame[table.printed]
+    rows = [row for _, row in frame.iterrows()]
     for value, members in groupby(rows, lambda row: row[table.group_by] if table.group_by else ""):
         group = list(members)
         yield (

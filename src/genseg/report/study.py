@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from genseg.artifacts.files import read_json
+from genseg.baselines.registry import study_baselines
 from genseg.errors import UserError
 from genseg.params import Cell, Params, Readout
 
@@ -58,6 +59,11 @@ class StudyScores:
     """The base cell's maps by read-out; the study's own read-out is the base cell itself."""
     protocols: dict[tuple[str, str], Scored]
     """(run, protocol) for the runs main and discriminative and every protocol the study scores, its own first."""
+    baselines: list[Scored]
+    """The baselines that are no run of sampling, in the order of the registry."""
+    refinement: dict[str, Any]
+    """Baselines before and after refinement (`metrics.refinement.score_refinement`)."""
+    refinement_path: Path
     comparisons: dict[str, dict[str, Any]]
     comparisons_path: Path
 
@@ -65,7 +71,8 @@ class StudyScores:
         """Every file that was read."""
         singles = (self.main, self.text_permuted, self.discriminative, self.colour_threshold)
         scored = [*singles, *self.cells.values(), *self.val.values(), *self.readouts.values(), *self.protocols.values()]
-        return sorted({item.path for item in scored} | {self.comparisons_path, self.ranking_path})
+        others = {self.comparisons_path, self.ranking_path, self.refinement_path}
+        return sorted({item.path for item in [*scored, *self.baselines]} | others)
 
     def base(self) -> Scored:
         return next(iter(self.cells.values()))
@@ -120,6 +127,13 @@ def read_study(params: Params) -> StudyScores:
         readouts={params.sample.readout: cells[params.sample.base]}
         | {name: read_scored(folder / "readouts" / f"{name}.json") for name in params.other_readouts()},
         protocols=protocols,
+        baselines=[
+            _read(folder / "baselines" / f"{baseline.name}.json")
+            for baseline in study_baselines(params)
+            if baseline.family != "run"
+        ],
+        refinement=_read_json(folder / "refinement.json"),
+        refinement_path=folder / "refinement.json",
         comparisons=_read_json(folder / "comparisons.json"),
         comparisons_path=folder / "comparisons.json",
     )

@@ -16,7 +16,7 @@ SOURCES = {
     "index_masks": "images with index masks, class names as phrases",
     "coco_object": "COCO-Object, class names as phrases",
 }
-OPTIONAL = ("miou",)
+OPTIONAL = ("miou", "refinement_controls", "refinement_sensitivity")
 """Tables that a study may not have."""
 PUBLISHED_BASE = Cell(size=1024, steps=50, guidance=7.5)
 """What the paper's base row of Tables 3-5 was sampled with (its section 4.2)."""
@@ -56,12 +56,12 @@ def measured(params: Params, scored: Scored) -> dict[str, Any]:
         "n": scored.phrases,
         "images": summary["counts"]["images"],
         "evaluations": summary["run"].get("evaluations"),
-        **{split: _points(summary["ar"][split]) for split in SPLITS},
-        "ci_low": _points(low),
-        "ci_high": _points(high),
-        "boundary_iou": _points(summary["boundary_iou"]["overall"]),
-        "ceiling": _points(summary["ceiling"]["overall"]),
-        "ceiling_latent": _points((summary["ceiling_latent"] or {}).get("overall")),
+        **{split: points(summary["ar"][split]) for split in SPLITS},
+        "ci_low": points(low),
+        "ci_high": points(high),
+        "boundary_iou": points(summary["boundary_iou"]["overall"]),
+        "ceiling": points(summary["ceiling"]["overall"]),
+        "ceiling_latent": points((summary["ceiling_latent"] or {}).get("overall")),
         "scores": str(scored.path),
     }
 
@@ -69,13 +69,14 @@ def measured(params: Params, scored: Scored) -> dict[str, Any]:
 def difference(comparison: dict[str, Any], name: str = "difference") -> dict[str, Any]:
     return {
         f"{name}_n": comparison["n"],
-        name: _points(comparison["difference"]),
-        f"{name}_low": _points(comparison["ci_low"]),
-        f"{name}_high": _points(comparison["ci_high"]),
+        name: points(comparison["difference"]),
+        f"{name}_low": points(comparison["ci_low"]),
+        f"{name}_high": points(comparison["ci_high"]),
     }
 
 
-def _points(fraction: float | None) -> float | None:
+def points(fraction: float | None) -> float | None:
+    """A fraction in percent."""
     return None if fraction is None else 100 * fraction
 
 
@@ -149,6 +150,7 @@ def table2(params: Params, study: StudyScores) -> Table:
         for record in read_published("table2")
     ]
     ours = {"GS": (study.main, True), "Discriminative": (study.discriminative, False)}
+    ours |= {scored.summary["run"]["label"]: (scored, True) for scored in study.baselines if scored.summary["run"]["real"]}
     rows += [
         {"method": name, "venue": "this study", "diffusion": diffusion, "ps_pretrain": False, **measured(params, scored)}
         for name, (scored, diffusion) in ours.items()
@@ -179,7 +181,8 @@ def table2(params: Params, study: StudyScores) -> Table:
             *(f"{name}, overall: {'; '.join(filter(None, texts))}." for name, texts in facts.items()),
             f"GS was sampled at {run['size']} × {run['size']} pixels with {run['steps']} steps and guidance "
             f"{run['guidance']:g}: {run['evaluations']} evaluations per mask. {EVALUATION} Discriminative: a U-Net of the same "
-            "size, data and budget that predicts the mask in one pass.",
+            "size, data and budget that predicts the mask in one pass. The attention baselines are reimplementations on the "
+            "study's backbone, not the published rows' programs; how DiffSeg takes phrases is our adaptation.",
         ],
     )
 
@@ -251,7 +254,7 @@ def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: st
 def evaluations(params: Params, study: StudyScores) -> Table:
     """AR against evaluations per mask: the operating points on val, where one is chosen, and on the grid's part of test; the
     base row, with the paper's steps and guidance, among them."""
-    base, points = params.sample.base, {point["scores"]: point for point in study.ranking["points"]}
+    base, ranked = params.sample.base, {point["scores"]: point for point in study.ranking["points"]}
     rows = []
     for cell in sorted({base, *params.sample.operating_points()}, key=lambda cell: (cell.evaluations, str(cell))):
         scored, val = study.cells[cell], study.val.get(cell)
@@ -261,11 +264,11 @@ def evaluations(params: Params, study: StudyScores) -> Table:
             "role": ", ".join(name for name, held in roles.items() if held),
             **cell.model_dump(),
             **measured(params, scored),
-            "ece": _points(_ece(scored)),
+            "ece": points(_ece(scored)),
         }
         if val is not None:
-            point = points[str(val.path)]
-            row |= {f"val_{key}": _points(point[key]) for key in ("ar", "ci_low", "ci_high", "best_ar", "ece")}
+            point = ranked[str(val.path)]
+            row |= {f"val_{key}": points(point[key]) for key in ("ar", "ci_low", "ci_high", "best_ar", "ece")}
             row |= {"val_n": val.phrases, "val_threshold": point["best_threshold"], "val_scores": str(val.path)}
         rows.append(row if cell == base else row | difference(study.comparison(scored, study.base())))
     main, tried = study.val[params.sample.main], len(study.ranking["thresholds"])
@@ -437,7 +440,7 @@ def _quantity(protocol: str, quantity: str, scored: Scored, values: dict[str, An
         "protocol": protocol,
         "quantity": quantity,
         "n": scored.phrases,
-        **{split: _points((values or {}).get(split)) for split in SPLITS},
+        **{split: points((values or {}).get(split)) for split in SPLITS},
         "source": "measured",
         "scores": str(scored.path),
     }
@@ -474,10 +477,10 @@ def _parts(scored: Scored) -> dict[str, tuple[int | None, float | None]]:
     sizes = summary.get("ar_by_size") or {}
     tags = sorted((summary.get("tags") or {}).items())
     return {
-        "all phrases": (scored.phrases, _points(summary["ar"]["overall"])),
-        **{f"{size} objects": (None, _points(sizes.get(size))) for size in ("small", "medium", "large")},
-        **{tag: (value["n"], _points(value["overall"])) for tag, value in tags},
-        "boundary IoU, all phrases": (scored.phrases, _points(summary["boundary_iou"]["overall"])),
+        "all phrases": (scored.phrases, points(summary["ar"]["overall"])),
+        **{f"{size} objects": (None, points(sizes.get(size))) for size in ("small", "medium", "large")},
+        **{tag: (value["n"], points(value["overall"])) for tag, value in tags},
+        "boundary IoU, all phrases": (scored.phrases, points(summary["boundary_iou"]["overall"])),
     }
 
 
@@ -488,11 +491,11 @@ def miou(params: Params, study: StudyScores) -> Table:
     names = dict.fromkeys(name for value in found.values() for name in value["per_class"])
     origin = {"scores": "; ".join(str(scored.path) for scored in sides.values())}
     rows: list[dict[str, Any]] = [
-        {"class": name, **{side: _points(value["per_class"].get(name)) for side, value in found.items()}, "kind": "class"}
+        {"class": name, **{side: points(value["per_class"].get(name)) for side, value in found.items()}, "kind": "class"}
         | origin
         for name in names
     ]
-    rows.append({"class": "mean", **{side: _points(value["mean"]) for side, value in found.items()}, "kind": "mean"} | origin)
+    rows.append({"class": "mean", **{side: points(value["mean"]) for side, value in found.items()}, "kind": "mean"} | origin)
     return Table(
         name="miou",
         caption=f"Intersection over union per class and its mean (points), measured here on {data(params)}.",
@@ -536,9 +539,9 @@ def comparisons(params: Params, study: StudyScores) -> Table:
                 "comparison": pair,
                 "split": quantity or "overall",
                 "n": value["n"],
-                "difference": _points(value["difference"]),
-                "ci_low": _points(value["ci_low"]),
-                "ci_high": _points(value["ci_high"]),
+                "difference": points(value["difference"]),
+                "ci_low": points(value["ci_low"]),
+                "ci_high": points(value["ci_high"]),
                 "label": " − ".join(labels.get(name, name) for name in pair.split(" - ")),
                 "scores": str(study.comparisons_path),
             }
