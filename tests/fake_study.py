@@ -25,13 +25,15 @@ GENSEG = """#!/bin/bash
 set -euo pipefail
 command=$1; shift
 if [ "$command" = lease ]; then exec BIN/genseg lease "$@"; fi
-model= size= shard= shards= gather= training=
+model= size= shard= shards= gather= training= network=
 while [ $# -gt 0 ]; do
-  case $1 in --gather) gather=1; shift;; --only-training) training=1; shift;; *) declare "${1#--}=$2"; shift 2;; esac
+  case $1 in --gather) gather=1; shift;; --only-training) training=1; shift;;
+    --train) network=1; shift;; *) declare "${1#--}=$2"; shift 2;; esac
 done
 [ -f "$params" ]
 study=$(cut -d/ -f2 <<< "$params")
-echo "$command${model:+ $model}${size:+ $size}${training:+ for training}" >> ran.txt
+part=${network:+ training}; if [ "$command$gather" = refine ] && [ "$shard" ]; then part=" shard"; fi
+echo "$command${model:+ $model}${size:+ $size}$part${training:+ for training}" >> ran.txt
 if [ "${FAKE_SLOW:-}" = "$command" ]; then echo $$ > slow.pid; exec sleep 60; fi
 made() { mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }
 results=results/$study
@@ -41,6 +43,11 @@ case $command in
   sample)
     if [ "$gather" ]; then made $results/predictions
     else mkdir -p work/$study/samples; echo > work/$study/samples/size=$size.shard=$shard-of-$shards.json; fi;;
+  baseline) made $results/baselines;;
+  refine)
+    if [ "$network" ]; then mkdir -p $results/refined; echo > $results/refined/network.json
+    elif [ "$gather" ]; then made $results/refined
+    else mkdir -p work/$study/refined; echo > work/$study/refined/shard=$shard-of-$shards.json; fi;;
   latents)
     mkdir -p $results/latents/text; echo > $results/latents/text/index.parquet
     if [ "$training" ]; then echo > $results/latents/train.json; else made $results/latents; fi;;

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,14 @@ from scipy.ndimage import gaussian_filter
 from genseg.artifacts.masks import decode, encode
 from genseg.artifacts.parquet import KEY
 from genseg.errors import UserError
-from genseg.refine.crf import Crf, Lattice, binary_crf, dense_crf, permutohedral, refine, refine_predictions, tune_crf
+from genseg.params import Crf, load_params
+from genseg.refine.crf import Lattice, binary_crf, dense_crf, permutohedral, refine, refine_predictions, tune_crf
+
+CLIP_ES = load_params(Path(__file__).resolve().parents[1] / "params.yaml").refine.crf
+
+
+def clip_es(**changes) -> Crf:
+    return CLIP_ES.model_copy(update=changes)
 
 
 def scene(seed, labels=3, shape=(20, 24), smooth=1):
@@ -50,7 +57,7 @@ def all_pairs(probability, image, crf):
 def test_mean_field_over_all_pairs_within_the_lattices_error(seed, smooth):
     """CLIP-ES' constants: one iteration within 0.006 on average, ten within 0.02 and 97 % of the labels."""
     image, probability = scene(seed, smooth=smooth)
-    once, often = (Crf(iterations=count) for count in (1, 10))
+    once, often = (clip_es(iterations=count) for count in (1, 10))
     assert np.abs(dense_crf(probability, image, once) - all_pairs(probability, image, once)).mean() < 0.006
     found, expected = dense_crf(probability, image, often), all_pairs(probability, image, often)
     assert np.abs(found - expected).mean() < 0.02
@@ -106,21 +113,21 @@ def test_the_lattice_is_that_of_the_papers_loops(d, count, seed, spread):
 
 def test_binary_masks_are_two_labels_each_and_do_not_see_each_other():
     image, probability = scene(1)
-    together = binary_crf(probability, image, Crf())
+    together = binary_crf(probability, image, clip_es())
     for index, foreground in enumerate(probability):
-        np.testing.assert_allclose(binary_crf(foreground[None], image, Crf())[0], together[index], atol=1e-6)
+        np.testing.assert_allclose(binary_crf(foreground[None], image, clip_es())[0], together[index], atol=1e-6)
         np.testing.assert_allclose(
-            dense_crf(np.stack([1 - foreground, foreground]), image, Crf())[1], together[index], atol=1e-4
+            dense_crf(np.stack([1 - foreground, foreground]), image, clip_es())[1], together[index], atol=1e-4
         )
 
 
 def test_marginals_permute_with_the_labels_and_without_weights_are_the_input():
     image, probability = scene(2, labels=4)
-    marginals = dense_crf(probability, image, Crf())
+    marginals = dense_crf(probability, image, clip_es())
     np.testing.assert_allclose(marginals.sum(0), 1, atol=1e-5)
-    np.testing.assert_allclose(dense_crf(probability[[2, 0, 3, 1]], image, Crf()), marginals[[2, 0, 3, 1]], atol=1e-5)
+    np.testing.assert_allclose(dense_crf(probability[[2, 0, 3, 1]], image, clip_es()), marginals[[2, 0, 3, 1]], atol=1e-5)
     np.testing.assert_allclose(
-        dense_crf(probability, image, Crf(gaussian_weight=0, bilateral_weight=0)), probability, atol=1e-5
+        dense_crf(probability, image, clip_es(gaussian_weight=0, bilateral_weight=0)), probability, atol=1e-5
     )
 
 
@@ -141,10 +148,10 @@ def painted():
 def test_coarse_masks_snap_to_the_edges_and_empty_ones_stay_empty(disjoint):
     image, truth = painted()
     coarse = np.stack([square((6, 5), 17), np.zeros((40, 48), bool), square((13, 25), 19)])
-    refined = refine(coarse, image, Crf(), disjoint)
+    refined = refine(coarse, image, clip_es(), disjoint)
     assert not refined[1].any()
     np.testing.assert_array_equal(refined[[0, 2]], truth)
-    assert not refine(coarse[1:2], image, Crf(), disjoint).any()
+    assert not refine(coarse[1:2], image, clip_es(), disjoint).any()
 
 
 @pytest.fixture
@@ -160,7 +167,7 @@ def study(tmp_path):
 
 def test_predictions_map_to_predictions_and_constants_are_tuned_on_them(study):
     phrases, predictions = study
-    grid = [Crf(bilateral_weight=0, confidence=0.99), Crf(), replace(Crf(), bilateral_srgb=13.0)]
+    grid = [clip_es(bilateral_weight=0, confidence=0.99), clip_es(), clip_es(bilateral_srgb=13.0)]
     means = []
     for crf in grid:
         refined = refine_predictions(phrases, predictions, crf)
@@ -177,8 +184,8 @@ def test_predictions_map_to_predictions_and_constants_are_tuned_on_them(study):
 def test_what_does_not_fit_is_named(study):
     phrases, predictions = study
     with pytest.raises(UserError, match=r"no phrase \(1, 'n', 7\)"):
-        refine_predictions(phrases, predictions.assign(phrase_id=7), Crf())
+        refine_predictions(phrases, predictions.assign(phrase_id=7), clip_es())
     with pytest.raises(UserError, match=r"a\.png: 40 x 48 pixels, the phrase table says 48 x 40"):
-        refine_predictions(phrases.assign(height=48, width=40), predictions, Crf())
+        refine_predictions(phrases.assign(height=48, width=40), predictions, clip_es())
     with pytest.raises(UserError, match="standard deviations are too small"):
-        dense_crf(np.ones((1, 2, 2), np.float32), np.array([[[0] * 3, [255] * 3]] * 2, np.uint8), Crf(bilateral_srgb=1e-3))
+        dense_crf(np.ones((1, 2, 2), np.float32), np.array([[[0] * 3, [255] * 3]] * 2, np.uint8), clip_es(bilateral_srgb=1e-3))

@@ -19,20 +19,25 @@ MAIN, BASE = (f"sample_shard {getattr(load_params(ROOT / 'params.yaml').sample, 
 SHARDS = {f"sample_shard {size}" for size in SIZES}
 TABLES = {"tables"}
 SCORE = {"score"} | TABLES
-GATHER = {"sample"} | SCORE
+REFINE = {"refine_shard", "refine"} | SCORE
+BASELINES = {"baselines"} | REFINE
+GATHER = {"sample"} | REFINE
 SAMPLE = SHARDS | GATHER
 TRAIN = {"train_gs", "train_control"} | SAMPLE
 NEW_SIZE = {"latents"} | SAMPLE
 LATENTS = {"latents_train", "latents"} | TRAIN
-BACKBONE = {"backbone"} | LATENTS
-ALL = {"data"} | BACKBONE
+BACKBONE = {"backbone"} | LATENTS | BASELINES
+ALL = {"data", "refine_train"} | BACKBONE
+
+COMMANDS = {"baselines": "baseline"}
+"""Commands that are not called as their phase."""
 
 # params key, another value, what Snakemake then runs
 CHANGES = [
     ("device", "cpu", set()),
     ("resources.train.threads", 7, set()),
     ("resources.train.gpu", 8, set()),
-    ("seed", 12345, BACKBONE),
+    ("seed", 12345, BACKBONE | {"refine_train"}),
     ("data.class_template", "some {name}", ALL),
     ("backbone.unet.lr", 0.123, BACKBONE),
     ("latents.batch", 77, LATENTS),
@@ -48,6 +53,11 @@ CHANGES = [
     ("sample.select_fraction", 0.375, NEW_SIZE),
     ("sample.runs", ["main", "val"], {MAIN, "sample", "score"}),  # nor controls, nor tables
     ("sample.shards", 3, SAMPLE),
+    ("baselines.diffseg.tau", 0.375, BASELINES),
+    ("refine.alpha", 0.375, REFINE),  # nothing is sampled again
+    ("refine.trained.steps", 77, {"refine_train"} | REFINE),
+    ("refine.test_fraction", 0.375, REFINE),
+    ("resources.refine.threads", 7, set()),
     ("score.bootstrap", 77, SCORE),
     ("tables.dpi", 77, TABLES),
 ]
@@ -98,9 +108,13 @@ def test_phase_names_are_targets(outputs):
 
 def test_each_job_ran_once(study):
     ran = study.ran()
-    shards = load_params(ROOT / "params.yaml").sample.shards
+    params = load_params(ROOT / "params.yaml")
+    shards, parts = params.sample.shards, params.refine.shards
     assert {name: times for name, times in ran.items() if times != 1} == {
-        name: shards for name in ran if name.startswith("sample ") and shards != 1
+        name: count
+        for name in ran
+        for start, count in (("sample ", shards), ("refine shard", parts))
+        if name.startswith(start) and count != 1
     }
     assert ran.keys() == {
         "data",
@@ -109,14 +123,23 @@ def test_each_job_ran_once(study):
         "latents for training",
         "train gs",
         "train discriminative",
+        "baseline",
         "sample",
+        "refine training",
+        "refine shard",
+        "refine",
         "score",
         "tables",
     } | {f"sample {size}" for size in SIZES}
     assert {path.name for path in (study.folder / "work/mini/logs").iterdir()} == {
         f"{rule}.log"
-        for rule in ("data", "backbone", "latents", "latents_train", "train_gs", "train_control", "sample", "score", "tables")
-    } | {f"sample.size={size}.shard={shard}.log" for size in SIZES for shard in range(shards)}
+        for rule in (
+            *("data", "backbone", "latents", "latents_train", "train_gs", "train_control", "baselines", "sample"),
+            *("refine_train", "refine", "score", "tables"),
+        )
+    } | {f"sample.size={size}.shard={shard}.log" for size in SIZES for shard in range(shards)} | {
+        f"refine.shard={shard}.log" for shard in range(parts)
+    }
 
 
 def test_change_of_source_runs_the_phases_that_use_it(study):
@@ -165,7 +188,7 @@ def _wait(condition):
 def test_rooms_hold_all_that_the_command_imports(phase):
     """Source that a phase runs and its `rooms` lack could change without a rerun."""
     exempt = {"errors.py", "params.py", "__init__.py", "cli/__init__.py", "cli/main.py"}
-    imported = _imports(f"cli/{phase}.py", set()) - exempt
+    imported = _imports(f"cli/{COMMANDS.get(phase, phase)}.py", set()) - exempt
     outside = {
         file for file in imported if not any(file == room or file.startswith(f"{room}/") for room in PHASES[phase].rooms)
     }

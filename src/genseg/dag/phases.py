@@ -35,6 +35,8 @@ class Phase:
 _SAMPLE = tuple(f"sample.{name}" for name in Sample.model_fields if name != "shards")
 # Likewise.
 _REFINE = tuple(f"refine.{name}" for name in Refine.model_fields if name != "shards")
+# What hashes a pipeline's weights.
+_WEIGHTS = ("training/backbone.py", "training/loop.py", "training/prepare.py")
 
 PHASES = {
     "data": Phase(
@@ -89,7 +91,7 @@ PHASES = {
     ),
     "baselines": Phase(
         keys=("seed", "baselines"),
-        rooms=("artifacts", "baselines", "cli/baseline.py", "data/images.py", "models", "training/prepare.py"),
+        rooms=("artifacts", "baselines", "cli/baseline.py", "data/images.py", "models", *_WEIGHTS),
         needs=("results/{study}/backbone",),
         outs=("results/{study}/baselines",),
         targets=("results/{study}/baselines/manifest.json",),
@@ -110,7 +112,7 @@ PHASES = {
         keys=("seed", "baselines.inexact", *_REFINE, "score.background_threshold"),
         rooms=(
             *("artifacts", "baselines/registry.py", "cli/refine.py", "data/images.py", "interchange/labels.py", "models"),
-            *("refine", "training/prepare.py"),
+            *("refine", *_WEIGHTS),
         ),
         needs=("results/{study}/predictions", "results/{study}/baselines"),
         outs=("results/{study}/refined",),
@@ -126,7 +128,7 @@ PHASES = {
     ),
     "tables": Phase(
         keys=("seed", "data.source", "data.class_template", *_SAMPLE, *_REFINE, "score", "tables"),
-        rooms=("artifacts", "cli/tables.py", "data/images.py", "report"),
+        rooms=("artifacts", "baselines/registry.py", "cli/tables.py", "data/images.py", "report"),
         needs=("data/published", "results/{study}/scores"),
         outs=("results/{study}/tables", "results/{study}/figures"),
         targets=("results/{study}/tables/manifest.json",),
