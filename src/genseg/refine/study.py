@@ -33,7 +33,7 @@ from genseg.models.text_to_image import TextToImage
 from genseg.params import Params, Refine, digest
 from genseg.refine import crf
 from genseg.refine.files import CODE, backbone, variant_facts
-from genseg.refine.g4seg import RANDOM, Maps, Trace, passes, refine_predictions, sensitivity, variants
+from genseg.refine.g4seg import RANDOM, Maps, Trace, at_random, passes, refine_predictions, sensitivity, variants
 from genseg.refine.trained import Refiner, train_refiner
 
 G4SEG = "g4seg"
@@ -250,7 +250,7 @@ class _Work:
         key = self.keys[f"{refiner}/{baseline.name}"] = self.key(baseline, refiner)
         if self.is_made(baseline, refiner):
             return
-        if refiner in (RANDOM, "g4seg_crf") and not self.is_made(baseline, G4SEG):
+        if refiner == "g4seg_crf" and not self.is_made(baseline, G4SEG):
             self.refine(baseline, G4SEG)
         started, parts = time.monotonic(), self.parts(baseline)
         made = refiner_passes(self.study.refine, refiner)
@@ -259,11 +259,7 @@ class _Work:
             path = refined_path(self.study, refiner, baseline.name, classes)
             part = parts[classes]
             frame, soft = self._refined(baseline, refiner, part, classes)
-            if soft is not None:
-                write_maps(soft, path)
-            else:
-                maps_path(path).unlink(missing_ok=True)
-            write_predictions(frame, path, **facts)
+            _write(path, frame, soft, facts)
         seconds = time.monotonic() - started
         count = sum(len(part.coarse) for part in parts.values())
         write_json(_timing_path(self.study, refiner, baseline.name), {"key": key, "seconds": round(seconds, 3), "masks": count})
@@ -314,17 +310,25 @@ class _Work:
             return crf.refine_predictions(part.table, frame, study.refine.crf, disjoint=classes), None
         if refiner == "trained":
             return self._by_network(part)
-        refine = study.refine
-        if part.soft is not None and not refine.maps:
-            refine = refine.model_copy(update={"maps": (maps_shape(part.soft) or (0, 0, 0))[2]})
+        refine = study.refine.model_copy(update={"maps": self._side(part)})
         maps = None if part.soft is None else part.maps
-        if refiner != G4SEG:
-            return refine_predictions(part.table, part.coarse, self.model, refine, study.seed, refiner, maps)
-        keeper = _Keeper(study, part if not classes else None)
-        found = refine_predictions(part.table, part.coarse, self.model, refine, study.seed, refiner, maps, keeper.observe)
-        if not classes:
+        method, keeper = (refiner, None) if refiner not in (G4SEG, RANDOM) else (G4SEG, _Keeper(self, part))
+        observe = keeper.observe if keeper else None
+        frame, soft = refine_predictions(part.table, part.coarse, self.model, refine, study.seed, method, maps, observe)
+        if keeper is not None and RANDOM in refiners(study, baseline.name):
+            key = self.key(baseline, RANDOM)
+            facts = {"key": key, "method": RANDOM, "evaluations": str(passes(refine))}
+            dealt = frame.assign(mask=keeper.random), np.stack(keeper.random_maps) if keeper.random_maps else None
+            if refiner == RANDOM:
+                return dealt
+            _write(refined_path(study, RANDOM, baseline.name, classes), *dealt, facts)
+        if keeper is not None and not classes:
             keeper.write(discrepancy_path(study, baseline.name), self.key(baseline, G4SEG))
-        return found
+        return frame, soft
+
+    def _side(self, part: Part) -> int:
+        """Of refined soft maps: a study needs some wherever the coarse masks have some, or mIoU would be read otherwise."""
+        return self.study.refine.maps or (0 if part.soft is None else (maps_shape(part.soft) or (0, 0, 0))[2])
 
     def _by_network(self, part: Part) -> tuple[pd.DataFrame, Maps | None]:
         """Masks by the trained control; what it adds to a coarse mask is added to the soft map, as of G4Seg."""
@@ -338,7 +342,7 @@ class _Work:
             if part.soft is not None:
                 before = bilinear(part.maps(np.arange(done, done + len(rows))), *image.shape[:2])
                 after = np.clip(before + np.where(there, probability - coarse, 0), 0, 1)
-                side = self.study.refine.maps or (maps_shape(part.soft) or (0, 0, 0))[2]
+                side = self._side(part)
                 soft.append(np.stack([area_reduce(one, side, side) for one in after]))
             done += len(rows)
         return pd.DataFrame(found, columns=[*KEY, "score", "mask"]), np.concatenate(soft) if soft else None
@@ -353,15 +357,31 @@ def _images(part: Part) -> Iterator[tuple[NDArray[np.int64], int, int]]:
         yield np.asarray(rows, np.int64), int(height), int(width)
 
 
-class _Keeper:
-    """Keeps the discrepancy of a few phrases, those with the smallest hash, for the figure."""
+def _write(path: Path, frame: pd.DataFrame, soft: Maps | None, facts: dict[str, str]) -> None:
+    if soft is not None:
+        write_maps(soft, path)
+    else:
+        maps_path(path).unlink(missing_ok=True)
+    write_predictions(frame, path, **facts)
 
-    def __init__(self, study: Params, part: Part | None) -> None:
-        self.study, self.part = study, part
+
+class _Keeper:
+    """What else comes of G4Seg's work on a baseline: the random control, and for the figure the discrepancy of a few phrases,
+    those with the smallest hash."""
+
+    def __init__(self, work: _Work, part: Part) -> None:
+        self.study, self.part, self.side = work.study, part, work._side(part)
+        self.random: list[bytes] = []
+        self.random_maps: list[Maps] = []
         self.kept: list[tuple[float, tuple[Any, ...], Trace]] = []
 
     def observe(self, trace: Trace) -> None:
-        if self.part is None or not trace.steps:
+        dealt = at_random(trace, self.study.seed)
+        if self.part.soft is not None:
+            before = bilinear(self.part.maps(np.array([len(self.random)])), *trace.coarse.shape)[0]
+            self.random_maps.append(dealt.applied(before, self.side))
+        self.random.append(masks.encode(dealt.mask))
+        if not trace.steps:
             return
         self.kept.append((hash_unit(self.study.seed, "refine picture", *trace.key), trace.key, trace))
         self.kept = sorted(self.kept, key=lambda item: item[:2])[: self.study.refine.pictures]

@@ -62,8 +62,8 @@ def refinement(params: Params, study: StudyScores) -> Table:
         notes=[
             _protocol(params, study),
             f"Real: the ground truth was not looked at. {study_passes(study, G4SEG)} Rows of the G4Seg paper cannot be "
-            "given: of its numbers only gains of +0.77 to +1.00 mIoU on three benchmarks (published) are known, on other data and coarse "
-            "masks.",
+            "given: of its numbers only gains of +0.77 to +1.00 mIoU on three benchmarks (published) are known, on other data "
+            "and coarse masks.",
             *_swept(study),
         ],
         small=True,
