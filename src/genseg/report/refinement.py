@@ -28,14 +28,24 @@ CONTROLS = {
 }
 """What a control changes, in words."""
 
+SHORT = {
+    "cross_attention": "Cross-attention maps",
+    "diffpng_cross": "DiffPNG, cross",
+    "diffpng_cross_self": "DiffPNG, cross + self",
+    "diffseg": "DiffSeg",
+    "discriminative": "Discriminative",
+    "inexact_scribble": "Hull of a scribble",
+}
+"""What print calls a method whose label is long."""
 _SIDES = [
-    *(Column(f"miou_{side}", side.capitalize(), over="mIoU") for side in ("before", "after")),
+    *(Column(f"miou_{side}", side, over="mIoU") for side in ("before", "after")),
     Column("delta", "Δ", "signed", over="mIoU"),
     Column("ci", "95 % CI", "interval", over="mIoU"),
-    *(Column(f"ar_{side}", side.capitalize(), over="AR") for side in ("before", "after")),
+    *(Column(f"ar_{side}", side, over="AR") for side in ("before", "after")),
     Column("ar_delta", "Δ", "signed", over="AR"),
-    *(Column(f"boundary_iou_{side}", side.capitalize(), over="Boundary IoU") for side in ("before", "after")),
 ]
+_BOUNDARY = [*(Column(f"boundary_iou_{side}", side, over="Boundary IoU") for side in ("before", "after"))]
+_BOUNDARY_DELTA = Column("boundary_iou_delta", "B. IoU Δ", "signed")
 _REAL = Column("real", "Real", "flag")
 
 
@@ -57,7 +67,7 @@ def refinement(params: Params, study: StudyScores) -> Table:
         caption=f"Coarse masks before and after G4Seg (ours, a reimplementation): mIoU, average recall and boundary IoU "
         f"(points), measured here on {_subset(params, study)}.",
         frame=_frame(rows, list(ORDER)),
-        columns=[Column("method", "Coarse masks", "text"), _REAL, *_SIDES],
+        columns=[Column("shown", "Coarse masks", "text"), _REAL, *_SIDES, *_BOUNDARY],
         group_by="kind",
         notes=[
             _protocol(params, study),
@@ -85,17 +95,18 @@ def refinement_controls(params: Params, study: StudyScores) -> Table:
         frame=frame,
         columns=[
             Column("control", "Control", "text"),
-            Column("method", "Over", "text"),
-            Column("baselines", "Methods", "count"),
+            Column("shown", "Mean", "text"),
+            Column("baselines", "of", "count"),
             Column("passes", "Passes", "count"),
             *_SIDES,
+            _BOUNDARY_DELTA,
         ],
         group_by="control",
         printed=frame["kind"] == "mean",
         notes=[
             f"G4Seg itself, Δ mIoU: {own}. {_protocol(params, study)} Every coarse mask by itself: refinement_controls.csv.",
             " ".join(f"{name}: {CONTROLS[name]}." for name in names),
-            "Methods: how many of the coarse masks a control was run on. Passes: of the U-Net, a mask.",
+            "Mean of: how many of the methods, or of the real ones, a control was run on. Passes: of the U-Net, a mask.",
         ],
         small=True,
     )
@@ -105,19 +116,19 @@ def refinement_sensitivity(params: Params, study: StudyScores) -> Table:
     """One constant of G4Seg changed at a time."""
     every = study.refinement["rows"]
     names = [name for name in dict.fromkeys(row["refiner"] for row in every) if "=" in name]
-    some = {row["baseline"] for row in every if row["refiner"] in names}
+    some = dict.fromkeys(row["baseline"] for row in every if row["refiner"] in names)
     rows = []
-    for name in [G4SEG, *names]:
+    for baseline in some:
         for row in every:
-            if row["refiner"] == name and row["baseline"] in some:
-                rows.append({"changed": "as it is" if name == G4SEG else name.replace("=", " = "), **_row(study, row)})
-    rows.sort(key=lambda row: list(dict.fromkeys(item["method"] for item in rows)).index(row["method"]))
+            if row["baseline"] == baseline and row["refiner"] in (G4SEG, *names):
+                changed = "as it is" if row["refiner"] == G4SEG else row["refiner"].replace("=", " = ")
+                rows.append({"changed": changed, **_row(study, row)})
     refine = params.refine
     return Table(
         name="refinement_sensitivity",
         caption=f"Sensitivity of G4Seg (ours) to its constants (points), measured here on {_subset(params, study)}.",
         frame=_frame(rows, ["changed", *ORDER]),
-        columns=[Column("changed", "Changed", "text"), Column("passes", "Passes", "count"), *_SIDES],
+        columns=[Column("changed", "Changed", "text"), Column("passes", "Passes", "count"), *_SIDES, _BOUNDARY_DELTA],
         group_by="method",
         groups={row["method"]: row["method"] for row in rows},
         notes=[
@@ -134,13 +145,19 @@ def _rows(study: StudyScores, refiner: str) -> list[dict[str, Any]]:
     rows = [_row(study, row) for row in study.refinement["rows"] if row["refiner"] == refiner]
     for mean in study.refinement["means"]:
         if mean["refiner"] == refiner:
-            told = {"label": OVER[mean["over"]], "real": mean["over"] == "real", "passes": rows[0]["passes"]}
+            told = {
+                "label": OVER[mean["over"]],
+                "baseline": mean["over"],
+                "real": mean["over"] == "real",
+                "passes": rows[0]["passes"],
+            }
             rows.append(_row(study, mean | told) | {"kind": "mean", "baselines": len(mean["baselines"])})
     return rows
 
 
 def _row(study: StudyScores, found: dict[str, Any]) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": found["label"], "real": found["real"]}
+    shown = SHORT.get(found["baseline"], found["label"])
+    row: dict[str, Any] = {"method": found["label"], "real": found["real"], "shown": shown}
     for name in ("miou", "ar", "boundary_iou"):
         value, prefix = found[name], "" if name == "miou" else f"{name}_"
         row |= {f"{name}_{side}": points(value[side]) for side in ("before", "after")}
@@ -149,7 +166,7 @@ def _row(study: StudyScores, found: dict[str, Any]) -> dict[str, Any]:
     best = {f"miou_{side}": points(found["miou"].get(side)) for side in ("best_before", "best_after")}
     counts = study.refinement["counts"]
     origin = {"source": "measured", "n": counts["phrases"], "images": counts["images"], "scores": str(study.refinement_path)}
-    return row | best | {"passes": found["passes"], "kind": "method", "baselines": 1} | origin
+    return row | best | {"baseline": found["baseline"], "passes": found["passes"], "kind": "method", "baselines": 1} | origin
 
 
 def _frame(rows: list[dict[str, Any]], first: list[str]) -> pd.DataFrame:
