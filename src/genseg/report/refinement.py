@@ -9,7 +9,7 @@ import pandas as pd
 from genseg.params import Params
 from genseg.report.render import Column, Table
 from genseg.report.study import StudyScores
-from genseg.report.tables import data, points
+from genseg.report.tables import SHORT, data, points
 
 G4SEG = "g4seg"
 OVER = {"all": "mean of all", "real": "mean of the real ones"}
@@ -28,15 +28,6 @@ CONTROLS = {
 }
 """What a control changes, in words."""
 
-SHORT = {
-    "cross_attention": "Cross-attention maps",
-    "diffpng_cross": "DiffPNG, cross",
-    "diffpng_cross_self": "DiffPNG, cross + self",
-    "diffseg": "DiffSeg",
-    "discriminative": "Discriminative",
-    "inexact_scribble": "Hull of a scribble",
-}
-"""What print calls a method whose label is long."""
 _SIDES = [
     *(Column(f"miou_{side}", side, over="mIoU") for side in ("before", "after")),
     Column("delta", "Δ", "signed", over="mIoU"),
