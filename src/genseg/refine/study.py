@@ -142,13 +142,16 @@ class Part:
     table: pd.DataFrame
     coarse: pd.DataFrame
     soft: Path | None
-    """Predictions file that has soft maps beside it."""
+    """Predictions file that has soft maps beside it; None: hard masks."""
     rows: NDArray[np.int64]
     """Of `coarse`, in that file."""
+    classes: bool
 
     def maps(self, chosen: NDArray[np.int64]) -> Maps:
-        """Soft maps [n, h, w] of some rows of `coarse`."""
-        assert self.soft is not None
+        """Soft maps [n, h, w] of some rows of `coarse`, of one image; its masks where there are none."""
+        if self.soft is None:
+            sizes = self.coarse.iloc[chosen].merge(self.table, on=KEY, suffixes=("", "_"))[["mask", "height", "width"]]
+            return np.stack([masks.decode(*row) for row in sizes.itertuples(index=False)]).astype(np.float32)
         return np.concatenate([read_maps(self.soft, slice(row, row + 1)) for row in self.rows[chosen]])
 
 
@@ -279,7 +282,7 @@ class _Work:
         numbered = predictions.assign(row=np.arange(len(predictions)))
         coarse = numbered.merge(table[KEY], on=KEY).sort_values(KEY, kind="stable", ignore_index=True)
         rows = coarse["row"].to_numpy(np.int64)
-        part = Part(table, coarse[[*KEY, "score", "mask"]], None if shape is None else path, rows)
+        part = Part(table, coarse[[*KEY, "score", "mask"]], None if shape is None else path, rows, classes)
         return replace(part, coarse=self._labelled(part)) if classes else part
 
     def _labelled(self, part: Part) -> pd.DataFrame:
@@ -306,29 +309,43 @@ class _Work:
             frame = read_predictions(path)
             if classes:
                 soft = path if maps_path(path).exists() else None
-                frame = self._labelled(Part(part.table, frame, soft, np.arange(len(frame))))
+                frame = self._labelled(replace(part, coarse=frame, soft=soft, rows=np.arange(len(frame))))
             return crf.refine_predictions(part.table, frame, study.refine.crf, disjoint=classes), None
         if refiner == "trained":
             return self._by_network(part)
         refine = study.refine.model_copy(update={"maps": self._side(part)})
-        maps = None if part.soft is None else part.maps
+        maps = part.maps if classes else None
         method, keeper = (refiner, None) if refiner not in (G4SEG, RANDOM) else (G4SEG, _Keeper(self, part))
         observe = keeper.observe if keeper else None
         frame, soft = refine_predictions(part.table, part.coarse, self.model, refine, study.seed, method, maps, observe)
         if keeper is not None and RANDOM in refiners(study, baseline.name):
             key = self.key(baseline, RANDOM)
             facts = {"key": key, "method": RANDOM, "evaluations": str(passes(refine))}
-            dealt = frame.assign(mask=keeper.random), np.stack(keeper.random_maps) if keeper.random_maps else None
+            maps_ = np.stack(keeper.random_maps) if keeper.random_maps else None
+            dealt = self._apart(part, frame.assign(mask=keeper.random), maps_)
             if refiner == RANDOM:
                 return dealt
             _write(refined_path(study, RANDOM, baseline.name, classes), *dealt, facts)
         if keeper is not None and not classes:
             keeper.write(discrepancy_path(study, baseline.name), self.key(baseline, G4SEG))
-        return frame, soft
+        return self._apart(part, frame, soft)
 
     def _side(self, part: Part) -> int:
         """Of refined soft maps: a study needs some wherever the coarse masks have some, or mIoU would be read otherwise."""
-        return self.study.refine.maps or (0 if part.soft is None else (maps_shape(part.soft) or (0, 0, 0))[2])
+        own = maps_shape(part.soft) if part.soft is not None else None
+        return self.study.refine.maps or (own[2] if own else self.study.refine.grid)
+
+    def _apart(self, part: Part, frame: pd.DataFrame, soft: Maps | None) -> tuple[pd.DataFrame, Maps | None]:
+        """Hard class masks shared no pixel when they were coarse: what several of them claim after refinement goes to the
+        highest refined probability, and they need no soft maps. Others stay as they are."""
+        if part.soft is not None or soft is None:
+            return frame, soft
+        found = frame.copy()
+        for rows, height, width in _images(replace(part, coarse=frame)):
+            own = np.stack([masks.decode(code, height, width) for code in frame["mask"].iloc[rows]])
+            winner = np.where(own, bilinear(soft[rows], height, width), -1).argmax(0)
+            found.loc[frame.index[rows], "mask"] = [masks.encode(mask & (winner == index)) for index, mask in enumerate(own)]
+        return found, None
 
     def _by_network(self, part: Part) -> tuple[pd.DataFrame, Maps | None]:
         """Masks by the trained control; what it adds to a coarse mask is added to the soft map, as of G4Seg."""
@@ -339,13 +356,14 @@ class _Work:
             mask = (probability > 0.5) & there
             keys = rows[[*KEY, "score"]].itertuples(index=False)
             found += [(*row, masks.encode(one)) for row, one in zip(keys, mask, strict=True)]
-            if part.soft is not None:
+            if part.classes:
                 before = bilinear(part.maps(np.arange(done, done + len(rows))), *image.shape[:2])
                 after = np.clip(before + np.where(there, probability - coarse, 0), 0, 1)
                 side = self._side(part)
                 soft.append(np.stack([area_reduce(one, side, side) for one in after]))
             done += len(rows)
-        return pd.DataFrame(found, columns=[*KEY, "score", "mask"]), np.concatenate(soft) if soft else None
+        frame = pd.DataFrame(found, columns=[*KEY, "score", "mask"])
+        return self._apart(part, frame, np.concatenate(soft) if soft else None)
 
 
 def _images(part: Part) -> Iterator[tuple[NDArray[np.int64], int, int]]:
@@ -377,7 +395,7 @@ class _Keeper:
 
     def observe(self, trace: Trace) -> None:
         dealt = at_random(trace, self.study.seed)
-        if self.part.soft is not None:
+        if self.part.classes:
             before = bilinear(self.part.maps(np.array([len(self.random)])), *trace.coarse.shape)[0]
             self.random_maps.append(dealt.applied(before, self.side))
         self.random.append(masks.encode(dealt.mask))
