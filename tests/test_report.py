@@ -435,7 +435,7 @@ def test_comparisons_name_runs_and_quantities(made: Path) -> None:
 def test_without_things_or_bootstrap(study: Path) -> None:
     """No phrase of a thing: the scorer leaves the comparison out. No bootstrap: intervals are null."""
     scores = study / "results/made_up/scores"
-    no_runs = ("manifest.json", "comparisons.json", "operating_points.json")
+    no_runs = ("manifest.json", "comparisons.json", "operating_points.json", "refinement.json")
     for path in [path for path in scores.rglob("*.json") if path.name not in no_runs]:
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"ar": content["ar"] | {"things": None}, "interval": dict.fromkeys(SPLITS)}))

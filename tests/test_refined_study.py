@@ -1,0 +1,205 @@
+"""Refinement as a phase, on the finished smoke study: what is refined, scored and kept."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from pycocotools import mask as coco
+
+from genseg.artifacts.predictions import maps_path, read_maps
+from genseg.baselines.registry import study_baselines
+from genseg.cli import main
+from genseg.params import load_params
+from genseg.refine.study import refiners, test_images as refined_images
+
+REFINED = Path("results/smoke/refined")
+KEY = ["image_id", "narrative_id", "phrase_id"]
+
+
+@pytest.fixture
+def there(finished_study, monkeypatch):
+    monkeypatch.chdir(finished_study)
+    return load_params("params/smoke.yaml")
+
+
+def manifest():
+    return json.loads((REFINED / "manifest.json").read_text())
+
+
+def test_every_baseline_has_every_refiner_on_the_same_images(there):
+    found = {(entry["refiner"], entry["baseline"]) for entry in manifest()["refined"]}
+    assert found == {(name, one.name) for one in study_baselines(there) for name in refiners(there, one.name)}
+    assert len({name for _, name in found}) == 11
+    phrases = pd.read_parquet("data/smoke/phrases.parquet")
+    images = refined_images(there, phrases)
+    assert manifest()["images"] == images
+    assert set(images) < set(phrases.loc[phrases["split"] == "test", "image_id"])
+    tables = {"predictions": phrases, "class_predictions": pd.read_parquet("data/smoke/class_phrases.parquet")}
+    for entry in manifest()["refined"]:
+        for kind, table in tables.items():
+            wanted = table[table["image_id"].isin(images)].sort_values(KEY, ignore_index=True)
+            refined = pd.read_parquet(entry[kind])
+            assert refined[KEY].equals(wanted[KEY])
+            assert [code["size"] for code in codes(refined, wanted)] == wanted[["height", "width"]].to_numpy().tolist()
+    seconds = manifest()["timing"]
+    assert len(seconds) == len(found)
+
+
+def codes(predictions, table):
+    return [
+        {"counts": counts, "size": [height, width]}
+        for counts, height, width in zip(predictions["mask"], table["height"], table["width"], strict=True)
+    ]
+
+
+def labels_of(path, table):
+    """The label map [H, W] of every image, from soft maps where there are some, else from masks, higher scores in front; -1
+    for nothing."""
+    predictions = pd.read_parquet(path).reset_index(names="place")
+    joined = table.merge(predictions, on=KEY, suffixes=("", "_found"))
+    found = {}
+    for image_id, rows in joined.groupby("image_id"):
+        size = int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
+        if maps_path(path).exists():
+            maps = torch.from_numpy(read_maps(path)[rows["place"].to_numpy()])[None]
+            best = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+            found[image_id] = rows["phrase_id"].to_numpy()[best]
+            continue
+        label = np.full(size, -1)
+        for _, row in rows.sort_values(["score", "phrase_id"], ascending=[True, False]).iterrows():
+            label[coco.decode({"counts": row["mask_found"], "size": list(size)}).astype(bool)] = row["phrase_id"]
+        found[image_id] = label
+    return found
+
+
+def brute_miou(path, table):
+    """One confusion over all images, pixel by pixel; ground truth of small classes in front."""
+    hit, union, seen = {}, {}, set()
+    for image_id, label in labels_of(path, table).items():
+        rows = table[table["image_id"] == image_id]
+        truths = {row.phrase_id: coco.decode({"counts": row.mask, "size": list(label.shape)}) for row in rows.itertuples()}
+        truth = np.full(label.shape, -1)
+        for phrase_id in sorted(truths, key=lambda index: -truths[index].sum()):
+            truth[truths[phrase_id] > 0] = phrase_id
+        for index in truths:
+            inside = (truth == index)[truth >= 0], (label == index)[truth >= 0]
+            hit[index] = hit.get(index, 0) + (inside[0] & inside[1]).sum()
+            union[index] = union.get(index, 0) + (inside[0] | inside[1]).sum()
+            seen |= {index} if inside[0].any() else set()
+    return float(np.mean([hit[index] / union[index] for index in seen]))
+
+
+def test_miou_before_and_after_is_that_of_brute_force(there):
+    table = pd.read_parquet("data/smoke/class_phrases.parquet")
+    table = table[table["image_id"].isin(manifest()["images"])]
+    rows = json.loads(Path("results/smoke/scores/refinement.json").read_text())["rows"]
+    paths = {(entry["refiner"], entry["baseline"]): entry for entry in manifest()["refined"]}
+    assert len(rows) == len(paths)
+    checked = [row for row in rows if row["baseline"] in ("gs", "diffseg", "inexact_eroded", "cross_attention")]
+    for row in checked:
+        entry = paths[row["refiner"], row["baseline"]]
+        for side, path in (("before", entry["coarse_classes"]), ("after", entry["class_predictions"])):
+            assert row["miou"][side] == pytest.approx(brute_miou(path, table), abs=2e-4), (
+                row["refiner"],
+                row["baseline"],
+                side,
+            )
+
+
+def test_ar_before_and_after_and_the_means(there):
+    scores = json.loads(Path("results/smoke/scores/refinement.json").read_text())
+    phrases = pd.read_parquet("data/smoke/phrases.parquet")
+    table = phrases[phrases["image_id"].isin(manifest()["images"])]
+    paths = {(entry["refiner"], entry["baseline"]): entry for entry in manifest()["refined"]}
+    for row in scores["rows"][:12]:
+        entry = paths[row["refiner"], row["baseline"]]
+        for side, path in (("before", entry["coarse"]), ("after", entry["predictions"])):
+            joined = table.merge(pd.read_parquet(path), on=KEY, suffixes=("", "_found"))
+            pairs = zip(codes(joined, joined), codes(joined.assign(mask=joined["mask_found"]), joined), strict=True)
+            ious = [coco.iou([found], [truth], [0])[0][0] for truth, found in pairs]
+            assert row["ar"][side] == pytest.approx(np.mean(ious), abs=1e-6)
+    for mean in scores["means"]:
+        own = [row for row in scores["rows"] if row["refiner"] == mean["refiner"] and (row["real"] or mean["over"] == "all")]
+        assert mean["baselines"] == [row["baseline"] for row in own]
+        for name in ("miou", "ar", "boundary_iou"):
+            assert mean[name]["difference"] == pytest.approx(np.mean([row[name]["difference"] for row in own]))
+            assert mean[name]["ci_low"] <= mean[name]["ci_high"]
+
+
+def test_tables_of_the_study(there):
+    frame = pd.read_csv("results/smoke/tables/refinement.csv")
+    assert list(frame.columns[:7]) == ["method", "real", "miou_before", "miou_after", "delta", "ci_low", "ci_high"]
+    assert len(frame) == 11 + 2
+    controls = pd.read_csv("results/smoke/tables/refinement_controls.csv")
+    on_all = controls["control"].value_counts() == 13
+    assert set(on_all[on_all].index) == set(there.refine.controls)
+    published = pd.read_csv("results/smoke/tables/table2.csv").query("source == 'published'")
+    assert not published["method"].str.contains("G4Seg|reimplemented|adaptation").any()
+    for name in ("refined.png", "gain.png"):
+        assert (Path("results/smoke/figures") / name).stat().st_size > 2000
+        assert f"../figures/{name}" in Path("results/smoke/tables/index.html").read_text()
+
+
+def content():
+    return {path: path.read_bytes() for path in REFINED.rglob("*") if path.is_file() and path.suffix != ".json"}
+
+
+def test_a_killed_refine_goes_on_and_makes_the_same_bytes(study_copy, monkeypatch):
+    monkeypatch.chdir(study_copy)
+    before = content()
+    gone = [path for path in before if path.stem in ("gs", "gs_class_phrases", "inexact_box", "inexact_box_class_phrases")]
+    for path in gone:
+        path.unlink()
+    command = [str(Path(sys.executable).parent / "genseg"), "refine", "--params", "params/smoke.yaml"]
+    run = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    first = REFINED / "g4seg" / "gs.parquet"
+    for _ in range(2400):
+        if first.exists() or run.poll() is not None:
+            break
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert first.exists()
+    assert not all(path.exists() for path in gone), "too late to see anything"
+    times = {path: path.stat().st_mtime_ns for path in content()}
+    assert main(["refine", "--params", "params/smoke.yaml"]) == 0
+    assert content() == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_what_the_params_drop_is_removed_and_what_they_keep_is_kept(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    document = yaml.safe_load(Path("params/smoke.yaml").read_text())
+    document["refine"]["controls"] = ["upsampling_only"]
+    document["refine"]["sensitivity"]["baselines"] = []
+    Path("less.yaml").write_text(yaml.safe_dump(document))
+    assert main(["refine", "--params", "less.yaml"]) == 0
+    assert {path.name for path in REFINED.iterdir()} == {
+        *("g4seg", "upsampling_only", "discrepancy", "network.json", "manifest.json")
+    }
+    assert "masks in" not in capsys.readouterr().out  # nothing was refined again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predictions", "p.parquet"], "give --phrases, --out, too"),
+        (["--shard", "2", "--shards", "2"], "--shard 2: there are 2 shards, counted from 0"),
+    ],
+)
+def test_mistakes_are_one_line(finished_study, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(finished_study)
+    assert main(["refine", "--params", "params/smoke.yaml", *arguments]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert message in line
