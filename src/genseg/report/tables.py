@@ -21,8 +21,8 @@ OPTIONAL = ("miou", "refinement_controls", "refinement_sensitivity")
 """Tables that a study may not have."""
 SHORT = {
     "cross_attention": "Cross-attention",
-    "diffpng_cross": "DiffPNG, cross (ours)",
-    "diffpng_cross_self": "DiffPNG, + self (ours)",
+    "diffpng_cross": "DiffPNG, cross",
+    "diffpng_cross_self": "DiffPNG + self",
     "diffseg": "DiffSeg (ours)",
     "inexact_scribble": "Hull of a scribble",
 }
