@@ -51,8 +51,9 @@ def test_every_baseline_has_every_refiner_on_the_same_images(there):
             refined = pd.read_parquet(entry[kind])
             assert refined[KEY].equals(wanted[KEY])
             assert [code["size"] for code in codes(refined, wanted)] == wanted[["height", "width"]].to_numpy().tolist()
-    seconds = manifest()["timing"]
-    assert len(seconds) == len(found)
+    assert set(manifest()["timing"]) == {
+        f"{name}/{baseline}" for name, baseline in found if name != "random"
+    }  # of g4seg's passes
 
 
 def codes(predictions, table):
