@@ -2,8 +2,7 @@ rule score:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/predictions/manifest.json",
-        f"{RESULTS}/baselines/manifest.json",
-        f"{RESULTS}/refined/manifest.json",
+        STUDY.refinement(),
     output:
         f"{RESULTS}/scores/manifest.json",
     log:

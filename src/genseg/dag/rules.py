@@ -106,11 +106,16 @@ class Study:
     def refined_shards(self) -> list[str]:
         return [self.refined_shard(str(shard)) for shard in range(self.params.refine.shards)]
 
+    def refinement(self) -> list[str]:
+        """Manifests of the baselines and of what was refined, which studies with some of the runs only go without."""
+        folders = ("baselines", "refined") if self.params.sample.is_whole() else ()
+        return [f"{self.results}/{folder}/manifest.json" for folder in folders]
+
     def manifests(self) -> list[str]:
         """Manifests of every phase, as far as the runs of the study call for them."""
         every = [target.format(study=self.params.study) for phase in PHASES.values() for target in phase.targets]
-        control, tables = (f"{self.results}/{folder}/manifest.json" for folder in ("control", "tables"))
-        unwanted = {control} - set(self.models()) | (set() if self.params.sample.is_whole() else {tables})
+        control, *last = (f"{self.results}/{name}/manifest.json" for name in ("control", "baselines", "refined", "tables"))
+        unwanted = {control} - set(self.models()) | (set() if self.params.sample.is_whole() else set(last))
         return [target for target in every if target not in unwanted]
 
     def local_backbone(self) -> list[str]:

@@ -62,7 +62,7 @@ def score_study(params: Params) -> Path:
     phrases = read_phrases(phrases_path)
     (folder / "manifest.json").unlink(missing_ok=True)  # scores in the making have no manifest
 
-    others = manifests(params)
+    others = manifests(params) if params.sample.is_whole() else {}
     class_runs = [run for run in runs if run["role"] == "class_phrases"]
     classes = ClassPhrases(params) if class_runs else None
     semantics = {run["method"]: classes.count(predicted / run["name"] / "predictions.parquet") for run in class_runs if classes}
@@ -129,14 +129,15 @@ def score_study(params: Params) -> Path:
         with atomic_path(folder / "operating_points.csv") as temporary:
             pd.DataFrame(ranked["points"]).to_csv(temporary, index=False, lineterminator="\n")
         outputs += [folder / "operating_points.json", folder / "operating_points.csv"]
-    for out, summary in score_baselines(params, phrases, others["baselines"]):
-        outputs += [out, out.with_suffix(".parquet")]
-        print(f"{out}: AR {summary['ar']['overall']:.4f} over {summary['counts']['phrases']} phrases", flush=True)
-    out, refinement = score_refinement(params, phrases, others["refined"])
-    outputs.append(out)
-    for mean in (mean for mean in refinement["means"] if mean["miou"]["difference"] is not None):
-        gain = f"{100 * mean['miou']['difference']:+.2f}"
-        print(f"{out}: {mean['refiner']}, {mean['over']} baselines: mIoU {gain} points", flush=True)
+    if others:
+        for out, summary in score_baselines(params, phrases, others["baselines"]):
+            outputs += [out, out.with_suffix(".parquet")]
+            print(f"{out}: AR {summary['ar']['overall']:.4f} over {summary['counts']['phrases']} phrases", flush=True)
+        out, refinement = score_refinement(params, phrases, others["refined"])
+        outputs.append(out)
+        for mean in (mean for mean in refinement["means"] if mean["miou"]["difference"] is not None):
+            gain = f"{100 * mean['miou']['difference']:+.2f}"
+            print(f"{out}: {mean['refiner']}, {mean['over']} baselines: mIoU {gain} points", flush=True)
     for orphan in {*folder.rglob("*.json"), *folder.rglob("*.parquet")} - set(outputs):
         orphan.unlink()
     write_manifest(

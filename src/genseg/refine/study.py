@@ -308,8 +308,8 @@ class _Work:
             path = refined_path(study, G4SEG, baseline.name, classes)
             frame = read_predictions(path)
             if classes:
-                soft = path if maps_path(path).exists() else None
-                frame = self._labelled(replace(part, coarse=frame, soft=soft, rows=np.arange(len(frame))))
+                beside = path if maps_path(path).exists() else None
+                frame = self._labelled(replace(part, coarse=frame, soft=beside, rows=np.arange(len(frame))))
             return crf.refine_predictions(part.table, frame, study.refine.crf, disjoint=classes), None
         if refiner == "trained":
             return self._by_network(part)

@@ -128,7 +128,7 @@ def read_study(params: Params) -> StudyScores:
         | {name: read_scored(folder / "readouts" / f"{name}.json") for name in params.other_readouts()},
         protocols=protocols,
         baselines=[
-            _read(folder / "baselines" / f"{baseline.name}.json")
+            read_scored(folder / "baselines" / f"{baseline.name}.json")
             for baseline in study_baselines(params)
             if baseline.family != "run"
         ],
