@@ -40,7 +40,7 @@ def sweep_of(folder: Path, variants, picks=None, study=SMOKE):
 def test_the_shipped_sweep_has_what_it_promises():
     study = load_params(ROOT / "params.yaml")
     sweep = load_sweep(ROOT / "sweeps/objectives.yaml", study)
-    assert {budget(params) for params in sweep.variants.values()} == {budget(study)} == {(0, 17600)}
+    assert {budget(params) for params in sweep.variants.values()} == {budget(study)}
     trainings = [params.train for params in sweep.variants.values()]
     assert {train.prediction for train in trainings} == {"noise", "v", "x0"}
     assert {stage.objective for train in trainings for stage in train.stages} == {"distill", "task"}
