@@ -23,14 +23,25 @@ from genseg.errors import UserError
 from genseg.models.miniature import build_miniature, learn_tokenizer
 from genseg.models.text_to_image import TextToImage
 from genseg.params import BackboneShape, Params, load_params
-from genseg.refine.correspondence import confident, confusion_area, correspondence, set_distance, unit_features, update
-from genseg.refine.g4seg import passes, read_out, refine_predictions, variants
+from genseg.refine.correspondence import (
+    confident,
+    confusion_area,
+    correspondence,
+    cuts,
+    evidence,
+    hypothesis,
+    set_distance,
+    unit_features,
+    update,
+)
+from genseg.refine.g4seg import _Passes, first_probability, passes, read_out, refine_predictions, variants
 from genseg.refine.upsampling import box_mean, guided_filter
 
 CAPTIONS = ["two small red circles near the grass", "a large striped blue star", "some water"]
 SMOKE = load_params("params/smoke.yaml")
 SIDE = 40
 GRID = (6, 6)
+CUT = torch.tensor(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +159,7 @@ def drawn(seed: int, cells: int = 36):
 def test_update_touches_the_confusion_area_only_and_stays_a_probability(seed, gate):
     refine = SMOKE.refine.model_copy(update={"gate": gate})
     probability, distances = drawn(seed)
-    step = update(probability, distances, GRID, refine)
+    step = update(evidence(probability, distances, GRID, refine), CUT, refine)
     assert torch.equal(step.after[~step.confusion], probability[~step.confusion])
     assert ((step.after >= 0) & (step.after <= 1) & (step.discrepancy >= 0) & (step.discrepancy <= 1)).all()
     between = torch.stack([probability, step.target]).sort(0).values
@@ -160,7 +171,7 @@ def test_update_touches_the_confusion_area_only_and_stays_a_probability(seed, ga
 def test_nothing_changes_where_there_is_no_discrepancy(seed, gate):
     refine = SMOKE.refine.model_copy(update={"gate": gate})
     probability, _ = drawn(seed)
-    step = update(probability, torch.zeros(36, 36), GRID, refine)
+    step = update(evidence(probability, torch.zeros(36, 36), GRID, refine), CUT, refine)
     assert torch.equal(step.after, probability)
 
 
@@ -182,7 +193,7 @@ def test_with_one_neighbour_the_largest_discrepancy_is_the_hausdorff_distance(se
 def test_update_is_the_literal_definition(seed, neighbours):
     refine = SMOKE.refine.model_copy(update={"neighbours": neighbours, "gate": True})
     probability, distances = drawn(seed)
-    step = update(probability, distances, GRID, refine)
+    step = update(evidence(probability, distances, GRID, refine), CUT, refine)
     P, D = probability.numpy(), distances.numpy()
     omega = {1: np.flatnonzero(refine.confident[1] <= P), 0: np.flatnonzero(refine.confident[0] >= P)}
 
@@ -193,7 +204,7 @@ def test_update_is_the_literal_definition(seed, neighbours):
     U = step.confusion.numpy()
     g = np.where(U, (H - H[U].min()) / np.ptp(H[U]), 0)
     Q = np.array([(d(p, 0, D) + d(p, 0, D.T) - d(p, 1, D) - d(p, 1, D.T)) / 2 for p in range(36)])
-    Q = 1 / (1 + np.exp(-Q / refine.temperature))
+    Q = 1 / (1 + np.exp(-(Q - CUT.item()) / refine.temperature))
     np.testing.assert_allclose(step.discrepancy.numpy(), g, atol=1e-5)
     expected = np.where(U, P + (1 - refine.beta) * g * (Q - P), P)
     np.testing.assert_allclose(step.after.numpy(), expected, atol=1e-5)
@@ -209,6 +220,20 @@ def test_confusion_area_by_brute_force(seed, band):
         for x in range(6):
             window = P[max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1] > 0.5
             assert area[y, x].item() == (0.2 < P[y, x] < 0.8 or window.any() != window.all())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.floats(0.05, 0.95), max_size=4))
+def test_hypotheses_are_the_evidence_cut_at_its_quantiles(seed, levels):
+    probability, distances = drawn(seed)
+    found = evidence(probability, distances, GRID, SMOKE.refine)
+    inside = found.confusion.numpy()
+    wanted = [0.0, *(np.quantile(found.nearer.numpy()[inside], level) for level in levels)]
+    values = cuts(found, levels)
+    np.testing.assert_allclose(values.numpy(), wanted, atol=1e-6)
+    for value in values:
+        expected = np.where(inside, found.nearer.numpy() > value.item(), probability.numpy() > 0.5)
+        assert (hypothesis(found, value).numpy() == expected).all()
 
 
 def test_no_region_is_empty():
@@ -326,6 +351,40 @@ def test_alpha_zero_generates_what_the_stock_network_generates(model, tables, re
     else:
         z_0 = alpha.sqrt() * x_t - (1 - alpha).sqrt() * answer
     torch.testing.assert_close(traces[0].generated[0], z_0[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_mask_that_predicts_the_noise_best_is_chosen(model, tables, refine):
+    """Brute force: every phrase, hypothesis, level and noise alone."""
+    phrases, coarse = tables
+    asked = refine.model_copy(
+        update={"levels": [0.3, 0.7], "choice": refine.choice.model_copy(update={"timesteps": [300, 700], "noises": 2})}
+    )
+    traces = []
+    refine_predictions(phrases, coarse, model, asked.model_copy(update={"iterations": 0}), 0, observe=traces.append)
+    traces = [trace for trace in traces if trace.coarse.any() and not trace.coarse.all()]
+    start = [first_probability(trace.coarse, asked) for trace in traces]
+    found = [evidence(p, drawn(number, len(p))[1], (asked.grid, asked.grid), asked) for number, p in enumerate(start)]
+    chosen = _Passes(traces, model, asked, 0).chosen_cuts(found)
+    for trace, one, cut in zip(traces, found, chosen, strict=True):
+        alone = _Passes([trace], model, asked, 0)
+        errors = []
+        values = [*cuts(one, asked.levels), None]
+        for value in values:
+            mask = one.before if value is None else hypothesis(one, value)
+            total = 0.0
+            for t in (300, 700):
+                alpha = model.alphas[t]
+                for number in range(2):
+                    noise = alone._noise(number, 0)
+                    z_t = alpha.sqrt() * alone.latents + (1 - alpha).sqrt() * noise
+                    z_0 = alone.one_step(t, noise, mask[None])
+                    predicted = (z_t - alpha.sqrt() * z_0) / (1 - alpha).sqrt()
+                    total += (predicted - noise).square().mean().item()
+            errors.append(total)
+        best = values[int(np.argmin(errors))]
+        assert cut is best is None or cut == best
+    without = _Passes(traces, model, asked.model_copy(update={"alpha": 0.0}), 0).chosen_cuts(found)
+    assert not any(without)
 
 
 def test_variants_change_what_they_name(model, tables, refine):

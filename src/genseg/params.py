@@ -494,6 +494,7 @@ Control = Literal[
     "alpha_zero",
     "gate",
     "no_gate",
+    "no_choice",
     "no_generation",
     "upsampling_only",
     "unconditioned",
@@ -545,6 +546,11 @@ class TrainedRefiner(Section):
     """Side that pictures and masks are resized to."""
 
 
+class Levels(Section):
+    timesteps: Annotated[list[Annotated[int, Field(ge=0, lt=1000)]], Field(min_length=1)]
+    noises: Positive
+
+
 class Refine(Section):
     """G4Seg (ours). No value of the paper is known; these were chosen on val."""
 
@@ -569,6 +575,11 @@ class Refine(Section):
     generation: Fraction
     """Share of the mask-conditioned image in the distances: D = (1 - share) D(F_o, F_o) + share D(F_o, F_g); 0 is feature
     matching alone, F_g := F_o."""
+    levels: list[Annotated[float, Field(gt=0, lt=1)]]
+    """Quantiles of the evidence in the confusion area at which it may be cut, besides 0; the mask under which the generated
+    image is nearest to the original decides, and P stays where that is P itself. []: cut at 0, always."""
+    choice: Levels
+    """Noise levels at which that is seen."""
     reference: Literal["original", "unconditioned"]
     """What it is compared with: the original image, or one generated without the mask."""
     inject: Annotated[list[Literal["cross", "self"]], Field(min_length=1)]

@@ -19,6 +19,18 @@ LEAST_CONFIDENT = 0.05
 
 
 @dataclass
+class Evidence:
+    """What the features say of P, all [N]: P itself, discrepancy g in [0, 1], d_b - d_f (positive: nearer to the confident
+    foreground), confusion area U. Outside U the middle two are 0; `silent`: there is no discrepancy anywhere."""
+
+    before: torch.Tensor
+    discrepancy: torch.Tensor
+    nearer: torch.Tensor
+    confusion: torch.Tensor
+    silent: bool
+
+
+@dataclass
 class Step:
     """What one update saw and did, all [N]: P before, discrepancy g in [0, 1], target Q, confusion area U, P after."""
 
@@ -79,33 +91,57 @@ def confusion_area(probability: torch.Tensor, grid: tuple[int, int], low: float,
     return (grown > shrunk).flatten() | ((probability > low) & (probability < high))
 
 
-def update(probability: torch.Tensor, distances: torch.Tensor, grid: tuple[int, int], refine: Refine) -> Step:
-    """P^{k+1} = P^k + (1 - beta) g 1_U (Q - P^k).
+def evidence(probability: torch.Tensor, distances: torch.Tensor, grid: tuple[int, int], refine: Refine) -> Evidence:
+    """Hausdorff discrepancy and evidence of the cells in the confusion area.
 
     With Omega_f, Omega_b the confident cells and d_l(p) the mean of the k smallest distances to Omega_l:
     H(p) = max(d_l(F_o(p) -> F_g), d_l(F_g(p) -> F_o)) for p's own label l, whose maximum over p is the Hausdorff distance
-    of the two sets; g = minmax(H) over the confusion area, 0 where H is constant; Q = sigmoid((d_b - d_f) / T), d the mean
-    of both directions. Outside U, and where there is no discrepancy at all, P stays and Q is P.
+    of the two sets; g = minmax(H) over the confusion area, 0 where H is constant; d_b - d_f is the mean of both directions.
 
     Args:
-        probability: P^k [N].
+        probability: P [N].
         distances: D [N, N], rows of F_o, columns of F_g.
     """
     low, high = refine.confident
     area = confusion_area(probability, grid, low, high, refine.band)
     cells = area.nonzero()[:, 0]
-    discrepancy, target, after = torch.zeros_like(probability), probability.clone(), probability.clone()
-    if len(cells):
-        regions = confident(probability, low, high)
-        forward = [set_distance(distances[cells], region, refine.neighbours) for region in regions]
-        backward = [set_distance(distances.T[cells], region, refine.neighbours) for region in regions]
-        own = probability[cells] >= 0.5
-        hausdorff = torch.maximum(torch.where(own, forward[0], forward[1]), torch.where(own, backward[0], backward[1]))
-        spread = hausdorff.max() - hausdorff.min()
-        if spread > 0:
-            discrepancy[cells] = (hausdorff - hausdorff.min()) / spread
-            nearer = (forward[1] + backward[1] - forward[0] - backward[0]) / 2
-            target[cells] = torch.sigmoid(nearer / refine.temperature)
-            weight = (1 - refine.beta) * (discrepancy[cells] if refine.gate else 1.0)
-            after[cells] += weight * (target[cells] - after[cells])
-    return Step(probability, discrepancy, target, area, after)
+    discrepancy, nearer = torch.zeros_like(probability), torch.zeros_like(probability)
+    if not len(cells):
+        return Evidence(probability, discrepancy, nearer, area, silent=True)
+    regions = confident(probability, low, high)
+    forward = [set_distance(distances[cells], region, refine.neighbours) for region in regions]
+    backward = [set_distance(distances.T[cells], region, refine.neighbours) for region in regions]
+    own = probability[cells] >= 0.5
+    hausdorff = torch.maximum(torch.where(own, forward[0], forward[1]), torch.where(own, backward[0], backward[1]))
+    spread = hausdorff.max() - hausdorff.min()
+    if spread > 0:
+        discrepancy[cells] = (hausdorff - hausdorff.min()) / spread
+        nearer[cells] = (forward[1] + backward[1] - forward[0] - backward[0]) / 2
+    return Evidence(probability, discrepancy, nearer, area, silent=not spread > 0)
+
+
+def cuts(found: Evidence, levels: Sequence[float]) -> torch.Tensor:
+    """Values [1 + K] at which the evidence may be cut: 0, where both regions are equally near, and its quantiles in U."""
+    zero = found.nearer.new_zeros(1)
+    if found.silent or not levels:
+        return zero
+    return torch.cat([zero, torch.quantile(found.nearer[found.confusion], found.nearer.new_tensor(levels))])
+
+
+def hypothesis(found: Evidence, cut: torch.Tensor) -> torch.Tensor:
+    """The mask [N] in {0, 1} that a cut makes inside U; outside it is P's own."""
+    return torch.where(found.confusion, found.nearer > cut, found.before > 0.5).to(found.before)
+
+
+def update(found: Evidence, cut: torch.Tensor | None, refine: Refine) -> Step:
+    """P^{k+1} = P^k + (1 - beta) g 1_U (Q - P^k), Q = sigmoid((d_b - d_f - cut) / T).
+
+    Outside U, where there is no discrepancy at all, and without a cut, P stays and Q is P.
+    """
+    target, after = found.before.clone(), found.before.clone()
+    if cut is not None and not found.silent:
+        area = found.confusion
+        target[area] = torch.sigmoid((found.nearer[area] - cut) / refine.temperature)
+        weight = (1 - refine.beta) * (found.discrepancy[area] if refine.gate else 1.0)
+        after[area] += weight * (target[area] - after[area])
+    return Step(found.before, found.discrepancy, target, found.confusion, after)

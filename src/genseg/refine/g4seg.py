@@ -2,7 +2,9 @@
 
 For each phrase: a mask-conditioned image is generated in one step from the noised original, the coarse mask injected into
 cross- and self-attention; features of the original and of the generated image are compared; where they disagree, near the
-mask's boundary, the foreground probability moves towards the label its features correspond to. A few times over.
+mask's boundary, the foreground probability moves towards the label its features correspond to. How much evidence a label
+needs there is the generator's decision, too: of several masks that the features allow, the one under which the generated
+image is nearest to the original, or the mask as it is. A few times over.
 """
 
 from __future__ import annotations
@@ -30,7 +32,18 @@ from genseg.models.attention_control import MaskInjection, attention_control
 from genseg.models.text_to_image import Prompts, TextToImage
 from genseg.models.vae import image_tensor
 from genseg.params import Refine
-from genseg.refine.correspondence import Step, confusion_area, correspondence, squared_offsets, unit_features, update
+from genseg.refine.correspondence import (
+    Evidence,
+    Step,
+    confusion_area,
+    correspondence,
+    cuts,
+    evidence,
+    hypothesis,
+    squared_offsets,
+    unit_features,
+    update,
+)
 from genseg.refine.upsampling import guided_filter
 
 Maps = NDArray[np.float32]
@@ -68,7 +81,8 @@ def variants(refine: Refine) -> dict[str, Refine]:
         "g4seg": refine,
         "alpha_zero": but(alpha=0.0),
         **({"no_gate": but(gate=False)} if refine.gate else {"gate": but(gate=True)}),
-        "no_generation": but(generation=0.0),
+        "no_choice": but(levels=[]),
+        "no_generation": but(generation=0.0, levels=[]),
         "upsampling_only": but(iterations=0),
         "unconditioned": but(reference="unconditioned"),
         RANDOM: refine,
@@ -92,7 +106,9 @@ def passes(refine: Refine) -> int:
     """U-Net passes for one phrase."""
     generated = refine.iterations if refine.alpha else 1
     each = 1 + (refine.reference == "unconditioned") + 2 * generated * (refine.generation > 0)
-    return len(refine.timesteps) * refine.noises * each if refine.iterations else 0
+    compared = len(refine.choice.timesteps) * refine.choice.noises * (2 + len(refine.levels)) * refine.iterations
+    chosen = compared if refine.levels and refine.alpha else 0
+    return len(refine.timesteps) * refine.noises * each + chosen if refine.iterations else 0
 
 
 def refine_predictions(
@@ -246,7 +262,8 @@ def _iterate(traces: list[Trace], probability: torch.Tensor, model: TextToImage,
                 under_mask = correspondence(original, run.generated(probability))
             distances = torch.lerp(matching, under_mask, refine.generation)
         distances = distances + offsets
-        steps = [update(p, d, run.grid, refine) for p, d in zip(probability, distances, strict=True)]
+        found = [evidence(p, d, run.grid, refine) for p, d in zip(probability, distances, strict=True)]
+        steps = [update(one, cut, refine) for one, cut in zip(found, run.chosen_cuts(found), strict=True)]
         for trace, step in zip(traces, steps, strict=True):
             trace.steps.append(step)
         probability = torch.stack([step.after for step in steps])
@@ -256,7 +273,7 @@ class _Passes:
     """The U-Net passes of one block of phrases, over all timesteps and noises."""
 
     def __init__(self, traces: Sequence[Trace], model: TextToImage, refine: Refine, seed: int) -> None:
-        self.traces, self.model, self.refine = traces, model, refine
+        self.traces, self.model, self.refine, self.seed = traces, model, refine, seed
         self.grid = (refine.grid, refine.grid)
         unique = {trace.key[0]: trace.picture for trace in traces}
         encoded = {
@@ -302,6 +319,32 @@ class _Passes:
         if self.model.prediction_type == "v_prediction":
             return alpha.sqrt() * z_t - (1 - alpha).sqrt() * predicted
         return (z_t - (1 - alpha).sqrt() * predicted) / alpha.sqrt()
+
+    def chosen_cuts(self, found: Sequence[Evidence]) -> list[torch.Tensor | None]:
+        """For each phrase the cut whose mask, injected, lets the network predict the noise best: analysis by synthesis. None
+        where that is P as it is.
+
+        The error of the predicted noise is that of the generated latent, |z0_hat - z_0|^2, times the signal-to-noise ratio, so
+        levels can be added. Without injection all masks are the same to the network, and the first cut, 0, stays.
+        """
+        candidates = [cuts(one, self.refine.levels) for one in found]
+        if not self.refine.alpha or not self.refine.levels:
+            return [values[0] for values in candidates]
+        count = 1 + len(self.refine.levels)
+        tried = [values.expand(count) if len(values) == 1 else values for values in candidates]
+        masks_ = [
+            torch.stack([hypothesis(one, values[k]) for one, values in zip(found, tried, strict=True)]) for k in range(count)
+        ]
+        masks_.append(torch.stack([one.before for one in found]))
+        errors = self.latents.new_zeros(len(found), len(masks_))
+        for t in self.refine.choice.timesteps:
+            ratio = self.model.alphas[t] / (1 - self.model.alphas[t])
+            for number in range(self.refine.choice.noises):
+                noise = self._noise(number, self.seed)
+                for k, mask in enumerate(masks_):
+                    generated = self.one_step(t, noise, mask)
+                    errors[:, k] += ratio * (generated - self.latents).square().mean((1, 2, 3))
+        return [None if best == count else values[best] for values, best in zip(tried, errors.argmin(1), strict=True)]
 
     def references(self) -> list[torch.Tensor]:
         """F_o: of the original, or of the image generated without a mask."""

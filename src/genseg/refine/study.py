@@ -148,11 +148,15 @@ class Part:
     classes: bool
 
     def maps(self, chosen: NDArray[np.int64]) -> Maps:
-        """Soft maps [n, h, w] of some rows of `coarse`, of one image; its masks where there are none."""
-        if self.soft is None:
-            sizes = self.coarse.iloc[chosen].merge(self.table, on=KEY, suffixes=("", "_"))[["mask", "height", "width"]]
-            return np.stack([masks.decode(*row) for row in sizes.itertuples(index=False)]).astype(np.float32)
+        """Soft maps [n, h, w] of some rows of `coarse`."""
+        assert self.soft is not None
         return np.concatenate([read_maps(self.soft, slice(row, row + 1)) for row in self.rows[chosen]])
+
+    def labels(self, chosen: NDArray[np.int64]) -> Maps:
+        """Masks [n, H, W] of some rows of `coarse`, of one image, as probabilities 0 and 1: P^0 of the classes on one scale,
+        whatever the baseline's maps are on, so that the classes' refined P compete by argmax."""
+        sizes = self.coarse.iloc[chosen].merge(self.table, on=KEY, suffixes=("", "_"))[["mask", "height", "width"]]
+        return np.stack([masks.decode(*row) for row in sizes.itertuples(index=False)]).astype(np.float32)
 
 
 def refine_shard(study: Params, shard: int, shards: int) -> None:
@@ -314,7 +318,7 @@ class _Work:
         if refiner == "trained":
             return self._by_network(part)
         refine = study.refine.model_copy(update={"maps": self._side(part)})
-        maps = part.maps if classes else None
+        maps = part.labels if classes else None
         method, keeper = (refiner, None) if refiner not in (G4SEG, RANDOM) else (G4SEG, _Keeper(self, part))
         observe = keeper.observe if keeper else None
         frame, soft = refine_predictions(part.table, part.coarse, self.model, refine, study.seed, method, maps, observe)
@@ -357,8 +361,7 @@ class _Work:
             keys = rows[[*KEY, "score"]].itertuples(index=False)
             found += [(*row, masks.encode(one)) for row, one in zip(keys, mask, strict=True)]
             if part.classes:
-                before = bilinear(part.maps(np.arange(done, done + len(rows))), *image.shape[:2])
-                after = np.clip(before + np.where(there, probability - coarse, 0), 0, 1)
+                after = np.where(there, probability, 0)
                 side = self._side(part)
                 soft.append(np.stack([area_reduce(one, side, side) for one in after]))
             done += len(rows)
@@ -396,7 +399,7 @@ class _Keeper:
     def observe(self, trace: Trace) -> None:
         dealt = at_random(trace, self.study.seed)
         if self.part.classes:
-            before = bilinear(self.part.maps(np.array([len(self.random)])), *trace.coarse.shape)[0]
+            before = trace.coarse.astype(np.float32)
             self.random_maps.append(dealt.applied(before, self.side))
         self.random.append(masks.encode(dealt.mask))
         if not trace.steps:

@@ -18,7 +18,8 @@ CONTROLS = {
     "alpha_zero": "generated without the mask's injection (alpha = 0)",
     "gate": "updates weighed by the discrepancy",
     "no_gate": "updates not weighed by the discrepancy",
-    "no_generation": "features of the original alone (F_g := F_o)",
+    "no_choice": "the evidence cut at 0, not where the generated image says",
+    "no_generation": "nothing generated: features of the original alone (F_g := F_o), cut at 0",
     "upsampling_only": "no iteration, edge-aware read-out alone",
     "unconditioned": "compared with an image generated without a mask instead of the original",
     "random": "what G4Seg changed, dealt anew at random in the same area",
@@ -124,7 +125,7 @@ def refinement_sensitivity(params: Params, study: StudyScores) -> Table:
         groups={row["method"]: row["method"] for row in rows},
         notes=[
             f"As it is: alpha = {refine.alpha:g}, beta = {refine.beta:g}, timesteps {refine.timesteps}, {refine.iterations} "
-            f"iterations, layers {refine.layers}. {_protocol(params, study)}"
+            f"iterations, layers {refine.layers}, cuts at 0 and the quantiles {refine.levels}. {_protocol(params, study)}"
         ],
         small=True,
     )
