@@ -64,7 +64,7 @@ def make_baselines(study: Params, names: Sequence[str] = ()) -> None:
         if baseline.family == "inexact":
             _make_inexact(study, baseline, keys[baseline.name], test, classes)
     attention = [baseline for baseline in missing if baseline.family == "attention"]
-    device = choose_device(study.device, study.resources["sample"].threads)
+    device = choose_device(study.device, study.resources["baselines"].threads)
     if attention:
         print(f"baseline: device {describe(device)}", flush=True)
         _make_attention(study, attention, keys, phrases[phrases["split"] == "val"], test, classes, device)
