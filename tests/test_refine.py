@@ -370,7 +370,7 @@ def test_the_mask_that_predicts_the_noise_best_is_chosen(model, tables, refine):
         errors = []
         values = [*cuts(one, asked.levels), None]
         for value in values:
-            mask = one.before if value is None else hypothesis(one, value)
+            mask = one.before if value is None else hypothesis(one, value).clamp(asked.clip, 1 - asked.clip)
             total = 0.0
             for t in (300, 700):
                 alpha = model.alphas[t]

@@ -40,6 +40,20 @@ def write_predictions(frame: pd.DataFrame, path: str | Path, **metadata: str) ->
     write_table(frame, SCHEMA, path, {"kind": "predictions", "version": str(VERSION), **metadata})
 
 
+def write_with_maps(frame: pd.DataFrame, maps: NDArray[np.float32] | None, path: str | Path, **metadata: str) -> None:
+    """Write predictions that are in key order and beside them soft maps [N, h, w], or none: such as lie there are removed.
+
+    The predictions come last and their old file goes first, so that a file with the metadata has the maps that belong to it,
+    whenever this is cut.
+    """
+    Path(path).unlink(missing_ok=True)
+    if maps is None:
+        maps_path(path).unlink(missing_ok=True)
+    else:
+        write_maps(maps, path)
+    write_predictions(frame, path, **metadata)
+
+
 def maps_path(predictions: str | Path) -> Path:
     """Where the soft maps of a predictions file lie."""
     return Path(predictions).with_suffix(".safetensors")

@@ -16,7 +16,7 @@ from genseg.artifacts.files import file_sha256
 from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import hash_unit, read_phrases, row_mask
-from genseg.artifacts.predictions import maps_path, write_maps, write_predictions
+from genseg.artifacts.predictions import maps_path, write_predictions, write_with_maps
 from genseg.artifacts.resample import bilinear
 from genseg.baselines.attend import METHODS, SOME, Attended, Maps
 from genseg.baselines.inexact import find_amount, inexact_masks
@@ -170,9 +170,9 @@ def _make_attention(
             frame["score"] = [score for _, scores, *_ in parts for score in scores]
             frame["mask"] = [code for *_, codes, _ in parts for code in codes]
             order = frame.sort_values(KEY, kind="stable").index.to_numpy()
-            if METHODS[baseline.name].chosen:
-                write_maps(np.concatenate([maps for *_, maps in parts])[order], path)
-            write_predictions(frame, path, key=keys[baseline.name], threshold=str(thresholds[baseline.name]))
+            soft = np.concatenate([maps for *_, maps in parts])[order] if METHODS[baseline.name].chosen else None
+            threshold = str(thresholds[baseline.name])
+            write_with_maps(frame.iloc[order], soft, path, key=keys[baseline.name], threshold=threshold)
         print(f"baseline: {baseline.name}: {len(frame)} masks, threshold {thresholds[baseline.name]:g}", flush=True)
 
 

@@ -1,6 +1,7 @@
 """Baselines by themselves, and coarse against refined: AR, boundary IoU and mIoU before and after, on the same images.
 
-The background rule and the order of scores are those of the baseline, before refinement as after it.
+Of class phrases the labelling is refined that the baseline's own background rule gives; after refinement a class owns a pixel
+where its probability is the highest and, with a background class, at least 0.5.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from genseg.metrics.semantic import Semantic, mean_iou
 from genseg.params import Params
 
 PROTOCOL = "native"
+CUT = 0.5
+"""Where a refined probability becomes a label, in `refine` as here."""
 QUANTITIES = ("ar", "boundary_iou", "miou")
 COARSE_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 COMPLEXITY_QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -101,16 +104,17 @@ def score_refinement(params: Params, phrases: pd.DataFrame, refined: dict[str, A
     classes = ClassPhrases(params, images)
     replicates, seed = params.score.bootstrap, params.seed
 
-    def measure(path: str, class_path: str) -> Measured:
+    def measure(path: str, class_path: str, threshold: float | None = None) -> Measured:
         predictions = read_predictions(path)
         predictions = predictions[predictions["image_id"].isin(images)].reset_index(drop=True)
         ratio = params.score.boundary_ratio
         origins = ("phrase table", path)
         per_phrase, _ = score_run(table, predictions, PROTOCOL, boundary_ratio=ratio, replicates=0, origins=origins)
         sums = per_phrase.assign(n=1.0).groupby("image_id", sort=True)[["iou", "boundary_iou", "n"]].sum()
-        return Measured(per_phrase, sums.to_numpy(np.float64), classes.count(Path(class_path)))
+        return Measured(per_phrase, sums.to_numpy(np.float64), classes.count(Path(class_path), threshold))
 
     coarse: dict[str, Measured] = {}
+    before: dict[str, dict[str, tuple[float, Floats]]] = {}
     rows: list[dict[str, Any]] = []
     differences: dict[str, list[dict[str, tuple[float, Floats]]]] = {}
     gains: list[pd.DataFrame] = []
@@ -118,15 +122,16 @@ def score_refinement(params: Params, phrases: pd.DataFrame, refined: dict[str, A
         name, refiner = entry["baseline"], entry["refiner"]
         if name not in coarse:
             coarse[name] = measure(entry["coarse"], entry["coarse_classes"])
-        after = measure(entry["predictions"], entry["class_predictions"])
-        old, new = coarse[name].statistics(replicates, seed), after.statistics(replicates, seed)
+            before[name] = coarse[name].statistics(replicates, seed)
+        after = measure(entry["predictions"], entry["class_predictions"], CUT)
+        old, new = before[name], after.statistics(replicates, seed)
         change = {key: (new[key][0] - old[key][0], new[key][1] - old[key][1]) for key in QUANTITIES}
         differences.setdefault(refiner, []).append(change)
         row = {key: entry[key] for key in ("refiner", "baseline", "label", "real", "passes")}
         row |= {
             key: {"before": _number(old[key][0]), "after": _number(new[key][0])} | _told(*change[key]) for key in QUANTITIES
         }
-        if classes.has_background and maps_path(entry["class_predictions"]).exists():
+        if classes.has_background and maps_path(entry["coarse_classes"]).exists():
             row["miou"] |= _swept(classes, entry)
         rows.append(row)
         if refiner == "g4seg":
@@ -175,13 +180,13 @@ def _number(value: float) -> float | None:
 
 
 def _swept(classes: ClassPhrases, entry: dict[str, Any]) -> dict[str, Any]:
-    """mIoU at the background threshold that is best for each side: what a choice made on test would give."""
-    found: dict[str, float] = {}
-    for side, path in (("before", entry["coarse_classes"]), ("after", entry["class_predictions"])):
-        values = [float(mean_iou(classes.count(Path(path), float(threshold)).counts.sum(0))) for threshold in THRESHOLDS]
-        best = int(np.nanargmax(values))
-        found |= {f"best_{side}": values[best], f"best_threshold_{side}": float(THRESHOLDS[best])}
-    return found
+    """mIoU of the coarse masks at their best background threshold: what a choice made on test would give."""
+    path = Path(entry["coarse_classes"])
+    values = [float(mean_iou(classes.count(path, float(threshold)).counts.sum(0))) for threshold in THRESHOLDS]
+    if np.isnan(values).all():
+        return {}
+    best = int(np.nanargmax(values))
+    return {"best_before": values[best], "best_threshold_before": float(THRESHOLDS[best])}
 
 
 # --------------------------------------------------------------------------------------------- who gains

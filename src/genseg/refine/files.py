@@ -12,7 +12,7 @@ from genseg.artifacts.files import file_sha256
 from genseg.artifacts.manifest import code_hash, read_manifest
 from genseg.artifacts.parquet import read_metadata
 from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_maps, write_predictions
+from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_with_maps
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.text_to_image import TextToImage
@@ -89,9 +89,7 @@ def refine_file(
         observe=draw if pictures else None,
     )
     seconds = time.monotonic() - started
-    if maps is not None:
-        write_maps(maps, out)
-    write_predictions(frame, out, key=key, method=method, evaluations=str(passes(variants(refine)[method])))
+    write_with_maps(frame, maps, out, key=key, method=method, evaluations=str(passes(variants(refine)[method])))
     print(f"refine: {out}: {len(frame)} masks, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
 
 

@@ -1,10 +1,10 @@
 """G4Seg (ours): refine coarse masks by what a pretrained text-to-image model generates under them.
 
 For each phrase: a mask-conditioned image is generated in one step from the noised original, the coarse mask injected into
-cross- and self-attention; features of the original and of the generated image are compared; where they disagree, near the
-mask's boundary, the foreground probability moves towards the label its features correspond to. How much evidence a label
-needs there is the generator's decision, too: of several masks that the features allow, the one under which the generated
-image is nearest to the original, or the mask as it is. A few times over.
+cross- and self-attention; features of the original and of the generated image are compared; near the mask's boundary (and as
+far as they disagree, with `refine.gate`) the foreground probability moves towards the label its features correspond to. How
+much evidence a label needs there is the generator's decision, too: of several masks that the features allow, the one under
+which the generated image is nearest to the original, or the mask as it is. A few times over.
 """
 
 from __future__ import annotations
@@ -123,8 +123,7 @@ def refine_predictions(
 ) -> tuple[pd.DataFrame, Maps | None]:
     """Refine the prediction of every phrase that has one, each phrase alone.
 
-    A mask that is empty or full has no boundary and stays as it is; scores stay, too, so that an argmax over classes
-    compares what it compared before.
+    A mask that is empty or full has no boundary and stays as it is; scores stay, too.
 
     Args:
         phrases: phrase table (`file_name`, `phrase`, `height`, `width`).
@@ -332,8 +331,10 @@ class _Passes:
             return [values[0] for values in candidates]
         count = 1 + len(self.refine.levels)
         tried = [values.expand(count) if len(values) == 1 else values for values in candidates]
+        clip = self.refine.clip  # as P is, so that softness is no advantage
         masks_ = [
-            torch.stack([hypothesis(one, values[k]) for one, values in zip(found, tried, strict=True)]) for k in range(count)
+            torch.stack([hypothesis(one, values[k]) for one, values in zip(found, tried, strict=True)]).clamp(clip, 1 - clip)
+            for k in range(count)
         ]
         masks_.append(torch.stack([one.before for one in found]))
         errors = self.latents.new_zeros(len(found), len(masks_))

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from genseg.artifacts import masks
 from genseg.artifacts.files import file_sha256, read_json, write_json
-from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
+from genseg.artifacts.manifest import code_hash, write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import choose_images, hash_unit, read_phrases
-from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_maps, write_predictions
+from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_with_maps
 from genseg.artifacts.resample import area_reduce, bilinear
 from genseg.baselines.registry import Baseline, baselines_dir, find_baseline, study_baselines
 from genseg.errors import UserError
@@ -39,7 +39,7 @@ from genseg.refine.trained import Refiner, train_refiner
 G4SEG = "g4seg"
 CLASSES = "_class_phrases"
 CODE_HERE = (*CODE, "baselines/registry.py", "interchange/labels.py")
-KEYS = ("seed", "refine", "score.background_threshold")
+KEYS = ("seed", *(f"refine.{name}" for name in Refine.model_fields if name != "shards"), "score.background_threshold")
 
 
 def refined_dir(study: Params) -> Path:
@@ -237,7 +237,7 @@ class _Work:
         if refiner in ("crf", "g4seg_crf"):
             facts.append(refine.crf.model_dump(mode="json"))
         if refiner == "trained":
-            facts.append(network_key(self.study))
+            facts += [network_key(self.study), refine.maps, refine.grid]
         if refiner not in ("crf", "trained"):
             facts += [variant_facts(refine, G4SEG if refiner == "g4seg_crf" else refiner), self.weights]
         if refiner == G4SEG:
@@ -266,7 +266,7 @@ class _Work:
             path = refined_path(self.study, refiner, baseline.name, classes)
             part = parts[classes]
             frame, soft = self._refined(baseline, refiner, part, classes)
-            _write(path, frame, soft, facts)
+            write_with_maps(frame, soft, path, **facts)
         seconds = time.monotonic() - started
         count = sum(len(part.coarse) for part in parts.values())
         write_json(_timing_path(self.study, refiner, baseline.name), {"key": key, "seconds": round(seconds, 3), "masks": count})
@@ -329,7 +329,7 @@ class _Work:
             dealt = self._apart(part, frame.assign(mask=keeper.random), maps_)
             if refiner == RANDOM:
                 return dealt
-            _write(refined_path(study, RANDOM, baseline.name, classes), *dealt, facts)
+            write_with_maps(dealt[0], dealt[1], refined_path(study, RANDOM, baseline.name, classes), **facts)
         if keeper is not None and not classes:
             keeper.write(discrepancy_path(study, baseline.name), self.key(baseline, G4SEG))
         return self._apart(part, frame, soft)
@@ -340,19 +340,21 @@ class _Work:
         return self.study.refine.maps or (own[2] if own else self.study.refine.grid)
 
     def _apart(self, part: Part, frame: pd.DataFrame, soft: Maps | None) -> tuple[pd.DataFrame, Maps | None]:
-        """Hard class masks shared no pixel when they were coarse: what several of them claim after refinement goes to the
-        highest refined probability, and they need no soft maps. Others stay as they are."""
+        """Hard class masks shared no pixel when they were coarse, and share none afterwards: a pixel goes to the class with the
+        highest refined probability, if a class claims it or, without a background class, one had it. They need no soft maps;
+        others, which cover every pixel by argmax, stay as they are."""
         if part.soft is not None or soft is None:
             return frame, soft
         found = frame.copy()
         for rows, height, width in _images(replace(part, coarse=frame)):
             own = np.stack([masks.decode(code, height, width) for code in frame["mask"].iloc[rows]])
-            winner = np.where(own, bilinear(soft[rows], height, width), -1).argmax(0)
-            found.loc[frame.index[rows], "mask"] = [masks.encode(mask & (winner == index)) for index, mask in enumerate(own)]
+            owned = own.any(0) | (part.labels(rows).any(0) if self.rule.kind == "none" else False)
+            winner = np.where(owned, bilinear(soft[rows], height, width).argmax(0), -1)
+            found.loc[frame.index[rows], "mask"] = [masks.encode(winner == index) for index in range(len(own))]
         return found, None
 
     def _by_network(self, part: Part) -> tuple[pd.DataFrame, Maps | None]:
-        """Masks by the trained control; what it adds to a coarse mask is added to the soft map, as of G4Seg."""
+        """Masks by the trained control; of class phrases its probabilities compete, as those of G4Seg."""
         found, soft, done = [], [], 0
         for image, rows, coarse in crf.images_of(part.table, part.coarse):
             probability = self.network.probability(image, coarse)
@@ -376,14 +378,6 @@ def _images(part: Part) -> Iterator[tuple[NDArray[np.int64], int, int]]:
     for image_id, rows in part.coarse.groupby("image_id", sort=True).indices.items():
         height, width = sizes[image_id]
         yield np.asarray(rows, np.int64), int(height), int(width)
-
-
-def _write(path: Path, frame: pd.DataFrame, soft: Maps | None, facts: dict[str, str]) -> None:
-    if soft is not None:
-        write_maps(soft, path)
-    else:
-        maps_path(path).unlink(missing_ok=True)
-    write_predictions(frame, path, **facts)
 
 
 class _Keeper:
@@ -414,8 +408,8 @@ class _Keeper:
         frame["mask"] = [masks.encode(trace.refined) for *_, trace in kept]
         frame["score"] = np.zeros(len(frame), np.float32)
         maps = [trace.steps[0].discrepancy.float().cpu().numpy().reshape(side, side) for *_, trace in kept]
-        write_maps(np.stack(maps) if maps else np.zeros((0, side, side), np.float32), path)
-        write_predictions(frame.astype({"image_id": np.int64, "phrase_id": np.int64}), path, key=key)
+        soft = np.stack(maps) if maps else np.zeros((0, side, side), np.float32)
+        write_with_maps(frame.astype({"image_id": np.int64, "phrase_id": np.int64}), soft, path, key=key)
 
 
 def _timing_path(study: Params, refiner: str, baseline: str) -> Path:
@@ -436,8 +430,10 @@ def gather_refined(study: Params) -> None:
         outputs.append(discrepancy_path(study, baseline.name))
         for refiner in refiners(study, baseline.name):
             if not work.is_made(baseline, refiner):
+                for shard in range(study.refine.shards):  # or Snakemake would take the job for done
+                    shard_marker(study, shard, study.refine.shards).unlink(missing_ok=True)
                 path = refined_path(study, refiner, baseline.name, False)
-                raise UserError(f"{path}: missing or made with other params; run `snakemake -- refine`, which makes it first")
+                raise UserError(f"{path}: missing or made with other params; run again, it is made first")
             paths = [refined_path(study, refiner, baseline.name, classes) for classes in (False, True)]
             outputs += paths
             entry = {"refiner": refiner, "baseline": baseline.name, "label": baseline.label, "real": baseline.real}
@@ -473,11 +469,3 @@ def gather_refined(study: Params) -> None:
         timing=timing,
     )
     print(f"refine: {len(entries)} refined predictions of {len(study_baselines(study))} baselines", flush=True)
-
-
-def read_refined(study: Params) -> dict[str, Any]:
-    """The manifest of the phase. Raises UserError where there is none."""
-    path = refined_dir(study) / "manifest.json"
-    if not path.exists():
-        raise UserError(f"{path}: nothing is refined yet; run `genseg refine` with this study's params")
-    return read_manifest(path)

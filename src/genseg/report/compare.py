@@ -57,6 +57,8 @@ def compare(sweep: Sweep) -> Path:
     outputs = [path for table in tables for path in write_table(table, folder)]
     figure = tables[0].frame.rename(columns={"variant": "role"})
     draw_evaluations(figure, folder / "evaluations.png", sweep.study.tables.dpi)
+    for stale in {path for path in folder.iterdir() if path.is_file()} - {*outputs, folder / "evaluations.png"}:
+        stale.unlink()  # of questions that the document no longer asks
     read = [path for entry in entries if entry.test for path in (entry.test.path, entry.test.path.with_suffix(".parquet"))]
     write_manifest(
         folder / "manifest.json",

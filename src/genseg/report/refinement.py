@@ -15,7 +15,7 @@ G4SEG = "g4seg"
 OVER = {"all": "mean of all", "real": "mean of the real ones"}
 ORDER = ("method", "real", "miou_before", "miou_after", "delta", "ci_low", "ci_high")
 CONTROLS = {
-    "alpha_zero": "generated without the mask's injection (alpha = 0)",
+    "alpha_zero": "generated without the mask's injection (alpha = 0), and so without the choice",
     "gate": "updates weighed by the discrepancy",
     "no_gate": "updates not weighed by the discrepancy",
     "no_choice": "the evidence cut at 0, not where the generated image says",
@@ -155,7 +155,7 @@ def _row(study: StudyScores, found: dict[str, Any]) -> dict[str, Any]:
         row |= {f"{name}_{side}": points(value[side]) for side in ("before", "after")}
         row |= {f"{prefix}delta": points(value["difference"])}
         row |= {f"{prefix}ci_low": points(value["ci_low"]), f"{prefix}ci_high": points(value["ci_high"])}
-    best = {f"miou_{side}": points(found["miou"].get(side)) for side in ("best_before", "best_after")}
+    best = {"miou_best_before": points(found["miou"].get("best_before"))}
     counts = study.refinement["counts"]
     origin = {"source": "measured", "n": counts["phrases"], "images": counts["images"], "scores": str(study.refinement_path)}
     return row | best | {"baseline": found["baseline"], "passes": found["passes"], "kind": "method", "baselines": 1} | origin
@@ -164,8 +164,7 @@ def _row(study: StudyScores, found: dict[str, Any]) -> dict[str, Any]:
 def _frame(rows: list[dict[str, Any]], first: list[str]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     frame = frame[first + [name for name in frame.columns if name not in first]]
-    empty = [name for name in ("miou_best_before", "miou_best_after") if frame[name].isna().all()]
-    return frame.drop(columns=empty)
+    return frame.drop(columns="miou_best_before") if frame["miou_best_before"].isna().all() else frame
 
 
 # ----------------------------------------------------------------------------------------------------- captions, notes
@@ -183,7 +182,8 @@ def _protocol(params: Params, study: StudyScores) -> str:
     )
     return (
         f"On {whole}. mIoU: class phrases “{params.data.class_template}”, one confusion matrix at native size; background "
-        f"rule: {rule}; the order of scores is that of the coarse masks. AR and boundary IoU: phrases, protocol "
+        f"rule: {rule}. What is refined is the labelling, a class at a time; the highest refined P wins. AR and boundary "
+        f"IoU: phrases, protocol "
         f"{study.refinement['protocol']}. Δ: after minus before, paired bootstrap over images, jointly in a mean."
     )
 
@@ -194,16 +194,13 @@ def study_passes(study: StudyScores, refiner: str) -> str:
 
 
 def _swept(study: StudyScores) -> list[str]:
-    """The best threshold of each side, chosen on the very images: no result, but it shows what the frozen rule hides."""
+    """The coarse masks' best threshold, chosen on the very images: no result, but it shows what the frozen rule hides."""
     told = []
     for row in study.refinement["rows"]:
         value = row["miou"]
-        if row["refiner"] == G4SEG and "best_after" in value:
-            sides = (
-                f"{100 * value[f'best_{side}']:.1f} at {value[f'best_threshold_{side}']:g}" for side in ("before", "after")
-            )
-            told.append(f"{row['label']} {' and '.join(sides)}")
-    return [f"Best background threshold before and after, swept on these images: {'; '.join(told)}."] if told else []
+        if row["refiner"] == G4SEG and "best_before" in value:
+            told.append(f"{row['label']} {100 * value['best_before']:.1f} at {value['best_threshold_before']:g}")
+    return [f"Coarse mIoU at the background threshold that is best on these images: {'; '.join(told)}."] if told else []
 
 
 def _signed(value: dict[str, Any]) -> str:
