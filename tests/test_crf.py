@@ -18,7 +18,7 @@ from genseg.errors import UserError
 from genseg.params import Crf, load_params
 from genseg.refine.crf import Lattice, binary_crf, dense_crf, permutohedral, refine, refine_predictions, tune_crf
 
-CLIP_ES = load_params(Path(__file__).resolve().parents[1] / "params.yaml").refine.crf
+CLIP_ES = load_params(Path(__file__).resolve().parents[1] / "params/paper.yaml").refine.crf
 
 
 def clip_es(**changes) -> Crf:

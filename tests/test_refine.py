@@ -453,7 +453,7 @@ def test_the_command_refines_a_file_once_and_draws(files, folders, capsys):
     assert not maps_path(files / "out.parquet").exists()
     sheets = sorted((files / "pictures").glob("*.png"))
     assert len(sheets) == 6
-    assert Image.open(sheets[0]).size == (6 * 192, 3 * 192)
+    assert Image.open(sheets[0]).size == (6 * 192, (1 + SMOKE.refine.iterations) * 192)
     capsys.readouterr()
     assert command(files, folders / "sdxl") == 0
     assert "there already" in capsys.readouterr().out

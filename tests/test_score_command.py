@@ -294,6 +294,7 @@ def study(tmp_path, monkeypatch):
     """A study of twelve images whose predictions are the ground truth read through label latents, and worse ones."""
     monkeypatch.chdir(tmp_path)
     document = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+    document["sample"]["runs"] = ["main", "controls", "grid"]  # a study without val's points refines nothing
     document["study"], document["sample"]["base"] = "small", {"size": 32, "steps": 50, "guidance": 7.5}
     document["score"] = document["score"] | {"protocol": "native", "also": ["native", "ppmn"], "bootstrap": 50}
     Path("params.yaml").write_text(yaml.safe_dump(document))

@@ -45,7 +45,7 @@ def test_the_shipped_sweep_has_what_it_promises():
     assert {train.prediction for train in trainings} == {"noise", "v", "x0"}
     assert {stage.objective for train in trainings for stage in train.stages} == {"distill", "task"}
     assert {train.label for train in trainings} == {"mask", "vae"}
-    assert {train.p_last for train in trainings} == {0.0, 0.5}
+    assert {train.p_last for train in trainings} == {0.0, study.train.p_last, 0.6}
     paper = load_params(ROOT / "params/paper.yaml")
     same = (
         "prediction",

@@ -45,7 +45,7 @@ def stale_stages() -> list[str]:
 
 def stale_files() -> dict[str, str]:
     """Outputs that Snakemake would make, or would keep only because it has no record of how they were made; with their
-    rules. Shards of sampling are left out: they are means to the predictions and need not be there."""
+    rules. Shards of sampling and refinement are left out: they are means to the predictions and need not be there."""
     return {
         file: rule
         for file, _, rule, log, _, plan in summary()
@@ -56,7 +56,8 @@ def stale_files() -> dict[str, str]:
 def _forget_shards(files: Iterable[str]) -> None:
     """Shards of an earlier run here say nothing about predictions that came from elsewhere."""
     for study in {file.split("/")[1] for file in files}:
-        shutil.rmtree(Path("work") / study / "samples", ignore_errors=True)
+        for folder in ("samples", "refined"):
+            shutil.rmtree(Path("work") / study / folder, ignore_errors=True)
 
 
 def _dvc(*arguments: str) -> str:
