@@ -89,7 +89,7 @@ def brute_miou(path, table):
         rows = table[table["image_id"] == image_id]
         truths = {row.phrase_id: coco.decode({"counts": row.mask, "size": list(label.shape)}) for row in rows.itertuples()}
         truth = np.full(label.shape, -1)
-        for phrase_id in sorted(truths, key=lambda index: -truths[index].sum()):
+        for phrase_id in sorted(truths, key=lambda index: -int(truths[index].sum())):
             truth[truths[phrase_id] > 0] = phrase_id
         for index in truths:
             inside = (truth == index)[truth >= 0], (label == index)[truth >= 0]
