@@ -96,7 +96,7 @@ def _from_tables(study: Params, tables: list[Path], source: str | None) -> Count
     test = phrases[phrases["split"] == "test"]
     pairs = {"val": threshold_rows(study, phrases[phrases["split"] == "val"])}
     pairs["test"] = pd.concat([test, run_rows(study, CLASS_PHRASES, phrases, class_phrases)])
-    pairs = {part: rows.drop_duplicates(["image_id", "phrase"])["image_id"].value_counts() for part, rows in pairs.items()}
+    texts_of = {part: rows.drop_duplicates(["image_id", "phrase"]).groupby("image_id").size() for part, rows in pairs.items()}
     refined = refined_tables(study, phrases, class_phrases, class_list(class_phrases, str(tables[1])).background)
     return Counts(
         source=f"counted in {tables[0]}" + ("" if exact else f"; {TOKENS} tokens a phrase assumed"),
@@ -106,9 +106,9 @@ def _from_tables(study: Params, tables: list[Path], source: str | None) -> Count
         val=int((phrases["split"] == "val").sum()),
         rows={name: len(run_rows(study, run, phrases, class_phrases)) for name, run in runs.items()},
         attended={
-            **{f"{part}_images": len(found) for part, found in pairs.items()},
-            **{f"{part}_texts": int(found.sum()) for part, found in pairs.items()},
-            "most_texts": int(max(found.max() for found in pairs.values())),
+            **{f"{part}_images": len(found) for part, found in texts_of.items()},
+            **{f"{part}_texts": int(found.sum()) for part, found in texts_of.items()},
+            "most_texts": int(max(found.max() for found in texts_of.values())),
         },
         refined={
             "images": len(set(refined[False]["image_id"]) | set(refined[True]["image_id"])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from genseg.baselines.attention import Grid, aggregate, anchor_indices, divergen
 from genseg.baselines.registry import baselines_dir, study_baselines
 from genseg.errors import UserError
 from genseg.models import sdxl, stable_diffusion
-from genseg.models.attention_control import AttentionStore
+from genseg.models.attention_control import AttentionCall, AttentionStore
 from genseg.models.flops import BACKWARD, Gpu, meta_text_encoder, meta_unet, text_flops, unet_flops, vae_flops
 from genseg.models.memory import LiveBytes, encoding_bytes, generator_bytes, meta_injection
 from genseg.params import Baselines, Params, Refine
@@ -29,6 +30,7 @@ from genseg.refine.study import (
     G4SEG,
     MADE_WITH_G4SEG,
     RANDOM,
+    discrepancy_path,
     network_dir,
     refined_dir,
     refined_path,
@@ -126,7 +128,7 @@ def find_generator(source: str | None, key: str, own: Generator) -> Generator:
 # ------------------------------------------------------------------------------------------------------------- memory
 def plan_generators(study: Params, counts: Counts, attends: Generator, refines: Generator, gpu: Gpu) -> dict[str, Any]:
     """Weights and the peak beside them on the GPU of one job, for `baselines` and `refine`."""
-    peaks = {
+    peaks: dict[str, tuple[Generator, Baselines | Refine, int]] = {
         "baselines": (attends, study.baselines, attention_bytes(study.baselines, attends, counts.attended["most_texts"])),
         "refine": (refines, study.refine, refinement_bytes(study.refine, refines)),
     }
@@ -192,17 +194,21 @@ def attention_bytes(baselines: Baselines, generator: Generator, texts: int) -> i
     moments, held = [encoding_bytes(generator.vae, baselines.size, baselines.precision)], 0
     for recording in dict.fromkeys(recordings(baselines).values()):
         wanted = recorded_layers(baselines, grids, recording.own)
-        store = AttentionStore(select=lambda call, wanted=wanted: (call.kind, call.grid) in wanted)
+        store = AttentionStore(select=partial(_is_wanted, wanted))
         record = sum(4 * math.prod(grid) * (TOKENS if kind == "cross" else math.prod(grid)) for kind, grid in wanted)
         passing = generator_bytes(generator.unet, latent, TOKENS, count, baselines.precision, store)
         moments.append(held + (texts - count) * record + passing)
         if recording.inversion is not None:
-            latents = (recording.inversion.steps + 4) * 4 * count * generator.unet["out_channels"] * latent**2
+            latents = (recording.inversion.steps + 4) * 4 * count * generator.vae["latent_channels"] * latent**2
             back = generator_bytes(generator.unet, latent, TOKENS, count, baselines.precision, gradient=True)
             moments.append(held + texts * record + latents + back)
         moments.append(held + (2 * texts + count) * record)  # the batches' maps, all of them in one, and the last sums
         held += texts * record
     return max(*moments, held + _segment_bytes(baselines, generator, grids, latent))
+
+
+def _is_wanted(wanted: set[tuple[str, Grid]], call: AttentionCall) -> bool:
+    return (call.kind, call.grid) in wanted
 
 
 def _segment_bytes(baselines: Baselines, generator: Generator, grids: list[Grid], latent: int) -> int:
@@ -246,15 +252,16 @@ def add_artifacts(
     predictions, maps = 0.0, 0
     found: list[Path] = []
     for baseline in study_baselines(study):
-        maps += maps_bytes(refine.pictures, refine.grid)
         for refiner in refiners(study, baseline.name):
             predictions += counts.row_bytes * (count + counts.refined["phrases"])
             found += [refined_path(study, refiner, baseline.name, classes) for classes in (False, True)]
             if baseline.name in sides and not refiner.endswith("crf"):
                 maps += maps_bytes(count, refine.maps or sides[baseline.name])
     add("refined: predictions", predictions, "estimate", *found)
-    soft = [path for path in refined_dir(study).glob("*/*.safetensors") if path.parent != network_dir(study)]
-    add("refined: soft maps", maps, exact, *soft)
+    discrepancies = [discrepancy_path(study, baseline.name).with_suffix(".safetensors") for baseline in study_baselines(study)]
+    others = {*discrepancies, *network_dir(study).glob("*")}
+    add("refined: soft maps", maps, exact, *(path for path in refined_dir(study).glob("*/*.safetensors") if path not in others))
+    add("refined: maps of the figure", len(discrepancies) * maps_bytes(refine.pictures, refine.grid), "at most", *discrepancies)
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
@@ -313,9 +320,9 @@ def add_refine_phases(add: Add, study: Params, counts: Counts, generator: Genera
     what = f"at most {masks:,} masks of each of {len(baselines)} baselines"
     benchmarks = [f"refine.shard={shard}" for shard in range(refine.shards)]
     add("refine", what, sum(row[2] for row in rows), sum(row[3] for row in rows), refine.precision, *benchmarks)
-    for group, members, evaluations, flops, seconds in rows:
+    for group, times, evaluations, flops, seconds in rows:
         if flops:
-            add("refine", f"  {group}, {members} times", evaluations, flops, refine.precision, seconds=seconds)
+            add("refine", f"  {group}, {times} times", evaluations, flops, refine.precision, seconds=seconds)
 
 
 def _refiner_flops(size: int) -> int:
