@@ -12,14 +12,20 @@ from safetensors.torch import save_file
 
 from conftest import PROJECT
 from genseg.artifacts.manifest import read_manifest
+from genseg.artifacts.parquet import read_metadata
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import read_predictions
+from genseg.baselines.registry import study_baselines
 from genseg.cli import main
-from genseg.models import sdxl
+from genseg.models import sdxl, stable_diffusion
+from genseg.models.attention_control import BYTE_CAP
 from genseg.models.flops import meta_unet, vae_flops
+from genseg.models.text_to_image import TextToImage
 from genseg.params import load_params
 from genseg.plan.cost import largest_unit, safetensors_bytes
 from genseg.plan.counts import SCENES_DRAWN
+from genseg.refine.g4seg import passes
+from genseg.refine.study import MADE_WITH_G4SEG
 from test_training import variant
 
 FILES = [PROJECT / "params.yaml", *sorted((PROJECT / "params").glob("*.yaml"))]
@@ -49,8 +55,15 @@ def test_every_shipped_file_is_planned_without_data(clone, path, capsys):
     assert all(row["bytes"] > 0 and row["measured"] is None for row in found["artifacts"])
     assert all(row["flops"] > 0 and row["measured_seconds"] is None for row in found["phases"])
     assert all(row["total"] > row["activations"] > 0 for row in found["memory"]["training"])
+    for row in found["memory"]["generators"].values():
+        assert row["total"] == row["weights"] + row["activations"]
+        assert row["weights"] == row["parameters"] * (4 if row["precision"] == "fp32" else 2)
+    whole = load_params(path).sample.is_whole()
+    assert list(found["memory"]["generators"]) == (["baselines", "refine"] if whole else [])
+    assert whole == any(row["phase"] == "refine" for row in found["phases"])
     if path.name == "paper.yaml":
         check_paper(found)
+        check_paper_refinement(found, load_params(path))
 
 
 def check_paper(found):
@@ -69,12 +82,30 @@ def check_paper(found):
     assert artifacts["image latents 1024"] == pytest.approx(123_287 * 4 * 128 * 128 * 2, rel=1e-3)
 
 
+def check_paper_refinement(found, study):
+    row = found["memory"]["generators"]["refine"]
+    assert (row["backbone"], row["size"]) == (stable_diffusion.SD_21, 512)
+    assert row["parameters"] == 865_910_724 + 83_653_863 + 340_387_840
+    distances, offsets = 4 * study.refine.batch * 4096**2, 4 * 4096**2
+    features = 4 * study.refine.batch * 4096 * (1280 + 640)
+    slices = 6 * BYTE_CAP  # scores, A, T, both weighted, and their sum, of an image-token slice of a 64 x 64 layer
+    activations = row["activations"] - 3 * distances - offsets - features - slices
+    assert 0.05e9 < activations < 0.15e9, "the rest"
+    refined = [row for row in found["phases"] if row["phase"] == "refine" and "masks of each" in row["what"]]
+    own = next(row for row in found["phases"] if "G4Seg, " in row["what"])
+    masks = found["counts"]["refined"]["phrases"] + found["counts"]["refined"]["class_phrases"]
+    assert own["evaluations"] == len(study_baselines(study)) * masks * passes(study.refine)
+    assert own["flops"] == pytest.approx(own["evaluations"] * 0.804e12, rel=0.03)
+    assert refined[0]["evaluations"] > own["evaluations"]
+
+
 def test_a_finished_study_has_the_bytes_parameters_and_evaluations_it_was_planned_to_have(finished_study, monkeypatch, capsys):
     monkeypatch.chdir(finished_study)
     found = plan(capsys, "--params", "params/smoke.yaml")
     assert found["counts"]["exact"]
     exact = [row for row in found["artifacts"] if row["basis"] == "exact" and row["measured"] is not None]
     assert {row["artifact"] for row in exact} >= {"image latents 64", "image latents 48", "model: weights", "soft label maps"}
+    assert {row["artifact"] for row in exact} >= {"baselines: soft maps", "refined: soft maps"}
     assert [row["artifact"] for row in exact if row["bytes"] != row["measured"]] == []
     for row in found["artifacts"]:
         if row["basis"] == "exact, but for headers":
@@ -90,6 +121,31 @@ def test_a_finished_study_has_the_bytes_parameters_and_evaluations_it_was_planne
     assert sum(planned) == made
     measured = {row["what"]: row["measured_seconds"] for row in found["phases"] if row["phase"] == "train"}
     assert all(measured.values()), "Snakemake's benchmarks are read"
+
+    refined, made = [row for row in found["phases"] if row["phase"] == "refine"], 0
+    for entry in read_manifest("results/smoke/refined/manifest.json")["refined"]:
+        if entry["refiner"] not in MADE_WITH_G4SEG:
+            for path in (entry["predictions"], entry["class_predictions"]):
+                made += int(read_metadata(path)["evaluations"]) * len(read_predictions(path))
+    assert refined[1]["evaluations"] == made == sum(row["evaluations"] for row in refined[2:])
+    assert all(row["measured_seconds"] for row in refined)
+    assert next(row for row in found["phases"] if row["phase"] == "baselines")["measured_seconds"]
+
+
+def test_the_baselines_take_the_passes_they_were_planned_to_take(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    planned = [row for row in plan(capsys, "--params", "params/smoke.yaml")["phases"] if row["phase"] == "baselines"]
+    predict, rows = TextToImage.predict, []
+
+    def counted(self, x_t, *others):
+        rows.append(len(x_t))
+        return predict(self, x_t, *others)
+
+    monkeypatch.setattr(TextToImage, "predict", counted)
+    shutil.rmtree("results/smoke/baselines")
+    assert main(["baseline", "--params", "params/smoke.yaml"]) == 0
+    assert load_params("params/smoke.yaml").baselines.diffpng.inversion.inner_steps == 1, "so no null text is done early"
+    assert sum(rows) == planned[0]["evaluations"] == sum(row["evaluations"] for row in planned[1:])
 
 
 def test_counts_before_assembly_are_near_those_after(finished_study, clone, monkeypatch, capsys):
@@ -111,7 +167,7 @@ def test_more_gpus_take_less_time_and_shards_less_memory(clone, capsys):
     one = plan(capsys, "--params", str(PROJECT / "params.yaml"))
     many = plan(capsys, "--params", str(PROJECT / "params.yaml"), "--gpus", "16", "--mfu", "0.2")
     for first, second in zip(one["phases"], many["phases"], strict=True):
-        assert second["hours"] == pytest.approx(first["hours"] / 8)
+        assert second["hours"] == (pytest.approx(first["hours"] / 8) if first["hours"] is not None else None)
     rows = {row["sharding"]: row for row in many["memory"]["training"] if row["chosen"]}
     assert {"replicate", "FSDP over 2", "FSDP over 16"} <= rows.keys()
     for name in ("weights", "gradients", "moments", "average", "teacher"):
@@ -151,7 +207,15 @@ def test_a_stage_and_labels_of_the_vae_are_planned(clone, capsys):
 def test_the_text_has_every_table(clone, capsys):
     assert main(["plan", "--params", str(PROJECT / "params.yaml")]) == 0
     text = capsys.readouterr().out
-    for word in ("phrases", "parameters", "training, bytes on each GPU", "artifacts", "work on 1 x H200 at 40%", "FSDP over 8"):
+    for word in (
+        "phrases",
+        "parameters",
+        "training, bytes on each GPU",
+        "artifacts",
+        "work on 1 x H200 at 40%",
+        "FSDP over 8",
+        "at most, on one GPU",
+    ):
         assert word in text
     assert max(map(len, text.splitlines())) < 200
 
@@ -163,6 +227,8 @@ def test_the_text_has_every_table(clone, capsys):
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--mfu", "1.5"], "--mfu"),
         (["--params", "hub.yaml"], "backbone.init: some/one: no such directory"),
+        (["--params", "sd.yaml"], "no second text encoder; GS is fine-tuned from an SDXL-inpainting pipeline"),
+        (["--params", "refine.yaml"], "refine.backbone: some/one: no such directory"),
         (["--params", "masks.yaml"], "nothing tells how many images"),
     ],
 )
@@ -170,6 +236,9 @@ def test_what_cannot_be_planned_is_one_line(clone, arguments, message, capsys):
     text = (PROJECT / "params.yaml").read_text()
     (clone / "params.yaml").write_text(text)
     (clone / "hub.yaml").write_text(text.replace("init: data/backbone ", "init: some/one "))
+    (clone / "sd.yaml").write_text(text.replace("init: data/backbone ", f"init: {stable_diffusion.SD_21} "))
+    before, refine = text.split("\nrefine:\n")
+    (clone / "refine.yaml").write_text(before + "\nrefine:\n" + refine.replace("backbone: null", "backbone: some/one", 1))
     shutil.copy(clone / "data/classes/camvid.txt", clone / "data/classes/mine.txt")
     camvid = (PROJECT / "params/camvid.yaml").read_text()
     (clone / "masks.yaml").write_text(camvid.replace("data/classes/camvid.txt", "data/classes/mine.txt"))

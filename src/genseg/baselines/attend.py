@@ -32,7 +32,7 @@ from genseg.baselines.attention import (
     segment,
     spread,
 )
-from genseg.baselines.inversion import replay
+from genseg.baselines.inversion import replay, replay_passes
 from genseg.models.attention_control import AttentionStore, attention_control
 from genseg.models.text_to_image import Prompts, TextToImage
 from genseg.params import Baselines, Inversion
@@ -120,23 +120,58 @@ class Attended:
         return alpha.sqrt() * self.latent + (1 - alpha).sqrt() * noise
 
 
-def phrase_attention(
-    image: Attended, timesteps: tuple[int, ...], noisy: bool, own: bool, inversion: Inversion | None
-) -> tuple[Recorded, Recorded]:
-    """Cross-attention {grid: [K, N, L]} of every prompt on all grids, and where `own`, of the same passes, self-attention on
-    DiffPNG's grid {grid: [K, N, N]}; mean over `timesteps`, or over the replay of an inversion."""
-    wanted: set[tuple[str, Grid]] = {("cross", grid) for grid in image.grids}
-    if own:
-        wanted.add(("self", nearest_grid(image.grids, image.params.diffpng.self_side)))
+@dataclass(frozen=True)
+class Recording:
+    """The passes that cross-attention is recorded in, and with `own` self-attention on DiffPNG's grid, for every text.
+
+    timesteps: one pass each; of no account where an inversion is replayed. noisy: of the noised image, or as it is.
+    """
+
+    timesteps: tuple[int, ...]
+    noisy: bool
+    own: bool
+    inversion: Inversion | None = None
+
+    def passes(self) -> tuple[int, int]:
+        """U-Net passes for one text, and how many of them are followed by one back to the text; at most, with an inversion."""
+        return (len(self.timesteps), 0) if self.inversion is None else replay_passes(self.inversion)
+
+
+def recordings(params: Baselines) -> dict[str, Recording]:
+    """What each of `METHODS` reads; methods with equal recordings share one."""
+    inversion = params.diffpng.inversion
+    timesteps = () if inversion is not None else tuple(params.diffpng.timesteps)
+    diffpng = Recording(timesteps, noisy=True, own=True, inversion=inversion)
+    return {
+        "cross_attention": Recording(tuple(params.cross_attention.timesteps), noisy=True, own=True),
+        "diffpng_cross": diffpng,
+        "diffpng_cross_self": diffpng,
+        "diffseg": Recording((params.diffseg.timestep,), noisy=False, own=False),
+    }
+
+
+SEGMENT_PASSES = 1
+"""U-Net passes for one image, of the empty prompt, that DiffSeg's segments come from."""
+
+
+def recorded_layers(params: Baselines, grids: Sequence[Grid], own: bool) -> set[tuple[str, Grid]]:
+    """(kind, grid) of the attention that is recorded: cross on all grids, `own` as above."""
+    return {("cross", grid) for grid in grids} | ({("self", nearest_grid(grids, params.diffpng.self_side))} if own else set())
+
+
+def phrase_attention(image: Attended, recording: Recording) -> tuple[Recorded, Recorded]:
+    """Cross-attention {grid: [K, N, L]} of every prompt on all grids, and where the recording has `own`, of the same passes,
+    self-attention on DiffPNG's grid {grid: [K, N, N]}; mean over the timesteps, or over the replay of an inversion."""
+    wanted = recorded_layers(image.params, image.grids, recording.own)
     parts = []
     for start in range(0, len(image.prompts), image.params.batch):
         prompts = image.prompts[start : start + image.params.batch]
         store = AttentionStore(select=lambda call: (call.kind, call.grid) in wanted)
-        if inversion is not None:
+        if recording.inversion is not None:
             record = partial(attention_control, image.model.unet, store)
-            replay(image.model, image.latent, prompts, image.model.embed([""]), inversion, record)
+            replay(image.model, image.latent, prompts, image.model.embed([""]), recording.inversion, record)
         else:
-            image.record(store, timesteps, noisy, prompts)
+            image.record(store, recording.timesteps, recording.noisy, prompts)
         parts.append(store.maps)
     joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     cross = {grid: value for (kind, grid), value in joined.items() if kind == "cross"}
@@ -167,7 +202,7 @@ class Method:
 
 def _cross_attention(image: Attended, texts: Sequence[str], exclusive: bool) -> Maps:
     """Mean cross-attention of the phrase's tokens over layers, heads and timesteps."""
-    cross, _ = image.once(phrase_attention, tuple(image.params.cross_attention.timesteps), True, True, None)
+    cross, _ = _recorded(image, "cross_attention")
     maps = combined_maps(_of(cross, image, texts), image.weights(texts))
     return minmax(lift(maps), exclusive).cpu().numpy()
 
@@ -179,27 +214,25 @@ def _diffpng_cross(image: Attended, texts: Sequence[str], exclusive: bool) -> Ma
 
 def _diffpng_cross_self(image: Attended, texts: Sequence[str], exclusive: bool) -> Maps:
     """DiffPNG's segmentation: the self-attention of the phrase map's anchors."""
-    (grid, own), *_ = _diffpng(image)[1].items()
+    (grid, own), *_ = _recorded(image, "diffpng_cross_self")[1].items()
     anchors = locate(_located(image, texts), grid, image.params.diffpng.anchor)
     rows = [image.rows[text] for text in texts]
     return minmax(lift(spread(own[rows], anchors, grid)), exclusive).cpu().numpy()
 
 
-def _diffpng(image: Attended) -> tuple[Recorded, Recorded]:
-    params = image.params.diffpng
-    timesteps = () if params.inversion is not None else tuple(params.timesteps)
-    return image.once(phrase_attention, timesteps, True, True, params.inversion)
+def _recorded(image: Attended, method: str) -> tuple[Recorded, Recorded]:
+    return image.once(phrase_attention, recordings(image.params)[method])
 
 
 def _located(image: Attended, texts: Sequence[str]) -> torch.Tensor:
-    cross, _ = _diffpng(image)
+    cross, _ = _recorded(image, "diffpng_cross")
     grid = nearest_grid(cross, image.params.diffpng.cross_side)
     return phrase_maps(_of(cross, image, texts)[grid], grid, image.semantic_weights(texts))
 
 
 def _diffseg(image: Attended, texts: Sequence[str], exclusive: bool) -> Maps:
     """DiffSeg's segments, shared out among the phrases; at native size."""
-    cross, _ = image.once(phrase_attention, (image.params.diffseg.timestep,), False, False, None)
+    cross, _ = _recorded(image, "diffseg")
     maps = lift(combined_maps(_of(cross, image, texts), image.weights(texts)))
     return assign(image.once(diffseg_segments), maps.cpu().numpy(), not exclusive)
 

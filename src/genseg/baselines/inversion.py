@@ -26,6 +26,13 @@ def ddim_move(x: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor, alpha_n
     return alpha_next.sqrt() * x_0 + (1 - alpha_next).sqrt() * noise
 
 
+def replay_passes(inversion: Inversion) -> tuple[int, int]:
+    """U-Net passes of `replay` for one prompt, at most, and how many of these are followed by one back to the null text: at
+    each step one up, one conditional, `inner_steps` with a gradient and one that is taken."""
+    descent = inversion.steps * inversion.inner_steps
+    return 3 * inversion.steps + descent, descent
+
+
 def replay(
     model: TextToImage,
     latent: torch.Tensor,

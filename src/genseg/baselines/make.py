@@ -211,14 +211,18 @@ def choose_thresholds(study: Params, model: TextToImage, names: Sequence[str], v
     thresholds = dict.fromkeys(names, SOME)
     candidates = np.sort(np.array(study.baselines.thresholds, np.float32))
     totals = {name: np.zeros(len(candidates)) for name in chosen}
-    ids = sorted(val["image_id"].unique(), key=lambda image_id: hash_unit(study.seed, "baseline val", image_id))
-    some = val[val["image_id"].isin(ids[: study.baselines.val_images])]
-    for image, rows in attended_images(study, model, some) if chosen else ():
+    for image, rows in attended_images(study, model, threshold_rows(study, val)) if chosen else ():
         for name in chosen:
             ordered, maps = narrative_maps(image, name, rows, False)
             for (_, row), soft in zip(ordered.iterrows(), maps, strict=True):
                 totals[name] += threshold_ious(bilinear(soft[None], *image.native)[0], row_mask(row), candidates)
     return thresholds | {name: float(f"{candidates[int(total.argmax())]:.6g}") for name, total in totals.items()}
+
+
+def threshold_rows(study: Params, val: pd.DataFrame) -> pd.DataFrame:
+    """The phrases of val that thresholds are chosen on: all of some images, chosen by hash."""
+    ids = sorted(val["image_id"].unique(), key=lambda image_id: hash_unit(study.seed, "baseline val", image_id))
+    return val[val["image_id"].isin(ids[: study.baselines.val_images])]
 
 
 def threshold_ious(soft: NDArray[np.float32], truth: NDArray[np.bool_], thresholds: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -59,6 +59,18 @@ def describe(plan: dict[str, Any]) -> str:
         f"sampling: {_bytes(sampling['weights'])} of weights and {_bytes(sampling['activations'])} of activations: "
         + ("fits" if sampling["fits"] else "too large")
     )
+    rows = [
+        [
+            *(phase, row["backbone"], _count(row["parameters"]), f"{row['size']} x {row['size']}", str(row["batch"])),
+            *(row["precision"], *(_bytes(row[name]) for name in ("weights", "activations", "total"))),
+            "fits" if row["fits"] else "too large",
+        ]
+        for phase, row in memory["generators"].items()
+    ]
+    if rows:
+        title = "baselines and refinement, at most, on one GPU (activations: with attention maps, features and their distances)"
+        header = ["phase", "backbone", "parameters", "size", "block", "in", "weights", "activations", "total", plan["gpu"]]
+        parts.append(_table(title, header, rows))
     if memory["measured_rss"]:
         rss = ", ".join(f"{name} {_bytes(value)}" for name, value in memory["measured_rss"].items())
         parts.append(f"measured resident memory, Python and libraries included: {rss}")
@@ -75,7 +87,10 @@ def describe(plan: dict[str, Any]) -> str:
         seconds = row["measured_seconds"]
         measured = f"{_hours(seconds / 3600)} at {_count(row['flops'] / seconds)}FLOP/s" if seconds else ""
         rows.append(
-            [row["phase"], row["what"], f"{row['evaluations']:,}", _count(row["flops"]), _hours(row["hours"]), measured]
+            [
+                *(row["phase"], row["what"], f"{row['evaluations']:,}", _count(row["flops"])),
+                *("" if row["hours"] is None else _hours(row["hours"]), measured),
+            ]
         )
     title = f"work on {plan['gpus']} x {plan['gpu']} at {plan['mfu']:.0%} of the peak (data, score and tables need no GPU)"
     parts.append(_table(title, ["phase", "what", "evaluations", "FLOPs", "time", "measured"], rows))

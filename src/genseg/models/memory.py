@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from genseg.models.attention import InjectedAttnProcessor
+from genseg.models.attention_control import AttentionControl, Kind, MaskInjection, attention_control
 from genseg.models.device import DTYPES
 from genseg.models.flops import meta_inputs, meta_unet
-from genseg.models.unet import run_unet
+from genseg.models.unet import run_unet, size_ids
 from genseg.params import canonical_json
 
 
@@ -112,6 +114,72 @@ def _activation_bytes(
         output = run_unet(unet, **inputs)
         if training:
             output.float().square().mean().backward()
+    return live.peak
+
+
+def generator_bytes(
+    config: Mapping[str, Any],
+    latent: int,
+    tokens: int,
+    batch: int,
+    precision: str,
+    control: AttentionControl | None = None,
+    gradient: bool = False,
+) -> int:
+    """Peak bytes beside weights of one pass of a stock text-to-image U-Net (`TextToImage.predict`), weights in `precision`.
+
+    Under a control the layers that it wants hold their probabilities explicitly, in float32, a slice of
+    `attention_control.BYTE_CAP` at a time, and what the control makes of them; all others are fused.
+
+    Args:
+        control: of tensors on the meta device, e.g. an `AttentionStore` or `meta_injection`; what it records is counted.
+        gradient: the pass and one back to the text, as null-text inversion needs.
+    """
+    unet, dtype = meta_unet(config).requires_grad_(False), DTYPES[precision]
+    processor: Any = _FusedAttnProcessor()
+    unet.set_attn_processor(processor)
+    nn.Module.to(unet, dtype)
+    inputs = meta_inputs(unet, latent, tokens, False, batch)
+    text = inputs["text"].tokens.to(dtype).requires_grad_(gradient)
+    sample = torch.cat([inputs["x_t"], inputs["image_latent"]], dim=1).to(dtype)
+    ids = size_ids(unet, batch, latent, latent, sample)
+    added = None if ids is None else {"text_embeds": inputs["text"].pooled.to(dtype), "time_ids": ids}
+    held = [*unet.parameters(), *unet.buffers(), text]
+    with (
+        torch.set_grad_enabled(gradient),
+        LiveBytes(held) as live,
+        attention_control(unet, control) if control else nullcontext(),
+    ):
+        answer = unet(sample, 0, text, added_cond_kwargs=added, return_dict=False)[0].float()
+        if gradient:
+            torch.autograd.grad(answer.square().mean(), text)
+    return live.peak
+
+
+class _MetaInjection(MaskInjection):
+    """Without the check of its tokens, which on the meta device have no values."""
+
+    def __init__(self, mask: torch.Tensor, phrase_tokens: torch.Tensor, kinds: Sequence[Kind]) -> None:
+        self.mask, self.phrase_tokens, self.alpha, self.kinds = mask, phrase_tokens, 0.5, tuple(kinds)
+
+
+def meta_injection(batch: int, grid: int, tokens: int, kinds: Sequence[Kind]) -> MaskInjection:
+    """The injection of `batch` masks [grid, grid] with some strength, on the meta device."""
+    mask = torch.empty(batch, grid, grid, device="meta")
+    return _MetaInjection(mask, torch.empty(batch, tokens, dtype=torch.bool, device="meta"), kinds)
+
+
+def encoding_bytes(config: Mapping[str, Any], size: int, precision: str) -> int:
+    """Peak bytes beside weights while an `AutoencoderKL` of this config encodes one `size` x `size` image."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+        image = torch.empty(1, 3, size, size, dtype=DTYPES[precision])
+    nn.Module.to(vae, DTYPES[precision])
+    for module in vae.modules():
+        if isinstance(module, Attention):  # fused on a GPU, and at the coarsest grid: nothing beside the first convolutions
+            module.forward = lambda hidden_states, **_: hidden_states
+    with torch.no_grad(), LiveBytes([*vae.parameters(), *vae.buffers()]) as live:
+        vae.encode(image)
     return live.peak
 
 

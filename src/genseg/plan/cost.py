@@ -15,7 +15,6 @@ from torch import nn
 from genseg.data.download import SOURCES, read_sources
 from genseg.errors import UserError
 from genseg.latents import PSNR_IMAGES, image_store, text_store
-from genseg.models import sdxl
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import self_attention_widths
 from genseg.models.flops import GPUS, Gpu, meta_text_encoder, meta_unet, text_flops, training_flops, unet_flops, vae_flops
@@ -23,12 +22,22 @@ from genseg.models.memory import activation_bytes
 from genseg.models.miniature import build_miniature
 from genseg.params import Params
 from genseg.plan.counts import TABLES, Counts, count_data
+from genseg.plan.generator import (
+    BYTES,
+    Generator,
+    add_artifacts,
+    add_baseline_phases,
+    add_refine_phases,
+    find_generator,
+    plan_generators,
+    read_configs,
+    size_of,
+)
 from genseg.sampling.runs import study_runs
 from genseg.training.gs import BANDS, FOLDERS
 from genseg.training.loop import KEEP
 from genseg.training.objective import Kind, training_parts
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _TYPES = {4: "F32", 2: "BF16", 1: "U8", 8: "I64"}
 
 
@@ -47,6 +56,10 @@ def make_plan(study: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]:
     local = Path(origin) if (Path(origin) / "tokenizer").is_dir() else None
     counts = count_data(study, str(local) if local else None)
     networks = Networks(study, configs, counts)
+    own = Generator(configs, origin)
+    attends = find_generator(study.baselines.backbone, "baselines.backbone", own)
+    refines = find_generator(study.refine.backbone, "refine.backbone", own)
+    whole = study.sample.is_whole()  # else nothing is refined
     return {
         "study": study.study,
         "backbone": origin,
@@ -55,9 +68,10 @@ def make_plan(study: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]:
         "mfu": mfu,
         "counts": vars(counts),
         "parameters": networks.parameters,
-        "memory": plan_memory(study, networks, GPUS[gpu], gpus),
-        "artifacts": plan_artifacts(study, networks, counts),
-        "phases": plan_phases(study, networks, counts, GPUS[gpu], gpus, mfu),
+        "memory": plan_memory(study, networks, GPUS[gpu], gpus)
+        | {"generators": plan_generators(study, counts, attends, refines, GPUS[gpu]) if whole else {}},
+        "artifacts": plan_artifacts(study, networks, counts, (own, attends) if whole else None),
+        "phases": plan_phases(study, networks, counts, GPUS[gpu], gpus, mfu, (attends, refines) if whole else None),
     }
 
 
@@ -73,17 +87,9 @@ def backbone_configs(study: Params) -> tuple[dict[str, dict[str, Any]], str]:
             config = getattr(pipeline, name).config.to_dict()
             configs[name] = config | {"vocab_size": max(config["vocab_size"], backbone.shape.vocabulary)}
         return configs, "backbone.shape, with the largest vocabulary it allows"
-    if source == sdxl.HUB_ID:
-        return sdxl.CONFIGS, source
-    folder = Path(source)
-    if not folder.is_dir():
-        raise UserError(f"backbone.init: {source}: no such directory; the plan knows local directories and {sdxl.HUB_ID}")
-    configs = {}
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        try:
-            configs[name] = json.loads((folder / name / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / name / 'config.json'}: unreadable config ({error})") from None
+    configs = read_configs(source, "backbone.init")
+    if "text_encoder_2" not in configs:
+        raise UserError(f"backbone.init: {source}: no second text encoder; GS is fine-tuned from an SDXL-inpainting pipeline")
     return configs, source
 
 
@@ -117,7 +123,7 @@ class Networks:
             "text_encoder": meta_text_encoder(self.encoders[0], projection=False),
             "text_encoder_2": meta_text_encoder(self.encoders[1], projection=True),
         }
-        self.parameters = {name: _size(module) for name, module in self.modules.items()}
+        self.parameters = {name: size_of(module) for name, module in self.modules.items()}
         self.trained = self.parameters["unet"] + self.parameters["adapter"]
         self.largest_unit = largest_unit(unet)
 
@@ -135,14 +141,12 @@ class Networks:
         return activation_bytes(self.unet, self.latent(size), self.tokens, self.inject, batch, precision, **options)
 
 
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def largest_unit(unet: UNet2DConditionModel) -> int:
     """Parameters of the largest piece that sharding gathers at a time: a transformer block, a residual block, or the rest."""
-    units = [_size(module) for module in unet.modules() if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")]
-    return max(*units, _size(unet) - sum(units))
+    units = [
+        size_of(module) for module in unet.modules() if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D")
+    ]
+    return max(*units, size_of(unet) - sum(units))
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -189,7 +193,9 @@ def plan_memory(study: Params, networks: Networks, gpu: Gpu, gpus: int) -> dict[
         "micro_batch": train.micro_batch,
         "sampling": {"weights": weights, "activations": held, "total": weights + held, "fits": weights + held < gpu.memory},
         "measured_rss": {
-            name: rss for name in ("train_gs", "train_control") if (rss := _benchmark(study, name, "max_rss")) is not None
+            name: rss
+            for name in ("train_gs", "train_control", "baselines", *(f"refine.shard={k}" for k in range(study.refine.shards)))
+            if (rss := _benchmark(study, name, "max_rss")) is not None
         },
     }
 
@@ -205,13 +211,24 @@ def safetensors_bytes(tensors: dict[str, tuple[tuple[int, ...], int]], metadata:
     return 8 + -(-len(json.dumps(header, separators=(",", ":"))) // 8) * 8 + end
 
 
+def maps_bytes(count: int, side: int) -> int:
+    """Of a file of `count` soft maps."""
+    return safetensors_bytes({"maps": ((count, side, side), 1)}, {})
+
+
 def _module_bytes(module: nn.Module) -> int:
     tensors = {name: (tuple(tensor.shape), 4) for name, tensor in module.state_dict().items()}
     return safetensors_bytes(tensors, {"format": "pt"})
 
 
-def plan_artifacts(study: Params, networks: Networks, counts: Counts) -> list[dict[str, Any]]:
-    """Every artifact: bytes; whether they are exact, given the counts; what lies there now, where something does."""
+def plan_artifacts(
+    study: Params, networks: Networks, counts: Counts, generators: tuple[Generator, Generator] | None
+) -> list[dict[str, Any]]:
+    """Every artifact: bytes; whether they are exact, given the counts; what lies there now, where something does.
+
+    Args:
+        generators: the study's own and the baselines' one, where there is refinement.
+    """
     exact = "exact" if counts.exact else "follows the counts"
     rows: list[dict[str, Any]] = []
 
@@ -264,33 +281,56 @@ def plan_artifacts(study: Params, networks: Networks, counts: Counts) -> list[di
         if run.size is not None and count:
             decoded = study.train.label == "vae" and run.method == "gs"
             side = run.size if decoded else networks.latent(run.size)
-            maps += safetensors_bytes({"maps": ((count, side, side), 1)}, {})
+            maps += maps_bytes(count, side)
             found_maps.append(path.with_suffix(".safetensors"))
     add("soft label maps", maps, exact, *found_maps)
     add("predictions", predictions, "estimate", *found)
+    if generators is not None:
+        add_artifacts(add, maps_bytes, study, counts, *generators)
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
-def plan_phases(study: Params, networks: Networks, counts: Counts, gpu: Gpu, gpus: int, mfu: float) -> list[dict[str, Any]]:
+def plan_phases(
+    study: Params,
+    networks: Networks,
+    counts: Counts,
+    gpu: Gpu,
+    gpus: int,
+    mfu: float,
+    generators: tuple[Generator, Generator] | None,
+) -> list[dict[str, Any]]:
     """Evaluations (U-Net passes for one phrase; a training sample's forward and backward are one), operations, hours.
 
-    `mfu`: part of the peak that is reached. Training counts a recomputed forward pass where checkpointing asks for one.
+    Training counts a recomputed forward pass where checkpointing asks for one.
+
+    Args:
+        mfu: part of the peak that is reached.
+        generators: that of the baselines and that of refinement, where there is refinement.
     """
     train, sample = study.train, study.sample
     rows: list[dict[str, Any]] = []
 
-    def add(phase: str, what: str, evaluations: int, flops: float, precision: str, *benchmarks: str) -> None:
+    def add(
+        phase: str,
+        what: str,
+        evaluations: int,
+        flops: float,
+        precision: str | None,
+        *benchmarks: str,
+        seconds: float | None = None,
+    ) -> None:
+        """`precision`: None for work on the CPU; `seconds`: measured elsewhere than in Snakemake's `benchmarks`."""
         peak = gpu.single if precision == "fp32" else gpu.half
-        seconds = [value for name in benchmarks if (value := _benchmark(study, name, "s")) is not None]
+        found = [value for name in benchmarks if (value := _benchmark(study, name, "s")) is not None]
         rows.append(
             {
                 "phase": phase,
                 "what": what,
                 "evaluations": evaluations,
                 "flops": flops,
-                "hours": flops / (peak * mfu * gpus) / 3600,
-                "measured_seconds": sum(seconds) if len(seconds) == len(benchmarks) and seconds else None,
+                "hours": None if precision is None else flops / (peak * mfu * gpus) / 3600,
+                "measured_seconds": sum(found) if len(found) == len(benchmarks) and found else seconds,
             }
         )
 
@@ -317,6 +357,8 @@ def plan_phases(study: Params, networks: Networks, counts: Counts, gpu: Gpu, gpu
         what = f"{kind}: {steps:,} steps of {train.batch}"
         add("train", what, steps * train.batch + taught + validations, flops, train.precision, rule)
 
+    if generators is not None:
+        add_baseline_phases(add, study, counts, generators[0])
     for size in sample.sizes():
         evaluations, decoding = 0, 0
         for run in study_runs(study):
@@ -334,6 +376,8 @@ def plan_phases(study: Params, networks: Networks, counts: Counts, gpu: Gpu, gpu
     classes = counts.rows["class_phrases"] * sample.main.evaluations
     flops = classes * networks.evaluation(sample.main.size)
     add("sample", "  and the class phrases (mIoU)", classes, flops, sample.precision)
+    if generators is not None:
+        add_refine_phases(add, study, counts, generators[1])
     return rows
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pandas as pd
+
 from genseg.artifacts.phrases import read_phrases
+from genseg.baselines.make import threshold_rows
 from genseg.data.index_masks import read_classes
 from genseg.data.scenes import SHAPES, STUFF, sample_scenes
 from genseg.errors import UserError
+from genseg.interchange.labels import class_list
 from genseg.latents import images_by_size
 from genseg.models.backbone import load_component
 from genseg.models.text import token_ids
 from genseg.params import IndexMasks, Params
-from genseg.sampling.runs import run_rows, study_runs
+from genseg.refine.study import refined_tables
+from genseg.sampling.runs import Run, run_rows, study_runs
 
 TOKENS = 6
 """Tokens of a phrase where none can be counted: four words, start and end (5.7 in the embedded scenes)."""
@@ -31,6 +37,7 @@ CAMVID_IMAGES = {"train": 367, "test": 101}
 SCENES_DRAWN = 24
 ROW_BYTES = {"scenes": 85, "png": 400, "coco_object": 400, "index_masks": 400}
 """Of a row with a mask, compressed, until there is a table to look at: its run-length code is most of it."""
+CLASS_PHRASES = Run("class_phrases", "class_phrases", "gs", "class_phrases")
 TABLES = ("phrases.parquet", "class_phrases.parquet")
 
 
@@ -47,6 +54,11 @@ class Counts:
     val: int
     rows: dict[str, int]
     """Phrases of a run, by `Run.phrases`: test, grid, val, permutable, class_phrases."""
+    attended: dict[str, int]
+    """What the attention baselines look at: test_images, val_images; test_texts, val_texts: pairs of an image and one of its
+    phrases or classes; most_texts: of one image (the mean where they are not counted)."""
+    refined: dict[str, int]
+    """Test's part whose masks are refined, each baseline's: images, phrases, class_phrases."""
     texts: int
     """Distinct phrases to encode."""
     tokens: int
@@ -81,6 +93,11 @@ def _from_tables(study: Params, tables: list[Path], source: str | None) -> Count
         tokenizer = load_component(CLIPTokenizer, source, "tokenizer", None)
         tokens, exact = sum(len(token_ids(tokenizer, text, 77)[0]) for text in texts), True
     files = {Path(name) for name in phrases["file_name"].dropna()}
+    test = phrases[phrases["split"] == "test"]
+    pairs = {"val": threshold_rows(study, phrases[phrases["split"] == "val"])}
+    pairs["test"] = pd.concat([test, run_rows(study, CLASS_PHRASES, phrases, class_phrases)])
+    texts_of = {part: rows.drop_duplicates(["image_id", "phrase"]).groupby("image_id").size() for part, rows in pairs.items()}
+    refined = refined_tables(study, phrases, class_phrases, class_list(class_phrases, str(tables[1])).background)
     return Counts(
         source=f"counted in {tables[0]}" + ("" if exact else f"; {TOKENS} tokens a phrase assumed"),
         exact=exact,
@@ -88,6 +105,16 @@ def _from_tables(study: Params, tables: list[Path], source: str | None) -> Count
         train=int((phrases["split"] == "train").sum()),
         val=int((phrases["split"] == "val").sum()),
         rows={name: len(run_rows(study, run, phrases, class_phrases)) for name, run in runs.items()},
+        attended={
+            **{f"{part}_images": len(found) for part, found in texts_of.items()},
+            **{f"{part}_texts": int(found.sum()) for part, found in texts_of.items()},
+            "most_texts": int(max(found.max() for found in texts_of.values())),
+        },
+        refined={
+            "images": len(set(refined[False]["image_id"]) | set(refined[True]["image_id"])),
+            "phrases": len(refined[False]),
+            "class_phrases": len(refined[True]),
+        },
         texts=len(texts),
         tokens=tokens,
         picture_bytes=sum(path.stat().st_size for path in files) if all(path.exists() for path in files) else None,
@@ -134,6 +161,15 @@ def _before_assembly(study: Params) -> Counts:
     if study.sample.main.size != study.train.size:
         latents[study.sample.main.size] += round(study.sample.select_fraction * data.val_fraction * images["train"])
     latents[study.train.size] = latents.get(study.train.size, 0) + images["train"]
+    val_images = min(study.baselines.val_images, round(data.val_fraction * images["train"]))
+    attended = {
+        "test_images": images["test"],
+        "val_images": val_images,
+        "test_texts": test + classes * images["test"],
+        "val_texts": round(val_images * phrases["train"] / images["train"]),
+        "most_texts": math.ceil(test / images["test"]) + classes,
+    }
+    refined_images = max(1, round(study.refine.test_fraction * images["test"]))
     if texts is None:
         texts = train + test + classes + 1
         source += "; every phrase taken to be distinct"
@@ -149,6 +185,12 @@ def _before_assembly(study: Params) -> Counts:
             "val": round(study.sample.select_fraction * val),
             "permutable": test,
             "class_phrases": classes * images["test"],
+        },
+        attended=attended,
+        refined={
+            "images": refined_images,
+            "phrases": round(test * refined_images / images["test"]),
+            "class_phrases": classes * refined_images,
         },
         texts=texts,
         tokens=TOKENS * texts,

@@ -72,10 +72,23 @@ def refiner_passes(refine: Refine, refiner: str) -> int:
     return passes(variants(refine)[G4SEG if refiner == "g4seg_crf" else refiner])
 
 
+MADE_WITH_G4SEG = (RANDOM, "g4seg_crf")
+"""Refiners that start from what G4Seg's own passes gave, and cost the study none of their own."""
+
+
 def test_images(study: Params, phrases: pd.DataFrame) -> list[int]:
     """The fixed part of test that is refined: images chosen by hash."""
     test = phrases.loc[phrases["split"] == "test", "image_id"].to_numpy()
     return sorted(choose_images(test, study.refine.test_fraction, study.seed, "refine"))
+
+
+def refined_tables(
+    study: Params, phrases: pd.DataFrame, class_phrases: pd.DataFrame, background: int | None
+) -> dict[bool, pd.DataFrame]:
+    """The rows that every refiner of every baseline answers: phrases (False) and class phrases without background (True)."""
+    images = test_images(study, phrases)
+    tables = {False: phrases, True: class_phrases[class_phrases["phrase_id"] != (-1 if background is None else background)]}
+    return {classes: table[(table["split"] == "test") & table["image_id"].isin(images)] for classes, table in tables.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the trained control
@@ -191,17 +204,12 @@ class _Work:
         self.keys: dict[str, str] = {}
         self._hash = cache(file_sha256)
         phrases = read_phrases(study.data_dir / "phrases.parquet")
-        images = test_images(study, phrases)
         every_class = read_phrases(study.data_dir / "class_phrases.parquet")
         found = class_list(every_class, str(study.data_dir / "class_phrases.parquet"))
         self.rule = Background("none")
         if found.background is not None:
             self.rule = Background("threshold", study.score.background_threshold)
-        test = every_class[(every_class["split"] == "test") & every_class["image_id"].isin(images)]
-        self.tables = {
-            False: phrases[(phrases["split"] == "test") & phrases["image_id"].isin(images)],
-            True: test[test["phrase_id"] != (-1 if found.background is None else found.background)],
-        }
+        self.tables = refined_tables(study, phrases, every_class, found.background)
         self._parts: tuple[str, dict[bool, Part]] | None = None
         data = [file_sha256(study.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
         self._facts = [study.seed, study.refine.test_fraction, str(self.rule), data, code_hash(*CODE_HERE)]
