@@ -19,8 +19,8 @@ from genseg.artifacts.predictions import maps_path, read_maps
 from genseg.baselines.registry import study_baselines
 from genseg.cli import main
 from genseg.params import load_params
-from genseg.refine.study import refiners
-from genseg.refine.study import test_images as refined_images
+from genseg.refine.layout import refiners
+from genseg.refine.layout import test_images as refined_images
 
 REFINED = Path("results/smoke/refined")
 KEY = ["image_id", "narrative_id", "phrase_id"]

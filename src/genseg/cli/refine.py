@@ -48,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
             pictures=arguments.pictures,
         )
         return
-    from genseg.refine.study import gather_refined, refine_shard, train_network
+    from genseg.refine.gather import gather_refined
+    from genseg.refine.shard import refine_shard
+    from genseg.refine.trained_control import train_network
 
     everything = not (arguments.train or arguments.gather or arguments.shard is not None)
     if arguments.train or everything:
