@@ -173,7 +173,7 @@ def ious_of(predictions, phrases):
 
 
 def test_settings_are_compared_by_what_they_make_of_the_same_masks(study):
-    """Against refining every kind of coarse masks by every setting for itself; a phrase without ground truth counts for none."""
+    """Against refining every kind of coarse masks by every setting for itself; a phrase without ground truth is left out."""
     phrases, predictions = study
     kinds = {"tight": predictions, "exact": phrases[KEY].assign(mask=phrases["mask"], score=0.0)}
     refined = refine_predictions(phrases, predictions, clip_es())

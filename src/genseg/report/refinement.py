@@ -107,9 +107,11 @@ def refinement_controls(params: Params, study: StudyScores) -> Table:
 
 
 def refinement_costs(params: Params, study: StudyScores, refined: dict[str, Any]) -> Table:
-    """Seconds that refining an image took, beside the gain, by the times in the manifest `refined`; a mask that has none has an
-    empty cell, as the random control where it came of G4Seg's own passes. The other tables are the same in every run that
-    makes the same masks; this one is not, and so it stands apart, in `costs_dir`."""
+    """Seconds that refining an image took, beside the gain, by the times in the manifest `refined`; what has none has an
+    empty cell, as the random control where it came of G4Seg's own passes.
+
+    The other tables are the same bytes in every run that makes the same masks; times are not, so this one stands apart, in
+    `costs_dir`."""
     timing, rows = refined.get("timing", {}), []
     for row in study.refinement["rows"]:
         own = _measured(timing, row["refiner"], row["baseline"])
@@ -161,8 +163,8 @@ def refinement_costs(params: Params, study: StudyScores, refined: dict[str, Any]
 def _measured(timing: dict[str, Any], refiner: str, baseline: str) -> dict[str, Any]:
     """Seconds, masks, images, device and batch of one refiner's work on a baseline; all null where a part was not timed."""
     names = (G4SEG, refiner) if refiner == "g4seg_crf" else (refiner,)
-    parts = [timing.get(f"{name}/{baseline}") for name in names]
-    if None in parts:
+    parts = [part for name in names if (part := timing.get(f"{name}/{baseline}"))]
+    if len(parts) < len(names):
         return dict.fromkeys(("seconds", "images", "masks", "device", "batch"))
     return parts[0] | {"seconds": sum(part["seconds"] for part in parts)}
 
