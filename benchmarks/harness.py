@@ -30,6 +30,8 @@ class Effort:
     """How much is measured. `tiny` is for tests: everything is run once, on next to nothing."""
 
     tiny: bool
+    images: int = 2
+    """That are refined."""
 
     def __call__(self, usual: int, tiny: int) -> int:
         return tiny if self.tiny else usual

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import PROJECT, run
 
-COMPARED = {"sampling", "precompute", "training", "scoring"}
+COMPARED = {"sampling", "precompute", "training", "refinement", "scoring"}
 
 
 def report_of(command, cwd, tmp_path):
@@ -29,6 +29,9 @@ def test_every_benchmark_of_a_finished_study(finished_study, tmp_path):
         assert row["ours_s"] > 0
         assert row["ratio"] == pytest.approx(row["reference_s"] / row["ours_s"], rel=1e-6)  # one repetition
     assert all(row["max_difference"] < 1e-3 for row in found["sampling"])  # both loops make the same masks
+    [row] = found["refinement"]
+    assert (row["images"], row["evaluations"]) == (1, 6)  # smoke's base cell: three steps with guidance
+    assert row["masks"] > 1
     assert [row["evaluations"] for row in found["accuracy"]] == [1, 2, 2]
     assert all(0 <= row["ar"] <= 1 for row in found["accuracy"])
     for row in found["shares"]:

@@ -16,7 +16,8 @@ from genseg.artifacts.masks import decode, encode
 from genseg.artifacts.parquet import KEY
 from genseg.errors import UserError
 from genseg.params import Crf, load_params
-from genseg.refine.crf import Lattice, binary_crf, dense_crf, permutohedral, refine, refine_predictions, tune_crf
+from genseg.refine.crf import Lattice, binary_crf, dense_crf, permutohedral, refine, refine_predictions
+from genseg.refine.crf_search import TRIED, mean_ious
 
 CLIP_ES = load_params(Path(__file__).resolve().parents[1] / "params/paper.yaml").refine.crf
 
@@ -165,20 +166,38 @@ def study(tmp_path):
     return phrases, pd.DataFrame(rows[::-1], columns=[*KEY, "mask", "score"])
 
 
-def test_predictions_map_to_predictions_and_constants_are_tuned_on_them(study):
+def ious_of(predictions, phrases):
+    joined = predictions.merge(phrases, on=KEY, suffixes=("", "_truth"))
+    pairs = [(decode(a, 40, 48), decode(b, 40, 48)) for a, b in zip(joined["mask"], joined["mask_truth"], strict=True)]
+    return np.array([(a & b).sum() / (a | b).sum() for a, b in pairs])
+
+
+def test_settings_are_compared_by_what_they_make_of_the_same_masks(study):
+    """Against refining every kind of coarse masks by every setting for itself; a phrase without ground truth is left out."""
     phrases, predictions = study
-    grid = [clip_es(bilateral_weight=0, confidence=0.99), clip_es(), clip_es(bilateral_srgb=13.0)]
-    means = []
-    for crf in grid:
-        refined = refine_predictions(phrases, predictions, crf)
-        joined = refined.merge(phrases, on=KEY, suffixes=("", "_truth"))
-        assert joined["score"].tolist() == [0, 0.25]
-        pairs = [(decode(a, 40, 48), decode(b, 40, 48)) for a, b in zip(joined["mask"], joined["mask_truth"], strict=True)]
-        means.append(np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs]))
-    best, found = tune_crf(phrases, predictions, grid)
-    np.testing.assert_allclose(found, means)
-    assert best == grid[int(np.argmax(means))]
-    assert max(means) > means[0]
+    kinds = {"tight": predictions, "exact": phrases[KEY].assign(mask=phrases["mask"], score=0.0)}
+    refined = refine_predictions(phrases, predictions, clip_es())
+    assert refined["score"].tolist() == [0, 0.25]
+    assert refined[KEY].equals(phrases[KEY])
+    tried = [clip_es(bilateral_weight=0, confidence=0.99), clip_es(), clip_es(bilateral_srgb=13.0)]
+    empty = phrases.iloc[[0]].assign(phrase_id=7, mask=[encode(np.zeros((40, 48), bool))])
+    more = pd.concat([phrases, empty])
+    coarse = pd.concat([frame.assign(coarse=kind) for kind, frame in kinds.items()])
+    for kind in kinds:
+        coarse = pd.concat([coarse, predictions.iloc[[0]].assign(phrase_id=7, coarse=kind)])
+    found = mean_ious(more, coarse.sample(frac=1, random_state=0), tried)
+    assert len(found) == 1 + len(tried)
+    for kind, frame in kinds.items():
+        expected = [ious_of(frame, phrases).mean()]
+        expected += [ious_of(refine_predictions(phrases, frame, crf), phrases).mean() for crf in tried]
+        np.testing.assert_allclose(found[kind], expected)
+    np.testing.assert_allclose(found["mean"], found[list(kinds)].mean(axis=1))
+    assert found["tight"].iloc[1] < found["tight"].iloc[2:].min()
+
+
+def test_ten_settings_those_of_clip_es_first():
+    assert len({crf.model_dump_json() for crf in TRIED}) == 10
+    assert TRIED[0] == CLIP_ES
 
 
 def test_what_does_not_fit_is_named(study):

@@ -25,7 +25,7 @@ from genseg.params import load_params
 from genseg.plan.cost import largest_unit, safetensors_bytes
 from genseg.plan.counts import SCENES_DRAWN
 from genseg.refine.g4seg import passes
-from genseg.refine.study import MADE_WITH_G4SEG
+from genseg.refine.layout import MADE_WITH_G4SEG
 from test_training import variant
 
 FILES = [PROJECT / "params.yaml", *sorted((PROJECT / "params").glob("*.yaml"))]

@@ -15,12 +15,13 @@ import torch
 import yaml
 from pycocotools import mask as coco
 
+from genseg.artifacts.phrases import write_phrases
 from genseg.artifacts.predictions import maps_path, read_maps
 from genseg.baselines.registry import study_baselines
 from genseg.cli import main
-from genseg.params import load_params
-from genseg.refine.study import refiners
-from genseg.refine.study import test_images as refined_images
+from genseg.params import Crf, load_params
+from genseg.refine.layout import refiners
+from genseg.refine.layout import test_images as refined_images
 
 REFINED = Path("results/smoke/refined")
 KEY = ["image_id", "narrative_id", "phrase_id"]
@@ -52,7 +53,14 @@ def test_every_baseline_has_every_refiner_on_the_same_images(there):
             assert refined[KEY].equals(wanted[KEY])
             assert [code["size"] for code in codes(refined, wanted)] == wanted[["height", "width"]].to_numpy().tolist()
     # The random control comes of G4Seg's own passes.
-    assert set(manifest()["timing"]) == {f"{name}/{baseline}" for name, baseline in found if name != "random"}
+    timing = manifest()["timing"]
+    assert set(timing) == {f"{name}/{baseline}" for name, baseline in found if name != "random"}
+    count = sum(len(table[table["image_id"].isin(images)]) for table in tables.values())
+    for name, one in timing.items():
+        by_network = name.split("/")[0] not in ("crf", "g4seg_crf", "trained")
+        assert one["seconds"] > 0
+        assert (one["masks"], one["images"], one["batch"]) == (count, len(images), there.refine.batch if by_network else 1)
+        assert one["device"].startswith("c")
 
 
 def codes(predictions, table):
@@ -151,6 +159,58 @@ def test_tables_of_the_study(there):
         assert f"../figures/{name}" in Path("results/smoke/tables/index.html").read_text()
 
 
+def test_costs_stand_apart_from_the_tables(there):
+    """Seconds are the one thing that two runs do not agree on: beside the study's results, not among them."""
+    costs = pd.read_csv("work/smoke/tables/refinement_costs.csv")
+    means = costs[costs["kind"] == "mean"].set_index("refiner")
+    timing = manifest()["timing"]
+    assert set(costs.loc[costs["seconds"].isna(), "refiner"]) == {"random"}
+    for refiner in ("g4seg", "crf", "alpha=1"):
+        own = [one["seconds"] / one["images"] for name, one in timing.items() if name.startswith(f"{refiner}/")]
+        assert means.at[refiner, "seconds_per_image"] == pytest.approx(np.mean(own), rel=0.01)
+    both = [timing[f"{name}/gs"]["seconds"] for name in ("g4seg", "g4seg_crf")]
+    assert costs.query("refiner == 'g4seg_crf' and baseline == 'gs'")["seconds"].item() == pytest.approx(sum(both))
+    assert not list(Path("results/smoke").rglob("*costs*"))
+
+
+def tuned(capsys):
+    assert main(["refine", "--params", "params/smoke.yaml", "--tune-crf"]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_crf_is_tuned_on_val_alone(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    before = content()
+    text = tuned(capsys)
+    table, block = text.split("\n\n")
+    head, columns, coarse, *settings = table.splitlines()
+    names = columns.split()
+    assert names[7:] == ["mean", "gs", *(f"inexact_{kind}" for kind in load_params("params/smoke.yaml").baselines.inexact)]
+    assert len(settings) == 10
+    main_row = next(
+        summary
+        for summary in (json.loads(path.read_text()) for path in sorted(Path("results/smoke/scores/val").rglob("*.json")))
+        if summary["run"]["name"] == operating_point()
+    )
+    assert float(coarse.split()[1]) == pytest.approx(100 * main_row["ar"]["overall"], abs=0.051)
+    assert f"{main_row['counts']['phrases']} phrases" in head
+    values = [dict(zip(names, line.split(), strict=False)) for line in settings]
+    best = max(values, key=lambda row: float(row["mean"]))
+    chosen = yaml.safe_load(block)["refine"]["crf"]
+    assert Crf.model_validate(chosen)
+    assert {name: float(best[name]) for name in chosen} == pytest.approx(chosen)
+
+    phrases = pd.read_parquet("data/smoke/phrases.parquet")
+    only = phrases[phrases["split"] == "val"].sample(frac=1, random_state=0).reset_index(drop=True)
+    write_phrases(only, Path("data/smoke/phrases.parquet"))
+    assert tuned(capsys) == text
+    assert content() == before
+
+
+def operating_point():
+    return json.loads(Path("results/smoke/scores/operating_points.json").read_text())["main"]
+
+
 def content():
     return {path: path.read_bytes() for path in REFINED.rglob("*") if path.is_file() and path.suffix != ".json"}
 
@@ -185,12 +245,15 @@ def test_what_the_params_drop_is_removed_and_what_they_keep_is_kept(study_copy, 
     document = yaml.safe_load(Path("params/smoke.yaml").read_text())
     document["refine"]["controls"] = ["upsampling_only"]
     document["refine"]["sensitivity"]["baselines"] = []
+    timing = manifest()["timing"]
     Path("less.yaml").write_text(yaml.safe_dump(document))
     assert main(["refine", "--params", "less.yaml"]) == 0
     assert {path.name for path in REFINED.iterdir()} == {
         *("g4seg", "upsampling_only", "discrepancy", "network.json", "manifest.json")
     }
     assert "masks in" not in capsys.readouterr().out  # nothing was refined again
+    kept = {name: one for name, one in timing.items() if name.split("/")[0] in ("g4seg", "upsampling_only")}
+    assert manifest()["timing"] == kept  # what is kept keeps the time of its making
 
 
 @pytest.mark.parametrize(
@@ -198,6 +261,7 @@ def test_what_the_params_drop_is_removed_and_what_they_keep_is_kept(study_copy, 
     [
         (["--predictions", "p.parquet"], "give --phrases, --out, too"),
         (["--shard", "2", "--shards", "2"], "--shard 2: there are 2 shards, counted from 0"),
+        (["--tune-crf", "--gather"], "--tune-crf refines nothing; leave out --gather"),
     ],
 )
 def test_mistakes_are_one_line(finished_study, monkeypatch, capsys, arguments, message):

@@ -193,8 +193,14 @@ def build_study(root: Path, miou: bool = True) -> dict[str, Any]:
         "label": "GS",
         "coarse": str(RESULTS / "predictions/main/predictions.parquet"),
     }
-    write_json(root / RESULTS / "refined" / "manifest.json", manifest("refined") | {"refined": [entry]})
+    timing = {f"g4seg/{one.name}": timed(40 + index) for index, one in enumerate(study_baselines(params))}
+    timing |= {"crf/gs": timed(2, batch=1)}
+    write_json(root / RESULTS / "refined" / "manifest.json", manifest("refined") | {"refined": [entry], "timing": timing})
     return document
+
+
+def timed(seconds: float, batch: int = 16) -> dict[str, Any]:
+    return {"seconds": seconds, "masks": 60, "images": 5, "device": "a device", "batch": batch}
 
 
 def manifest(phase: str) -> dict[str, Any]:
@@ -482,6 +488,30 @@ def test_g4seg_is_ours_and_never_published(made: Path) -> None:
         if "method" in frame and "source" in frame:
             assert not frame.loc[frame["source"] == "published", "method"].str.contains("G4Seg").any()
     assert "0.77 to +1.00 mIoU on three benchmarks (published)" in table_text(made, "refinement")
+
+
+def test_costs_of_what_was_timed_and_a_dash_for_the_rest(made: Path) -> None:
+    frame = pd.read_csv(made / "work/made_up/tables/refinement_costs.csv")
+    means = frame[frame["kind"] == "mean"].set_index("refiner")
+    assert means["baselines"].to_dict() == {"g4seg": 11, "crf": 1, "random": 0, "alpha=1": 0}
+    assert means["seconds_per_image"].dropna().to_dict() == {"g4seg": 9.0, "crf": 0.4}  # 45 s, 2 s of 5 images
+    assert means["masks_per_image"].dropna().to_dict() == {"g4seg": 12, "crf": 12}
+    text = (made / "work/made_up/tables/refinement_costs.md").read_text()
+    assert "| g4seg | 11 | 7 | 12.0 | 9.0 | +5.0 |" in text
+    assert "| random | 0 | 7 | — | — | — |" in text
+    assert "on a device in blocks of 16: g4seg; on a device in blocks of 1: crf" in text
+    assert "work/made\\_up/tables/refinement\\_costs.md" in table_text(made, "refinement_controls")
+
+
+def test_no_table_or_page_knows_a_time(study: Path) -> None:
+    assert main(["tables"]) == 0
+    folder = study / RESULTS / "tables"
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    path = study / RESULTS / "refined" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"timing": {"g4seg/gs": timed(99)}}))
+    assert main(["tables"]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert pd.read_csv(study / "work/made_up/tables/refinement_costs.csv")["seconds"].dropna().unique().tolist() == [99]
 
 
 def table_text(root: Path, name: str) -> str:

@@ -72,7 +72,7 @@ def test_training_learns_to_follow_the_picture(study, trained):
     test = study[study["split"] == "test"]
     coarse = [corrupt(decode(row.mask, 40, 40), "dilate", np.random.default_rng(row.image_id)) for row in test.itertuples()]
     predictions = test[KEY].assign(mask=[encode(mask) for mask in coarse], score=0.5)
-    refined = Refiner(out).refine_predictions(study, predictions)
+    refined = Refiner(out).refine_predictions(study, predictions)[0]
     truth = [decode(mask, 40, 40) for mask in test["mask"]]
 
     def mean_iou(found):
@@ -97,7 +97,7 @@ def test_masks_do_not_see_each_other_and_empty_ones_stay_empty(study, trained):
     together = refiner.probability(image, masks)
     np.testing.assert_array_equal(together[1], refiner.probability(image, masks[1:])[0])
     empty = pd.DataFrame([(0, "n", 0, encode(np.zeros((40, 40))), 0.0)], columns=[*KEY, "mask", "score"])
-    assert not decode(refiner.refine_predictions(study, empty)["mask"].iloc[0], 40, 40).any()
+    assert not decode(refiner.refine_predictions(study, empty)[0]["mask"].iloc[0], 40, 40).any()
 
 
 def test_the_network_is_small():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from genseg.artifacts import masks
 from genseg.artifacts.files import file_sha256
-from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
+from genseg.artifacts.manifest import code_hash, write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import hash_unit, read_phrases, row_mask
 from genseg.artifacts.predictions import maps_path, write_predictions, write_with_maps
@@ -27,9 +27,9 @@ from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.text_to_image import TextToImage
 from genseg.models.vae import image_tensor
 from genseg.params import Params, digest
-from genseg.training.prepare import weights_hash
+from genseg.training.prepare import chosen_backbone
 
-CODE = ("params.py", "artifacts", "data/images.py", "models", "baselines")
+CODE = ("params.py", "artifacts", "data/images.py", "models", "baselines", "training/prepare.py")
 KEYS = {
     "cross_attention": ("cross_attention",),
     "diffpng_cross": ("diffpng",),
@@ -80,16 +80,7 @@ def baseline_key(study: Params, baseline: Baseline) -> str:
     if baseline.family == "inexact":
         return digest([*facts, params.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
     values = params.model_dump(mode="json", include={*SHARED, *KEYS[baseline.name]})
-    return digest([*facts, values, backbone(study)[2]])
-
-
-def backbone(study: Params) -> tuple[str, str | None, str]:
-    """Source, revision and hash of the weights of the pipeline that attention is read from."""
-    params = study.baselines
-    if params.backbone is not None:
-        return params.backbone, params.revision, weights_hash(params.backbone, params.revision)
-    manifest = read_manifest(study.results_dir / "backbone" / "manifest.json")
-    return manifest["pipeline"], manifest["revision"], manifest["weights"]
+    return digest([*facts, values, chosen_backbone(study, study.baselines)[2]])
 
 
 def is_made(study: Params, baseline: Baseline, key: str) -> bool:
@@ -121,7 +112,7 @@ def _write_manifest(study: Params, made: list[Baseline], started: float, device:
         started,
         describe(device),
         code=code_hash(*CODE),
-        weights=backbone(study)[2],
+        weights=chosen_backbone(study, study.baselines)[2],
         baselines=entries,
     )
 
@@ -146,7 +137,7 @@ def _make_attention(
     classes: pd.DataFrame,
     device: torch.device,
 ) -> None:
-    source, revision, _ = backbone(study)
+    source, revision, _ = chosen_backbone(study, study.baselines)
     model = TextToImage(source, revision, device, DTYPES[study.baselines.precision], study.baselines.visible)
     thresholds = choose_thresholds(study, model, [b.name for b in baselines], val)
     both = pd.concat([test.assign(exclusive=False), classes.assign(exclusive=True)], ignore_index=True)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         read_evolution,
     )
     from genseg.report.page import build_page
-    from genseg.report.refinement import refinement_tables
+    from genseg.report.refinement import costs_dir, refinement_costs, refinement_tables
     from genseg.report.render import write_table
     from genseg.report.study import PUBLISHED, published_path
     from genseg.report.tables import OPTIONAL
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     tables = [*build_tables(params, study), *refinement_tables(params, study)]
     (folder / "manifest.json").unlink(missing_ok=True)  # tables in the making have no manifest
     outputs = [path for table in tables for path in write_table(table, folder)]
+    write_table(refinement_costs(params, study, refined), costs_dir(params))
 
     phrases = read_phrases(phrases_path)
     chosen = choose_examples(read_per_phrase(study.main.path), params.tables.examples)

@@ -111,8 +111,8 @@ PHASES = {
     "refine": Phase(
         keys=("seed", "baselines.inexact", *_REFINE, "score.background_threshold"),
         rooms=(
-            *("artifacts", "baselines/registry.py", "cli/refine.py", "data/images.py", "interchange/labels.py", "models"),
-            *("refine", *_WEIGHTS),
+            *("artifacts", "baselines/inexact.py", "baselines/registry.py", "cli/refine.py", "data/images.py"),
+            *("interchange/labels.py", "models", "refine", *_WEIGHTS),
         ),
         needs=("results/{study}/predictions", "results/{study}/baselines"),
         outs=("results/{study}/refined",),

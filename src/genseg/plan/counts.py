@@ -19,7 +19,7 @@ from genseg.latents import images_by_size
 from genseg.models.backbone import load_component
 from genseg.models.text import token_ids
 from genseg.params import IndexMasks, Params
-from genseg.refine.study import refined_tables
+from genseg.refine.layout import refined_tables
 from genseg.sampling.runs import Run, run_rows, study_runs
 
 TOKENS = 6

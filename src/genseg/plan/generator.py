@@ -25,19 +25,18 @@ from genseg.models.flops import BACKWARD, Gpu, meta_text_encoder, meta_unet, tex
 from genseg.models.memory import LiveBytes, encoding_bytes, generator_bytes, meta_injection
 from genseg.params import Baselines, Params, Refine
 from genseg.plan.counts import Counts
-from genseg.refine.g4seg import variants
-from genseg.refine.study import (
+from genseg.refine.g4seg import RANDOM, variants
+from genseg.refine.layout import (
     G4SEG,
     MADE_WITH_G4SEG,
-    RANDOM,
     discrepancy_path,
-    network_dir,
     refined_dir,
     refined_path,
     refiner_passes,
     refiners,
 )
 from genseg.refine.trained import RefinerNet
+from genseg.refine.trained_control import network_dir
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 PUBLISHED: dict[str, dict[str, Any]] = {sdxl.HUB_ID: sdxl.CONFIGS, **stable_diffusion.CONFIGS}

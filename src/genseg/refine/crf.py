@@ -8,7 +8,7 @@ constants the literature quotes and whose results these are within 1e-3 (it has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -108,28 +108,6 @@ def refine_predictions(phrases: pd.DataFrame, predictions: pd.DataFrame, crf: Cr
         masks = refine(coarse, image, crf, disjoint)
         found += [(*row, encode(mask)) for row, mask in zip(rows[[*KEY, "score"]].itertuples(index=False), masks, strict=True)]
     return pd.DataFrame(found, columns=[*KEY, "score", "mask"])
-
-
-def tune_crf(
-    phrases: pd.DataFrame, predictions: pd.DataFrame, grid: Sequence[Crf], disjoint: bool = False
-) -> tuple[Crf, list[float]]:
-    """The constants of `grid` with the highest mean IoU on predictions for val (the first of equals), and all the means.
-
-    Pairs with neither ground truth nor prediction are left out. Kernels are shared by constants that differ elsewhere.
-    """
-    ious: list[list[float]] = [[] for _ in grid]
-    for image, rows, coarse in images_of(phrases, predictions):
-        truth = np.stack([decode(mask, *image.shape[:2]) for mask in rows["truth"]])
-        shared: dict[tuple[float, ...], Kernels] = {}
-        for number, crf in enumerate(grid):
-            setting = (crf.gaussian_sxy, crf.bilateral_sxy, crf.bilateral_srgb)
-            if setting not in shared:
-                shared[setting] = Kernels(image, crf)
-            masks = refine(coarse, image, crf, disjoint, shared[setting])
-            either = (masks | truth).sum((1, 2))
-            ious[number] += ((masks & truth).sum((1, 2))[either > 0] / either[either > 0]).tolist()
-    means = [float(np.mean(values)) for values in ious]
-    return grid[int(np.argmax(means))], means
 
 
 def images_of(phrases: pd.DataFrame, predictions: pd.DataFrame) -> Iterator[tuple[NDArray[np.uint8], pd.DataFrame, Mask]]:

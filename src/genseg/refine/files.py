@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from genseg.artifacts.files import file_sha256
-from genseg.artifacts.manifest import code_hash, read_manifest
+from genseg.artifacts.manifest import code_hash
 from genseg.artifacts.parquet import read_metadata
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_with_maps
@@ -19,9 +19,9 @@ from genseg.models.text_to_image import TextToImage
 from genseg.params import Params, Refine, digest
 from genseg.refine.g4seg import Trace, passes, refine_predictions, variants
 from genseg.refine.pictures import write_trace
-from genseg.training.prepare import weights_hash
+from genseg.training.prepare import chosen_backbone, weights_hash
 
-CODE = ("params.py", "artifacts", "data/images.py", "models", "refine")
+CODE = ("params.py", "artifacts", "data/images.py", "models", "refine", "training/prepare.py")
 
 
 def refine_file(
@@ -53,7 +53,7 @@ def refine_file(
     refine = study.refine
     revision = None
     if source is None:
-        source, revision, weights = backbone(study)
+        source, revision, weights = chosen_backbone(study, refine)
     else:
         weights = weights_hash(source, None)
     if method not in variants(refine):
@@ -91,15 +91,6 @@ def refine_file(
     seconds = time.monotonic() - started
     write_with_maps(frame, maps, out, key=key, method=method, evaluations=str(passes(variants(refine)[method])))
     print(f"refine: {out}: {len(frame)} masks, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
-
-
-def backbone(study: Params) -> tuple[str, str | None, str]:
-    """Source, revision and hash of the weights of the pipeline that masks are refined with."""
-    refine = study.refine
-    if refine.backbone is not None:
-        return refine.backbone, refine.revision, weights_hash(refine.backbone, refine.revision)
-    manifest = read_manifest(study.results_dir / "backbone" / "manifest.json")
-    return manifest["pipeline"], manifest["revision"], manifest["weights"]
 
 
 def variant_facts(refine: Refine, method: str) -> dict[str, Any]:

@@ -208,15 +208,22 @@ class Refiner:
         maps = [torch.sigmoid(self.net(picture, mask[None, None]))[0, 0].numpy() for mask in small]
         return bilinear(np.stack(maps), *image.shape[:2])
 
-    def refine_predictions(self, phrases: pd.DataFrame, predictions: pd.DataFrame) -> pd.DataFrame:
-        """Predictions with refined masks and unchanged scores; an empty mask stays empty.
+    def refine_predictions(
+        self, phrases: pd.DataFrame, predictions: pd.DataFrame, side: int | None = None
+    ) -> tuple[pd.DataFrame, NDArray[np.float32] | None]:
+        """Predictions with refined masks and unchanged scores in key order, an empty mask stays empty; with a `side` their
+        probabilities, too, as soft maps [N, side, side].
 
         Raises:
             UserError: as `crf.images_of`.
         """
-        found = []
+        found, soft = [], []
         for image, rows, coarse in images_of(phrases, predictions):
-            masks = (self.probability(image, coarse) > 0.5) & coarse.any((1, 2), keepdims=True)
+            there = coarse.any((1, 2), keepdims=True)
+            probability = np.where(there, self.probability(image, coarse), 0)
             keys = rows[[*KEY, "score"]].itertuples(index=False)
-            found += [(*row, encode(mask)) for row, mask in zip(keys, masks, strict=True)]
-        return pd.DataFrame(found, columns=[*KEY, "score", "mask"])
+            found += [(*row, encode(mask)) for row, mask in zip(keys, probability > 0.5, strict=True)]
+            if side is not None:
+                soft += [area_reduce(one, side, side) for one in probability]
+        frame = pd.DataFrame(found, columns=[*KEY, "score", "mask"])
+        return frame, np.stack(soft) if soft else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -98,10 +99,78 @@ def refinement_controls(params: Params, study: StudyScores) -> Table:
         notes=[
             f"G4Seg itself, Δ mIoU: {own}. {_protocol(params, study)} Every coarse mask by itself: refinement_controls.csv.",
             " ".join(f"{name}: {CONTROLS[name]}." for name in names),
-            "Mean of: how many of the methods, or of the real ones, a control was run on. Passes: of the U-Net, a mask.",
+            "Mean of: how many of the methods, or of the real ones, a control was run on. Passes: of the U-Net, a mask; the "
+            f"seconds that were measured: {costs_dir(params) / 'refinement_costs.md'}.",
         ],
         small=True,
     )
+
+
+def refinement_costs(params: Params, study: StudyScores, refined: dict[str, Any]) -> Table:
+    """Seconds that refining an image took, beside the gain, by the times in the manifest `refined`; what has none has an
+    empty cell, as the random control where it came of G4Seg's own passes.
+
+    The other tables are the same bytes in every run that makes the same masks; times are not, so this one stands apart, in
+    `costs_dir`."""
+    timing, rows = refined.get("timing", {}), []
+    for row in study.refinement["rows"]:
+        own = _measured(timing, row["refiner"], row["baseline"])
+        gain = {"delta": points(row["miou"]["difference"]), "passes": row["passes"], "kind": "method", "baselines": 1}
+        rows.append({"refiner": row["refiner"], "method": row["label"], "baseline": row["baseline"], **own, **gain})
+    frame = pd.DataFrame(rows)
+    means = []
+    for refiner, members in frame.groupby("refiner", sort=False):
+        told = members.dropna(subset="seconds")
+        mean = {
+            "refiner": refiner,
+            "method": "mean",
+            "kind": "mean",
+            "baselines": len(told),
+            "passes": members["passes"].iloc[0],
+        }
+        mean |= {name: told[name].mean() if len(told) else None for name in ("seconds", "images", "masks", "delta")}
+        means.append(mean | {"device": ", ".join(dict.fromkeys(told["device"])), "batch": told["batch"].max()})
+    frame = pd.concat([frame, pd.DataFrame(means)], ignore_index=True)
+    for name, whole in (("seconds_per_image", "seconds"), ("masks_per_image", "masks")):
+        each = pd.to_numeric(frame[whole]) / pd.to_numeric(frame["images"])
+        frame[name] = [None if pd.isna(value) else float(f"{value:.3g}") for value in each]
+    frame["scores"] = str(params.results_dir / "refined" / "manifest.json")
+    where = frame[(frame["kind"] == "mean") & (frame["baselines"] > 0)].groupby(["device", "batch"], sort=False)["refiner"]
+    return Table(
+        name="refinement_costs",
+        caption=f"What refinement by G4Seg (ours), its controls and variants costs and gains, mean over the coarse masks: "
+        f"seconds, and Δ mIoU (points), measured here on {_subset(params, study)}.",
+        frame=frame,
+        columns=[
+            Column("refiner", "Refiner", "text"),
+            Column("baselines", "of", "count"),
+            Column("passes", "Passes a mask", "count"),
+            Column("masks_per_image", "Masks an image", "number"),
+            Column("seconds_per_image", "Seconds an image", "number"),
+            Column("delta", "Δ mIoU", "signed"),
+        ],
+        printed=frame["kind"] == "mean",
+        notes=[
+            "Measured "
+            + "; ".join(f"on {device} in blocks of {batch:g}: {', '.join(names)}" for (device, batch), names in where)
+            + ". What is made already keeps the time of its making. All masks of an image, of its phrases and class phrases; "
+            "reading and writing of masks included, loading of networks not. g4seg_crf: G4Seg and the CRF together. of: the "
+            "coarse masks that have a time. —: no time, as of random where it is dealt from G4Seg's own passes."
+        ],
+    )
+
+
+def _measured(timing: dict[str, Any], refiner: str, baseline: str) -> dict[str, Any]:
+    """Seconds, masks, images, device and batch of one refiner's work on a baseline; all null where a part was not timed."""
+    names = (G4SEG, refiner) if refiner == "g4seg_crf" else (refiner,)
+    parts = [part for name in names if (part := timing.get(f"{name}/{baseline}"))]
+    if len(parts) < len(names):
+        return dict.fromkeys(("seconds", "images", "masks", "device", "batch"))
+    return parts[0] | {"seconds": sum(part["seconds"] for part in parts)}
+
+
+def costs_dir(params: Params) -> Path:
+    return params.work_dir / "tables"
 
 
 def refinement_sensitivity(params: Params, study: StudyScores) -> Table:

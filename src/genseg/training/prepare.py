@@ -11,13 +11,13 @@ import torch
 from diffusers import StableDiffusionXLInpaintPipeline, UNet2DConditionModel
 
 from genseg.artifacts.files import atomic_directory, file_sha256
-from genseg.artifacts.manifest import code_hash, write_manifest
+from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
 from genseg.artifacts.phrases import read_phrases
 from genseg.errors import UserError
 from genseg.models.backbone import noise_schedule
 from genseg.models.device import choose_device, describe
 from genseg.models.miniature import build_miniature
-from genseg.params import Params, digest
+from genseg.params import Baselines, Params, Refine, digest
 from genseg.training.backbone import fit_unet, fit_vae, load_images, measure_psnr
 
 CODE = ("params.py", "artifacts", "data/images.py", "models", "training/backbone.py", "training/prepare.py", "training/loop.py")
@@ -88,6 +88,14 @@ def weights_hash(source: str, revision: str | None) -> str:
         return digest([source, HfApi().model_info(source, revision=revision).sha])
     except Exception as error:
         raise UserError(f"{source}: the hub does not tell its commit ({' '.join(str(error).split())[:200]})") from error
+
+
+def chosen_backbone(study: Params, phase: Baselines | Refine) -> tuple[str, str | None, str]:
+    """Source, revision and hash of the weights of the pipeline that a phase works with: its own, else the study's."""
+    if phase.backbone is not None:
+        return phase.backbone, phase.revision, weights_hash(phase.backbone, phase.revision)
+    manifest = read_manifest(study.results_dir / "backbone" / "manifest.json")
+    return manifest["pipeline"], manifest["revision"], manifest["weights"]
 
 
 def _train(study: Params, target: Path, device: torch.device) -> dict[str, Any]:

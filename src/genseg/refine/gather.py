@@ -1,0 +1,83 @@
+"""Gathering: all baselines and refiners that the params call for are there, nothing else is, and the manifest says so."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from genseg.artifacts.files import read_json
+from genseg.artifacts.manifest import code_hash, write_manifest
+from genseg.artifacts.predictions import maps_path
+from genseg.baselines.registry import baselines_dir, study_baselines
+from genseg.errors import UserError
+from genseg.params import Params
+from genseg.refine.coarse import CoarseMasks
+from genseg.refine.keys import Keys
+from genseg.refine.layout import (
+    CODE_HERE,
+    KEYS,
+    discrepancy_path,
+    refined_dir,
+    refined_path,
+    refiner_passes,
+    refiners,
+    shard_marker,
+    timing_path,
+)
+from genseg.refine.trained_control import network_dir, network_manifest
+
+
+def gather_refined(study: Params) -> None:
+    """Remove what no baseline and refiner of the params account for; write `results/<study>/refined/manifest.json`.
+
+    Raises:
+        UserError: a part is missing or was made of something else.
+    """
+    started, folder = time.time(), refined_dir(study)
+    masks = CoarseMasks(study)
+    keys, entries, timing = Keys(study, masks.rule), [], {}
+    outputs: list[Path] = []
+    for baseline in study_baselines(study):
+        outputs.append(discrepancy_path(study, baseline.name))
+        for refiner in refiners(study, baseline.name):
+            if not keys.is_made(baseline, refiner):
+                for shard in range(study.refine.shards):  # or Snakemake would take the job for done
+                    shard_marker(study, shard, study.refine.shards).unlink(missing_ok=True)
+                path = refined_path(study, refiner, baseline.name, False)
+                raise UserError(f"{path}: missing or made with other params; run again, it is made first")
+            paths = [refined_path(study, refiner, baseline.name, classes) for classes in (False, True)]
+            outputs += paths
+            entry = {"refiner": refiner, "baseline": baseline.name, "label": baseline.label, "real": baseline.real}
+            entry |= {"predictions": str(paths[0]), "class_predictions": str(paths[1])}
+            entry |= {"coarse": str(baseline.predictions(study)), "coarse_classes": str(baseline.class_predictions(study))}
+            entries.append(entry | {"passes": refiner_passes(study.refine, refiner)})
+            measured = timing_path(study, refiner, baseline.name)
+            if measured.exists() and (found := read_json(measured))["key"] == keys.key(baseline, refiner):
+                timing[f"{refiner}/{baseline.name}"] = {name: value for name, value in found.items() if name != "key"}
+    outputs += [maps_path(path) for path in outputs if maps_path(path).exists()]
+    if "trained" in study.refine.controls:
+        outputs += sorted(network_dir(study).iterdir())
+    else:
+        shutil.rmtree(network_dir(study), ignore_errors=True)
+    keep = {*outputs, network_manifest(study), folder / "manifest.json"}
+    for stale in sorted(path for path in folder.rglob("*") if path.is_file() and path not in keep):
+        stale.unlink()
+        print(f"refine: removed {stale}, which the study no longer has", flush=True)
+    for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(empty.iterdir()):
+            empty.rmdir()
+    write_manifest(
+        folder / "manifest.json",
+        "refine",
+        study.subtree(*KEYS),
+        [study.results_dir / "predictions" / "manifest.json", baselines_dir(study) / "manifest.json"],
+        outputs,
+        started,
+        code=code_hash(*CODE_HERE),
+        weights=keys.weights,
+        images=sorted(int(image) for image in masks.tables[False]["image_id"].unique()),
+        refined=entries,
+        timing=timing,
+    )
+    print(f"refine: {len(entries)} refined predictions of {len(study_baselines(study))} baselines", flush=True)

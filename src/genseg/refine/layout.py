@@ -1,0 +1,76 @@
+"""What of a study is refined, by what, and where it lies.
+
+`results/<study>/refined/<refiner>/<baseline>.parquet` holds the refined masks of the phrases and
+`<baseline>_class_phrases.parquet` those of the class phrases, with soft maps beside them where the baseline has some.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from genseg.artifacts.phrases import choose_images
+from genseg.params import Params, Refine
+from genseg.refine.files import CODE
+from genseg.refine.g4seg import RANDOM, passes, sensitivity, variants
+
+G4SEG = "g4seg"
+CLASSES = "_class_phrases"
+MADE_WITH_G4SEG = (RANDOM, "g4seg_crf")
+"""Refiners that start from what G4Seg's own passes gave, and cost the study none of their own."""
+CODE_HERE = (*CODE, "baselines/registry.py", "interchange/labels.py")
+KEYS = ("seed", *(f"refine.{name}" for name in Refine.model_fields if name != "shards"), "score.background_threshold")
+
+
+def refined_dir(study: Params) -> Path:
+    return study.results_dir / "refined"
+
+
+def refined_path(study: Params, refiner: str, baseline: str, classes: bool) -> Path:
+    return refined_dir(study) / refiner / f"{baseline}{CLASSES if classes else ''}.parquet"
+
+
+def discrepancy_path(study: Params, baseline: str) -> Path:
+    """Predictions file of the phrases that the figure may show, with G4Seg's discrepancy as their soft maps."""
+    return refined_dir(study) / "discrepancy" / f"{baseline}.parquet"
+
+
+def timing_path(study: Params, refiner: str, baseline: str) -> Path:
+    return study.work_dir / "refined" / "seconds" / refiner / f"{baseline}.json"
+
+
+def shard_marker(study: Params, shard: int, shards: int) -> Path:
+    return study.work_dir / "refined" / f"shard={shard}-of-{shards}.json"
+
+
+def refiners(study: Params, baseline: str) -> list[str]:
+    """What refines a baseline: G4Seg, the controls, and its sensitivity where the params name the baseline."""
+    refine = study.refine
+    chosen = [*refine.controls, *(refine.sensitivity.controls if baseline in refine.sensitivity.baselines else [])]
+    known = [G4SEG, *(name for name in chosen if name not in ("gate", "no_gate") or name in variants(refine))]
+    if baseline in refine.sensitivity.baselines:
+        known += sensitivity(refine)
+    return list(dict.fromkeys(known))
+
+
+def refiner_passes(refine: Refine, refiner: str) -> int:
+    """U-Net passes for one mask."""
+    if refiner in ("crf", "trained"):
+        return 0
+    return passes(variants(refine)[G4SEG if refiner == "g4seg_crf" else refiner])
+
+
+def test_images(study: Params, phrases: pd.DataFrame) -> list[int]:
+    """The fixed part of test that is refined: images chosen by hash."""
+    test = phrases.loc[phrases["split"] == "test", "image_id"].to_numpy()
+    return sorted(choose_images(test, study.refine.test_fraction, study.seed, "refine"))
+
+
+def refined_tables(
+    study: Params, phrases: pd.DataFrame, class_phrases: pd.DataFrame, background: int | None
+) -> dict[bool, pd.DataFrame]:
+    """The rows that every refiner of every baseline answers: phrases (False) and class phrases without background (True)."""
+    images = test_images(study, phrases)
+    tables = {False: phrases, True: class_phrases[class_phrases["phrase_id"] != (-1 if background is None else background)]}
+    return {classes: table[(table["split"] == "test") & table["image_id"].isin(images)] for classes, table in tables.items()}

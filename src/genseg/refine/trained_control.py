@@ -1,0 +1,75 @@
+"""The trained control of a study: trained once on its training phrases, kept beside what it refines."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from genseg.artifacts.files import file_sha256, read_json
+from genseg.artifacts.manifest import code_hash, write_manifest
+from genseg.artifacts.phrases import read_phrases
+from genseg.errors import UserError
+from genseg.models.device import choose_device
+from genseg.params import Params, digest
+from genseg.refine.layout import CODE_HERE, refined_dir
+from genseg.refine.trained import Refiner, train_refiner
+
+
+def network_dir(study: Params) -> Path:
+    return refined_dir(study) / "network"
+
+
+def network_manifest(study: Params) -> Path:
+    return refined_dir(study) / "network.json"
+
+
+def network_key(study: Params) -> str:
+    trained = study.refine.trained.model_dump(mode="json")
+    data = file_sha256(study.data_dir / "phrases.parquet")
+    return digest([trained, study.seed, data, code_hash("artifacts", "data/images.py", "refine/trained.py")])
+
+
+def train_network(study: Params) -> None:
+    """Write the weights of the trained control to `results/<study>/refined/network`; finished ones are kept."""
+    started, key, folder = time.time(), network_key(study), network_dir(study)
+    if "trained" not in study.refine.controls:
+        print("refine: no trained control in refine.controls", flush=True)
+    elif _is_made(study, key):
+        print(f"refine: {folder} is there already", flush=True)
+        return
+    else:
+        choose_device("cpu", study.resources["refine"].threads)
+        params = study.refine.trained
+        phrases = read_phrases(study.data_dir / "phrases.parquet")
+        settings: dict[str, Any] = params.model_dump()
+        last = time.monotonic()
+        for step, loss in enumerate(train_refiner(phrases, folder, **settings, seed=study.seed), start=1):
+            if step == params.steps or time.monotonic() - last > 10:
+                last = time.monotonic()
+                print(f"refine: trained control, step {step} of {params.steps}, loss {loss:.4f}", flush=True)
+    outputs = [folder] if "trained" in study.refine.controls else []
+    inputs = [study.data_dir / "phrases.parquet"]
+    write_manifest(
+        network_manifest(study),
+        "refine",
+        study.subtree("seed", "refine.trained"),
+        inputs,
+        outputs,
+        started,
+        code=code_hash(*CODE_HERE),
+        key=key,
+    )
+
+
+def load_network(study: Params) -> Refiner:
+    """The trained control. Raises UserError where it is not trained, or with other params or code."""
+    if not _is_made(study, network_key(study)):
+        raise UserError(f"{network_dir(study)}: the trained control is not trained; run `genseg refine --train`")
+    choose_device("cpu", study.resources["refine"].threads)
+    return Refiner(network_dir(study))
+
+
+def _is_made(study: Params, key: str) -> bool:
+    path = network_manifest(study)
+    return path.exists() and (network_dir(study) / "refiner.safetensors").exists() and read_json(path).get("key") == key
