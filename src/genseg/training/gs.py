@@ -115,7 +115,7 @@ def parameter_groups(networks: Networks, optimizer: Optimizer) -> list[dict[str,
 
 def make_optimizer(networks: Networks, optimizer: Optimizer) -> torch.optim.Optimizer:
     cls = torch.optim.Adam if optimizer.name == "adam" else torch.optim.AdamW
-    return cls(parameter_groups(networks, optimizer), betas=optimizer.betas, weight_decay=optimizer.weight_decay)
+    return cls(parameter_groups(networks, optimizer), betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True)
 
 
 def train_model(study: Params, kind: Kind) -> None:
