@@ -25,7 +25,7 @@ from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import choose_images, hash_unit, read_phrases
 from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_with_maps
 from genseg.artifacts.resample import area_reduce, bilinear
-from genseg.baselines.registry import Baseline, baselines_dir, find_baseline, study_baselines
+from genseg.baselines.registry import CLASSES, Baseline, baselines_dir, find_baseline, study_baselines
 from genseg.errors import UserError
 from genseg.interchange.labels import Background, class_list, paint
 from genseg.models.device import DTYPES, choose_device, describe
@@ -37,9 +37,14 @@ from genseg.refine.g4seg import RANDOM, Maps, Trace, at_random, passes, refine_p
 from genseg.refine.trained import Refiner, train_refiner
 
 G4SEG = "g4seg"
-CLASSES = "_class_phrases"
 CODE_HERE = (*CODE, "baselines/registry.py", "interchange/labels.py")
 KEYS = ("seed", *(f"refine.{name}" for name in Refine.model_fields if name != "shards"), "score.background_threshold")
+
+
+def coarse_paths(study: Params, baseline: Baseline) -> dict[bool, Path]:
+    """A baseline's predictions files by whether they are of class phrases; an imported one may lack one of them."""
+    paths = {False: baseline.predictions(study), True: baseline.class_predictions(study)}
+    return {classes: path for classes, path in paths.items() if baseline.family != "imported" or path.exists()}
 
 
 def refined_dir(study: Params) -> Path:
@@ -168,10 +173,11 @@ def refine_shard(study: Params, shard: int, shards: int) -> None:
     """
     if not 0 <= shard < shards:
         raise UserError(f"--shard {shard}: there are {shards} shards, counted from 0")
+    every = study_baselines(study)
     for name in study.refine.sensitivity.baselines:
-        find_baseline(study, name)
+        find_baseline(study, name, every)
     work = _Work(study)
-    baselines = study_baselines(study)[shard::shards]
+    baselines = every[shard::shards]
     for baseline in baselines:
         for name in refiners(study, baseline.name):
             work.refine(baseline, name)
@@ -228,12 +234,12 @@ class _Work:
     def key(self, baseline: Baseline, refiner: str) -> str:
         """Hash of everything that one refiner's bytes for a baseline depend on."""
         refine = self.study.refine
-        coarse = [baseline.predictions(self.study), baseline.class_predictions(self.study)]
-        for path in coarse:
+        coarse = coarse_paths(self.study, baseline)
+        for path in coarse.values():
             if not path.exists():
                 raise UserError(f"{path}: no such file; run `genseg {'sample' if baseline.family == 'run' else 'baseline'}`")
-        files = [*coarse, *(maps_path(path) for path in coarse[1:] if maps_path(path).exists())]
-        facts: list[Any] = [*self._facts, refiner, [self._hash(path) for path in files]]
+        soft = [maps_path(path) for classes, path in coarse.items() if classes and maps_path(path).exists()]
+        facts: list[Any] = [*self._facts, refiner, [[path.name, self._hash(path)] for path in (*coarse.values(), *soft)]]
         if refiner in ("crf", "g4seg_crf"):
             facts.append(refine.crf.model_dump(mode="json"))
         if refiner == "trained":
@@ -245,12 +251,15 @@ class _Work:
         return digest(facts)
 
     def is_made(self, baseline: Baseline, refiner: str) -> bool:
-        key = self.key(baseline, refiner)
-        paths = [refined_path(self.study, refiner, baseline.name, classes) for classes in (False, True)]
-        if refiner == G4SEG:
-            paths.append(discrepancy_path(self.study, baseline.name))
-        soft = maps_path(baseline.class_predictions(self.study)).exists() and not refiner.endswith("crf")
-        return all(read_metadata(path).get("key") == key for path in paths) and maps_path(paths[1]).exists() == soft
+        key, coarse = self.key(baseline, refiner), coarse_paths(self.study, baseline)
+        paths = {classes: refined_path(self.study, refiner, baseline.name, classes) for classes in coarse}
+        written = list(paths.values())
+        if refiner == G4SEG and False in coarse:
+            written.append(discrepancy_path(self.study, baseline.name))
+        if not all(read_metadata(path).get("key") == key for path in written):
+            return False
+        soft = True in coarse and maps_path(coarse[True]).exists() and not refiner.endswith("crf")
+        return True not in coarse or maps_path(paths[True]).exists() == soft
 
     def refine(self, baseline: Baseline, refiner: str) -> None:
         """Write a baseline's refined predictions, unless they are there."""
@@ -262,7 +271,7 @@ class _Work:
         started, parts = time.monotonic(), self.parts(baseline)
         made = refiner_passes(self.study.refine, refiner)
         facts = {"key": key, "method": refiner, "evaluations": str(made)}
-        for classes in (True, False):  # the phrases' file last: it says that both are there
+        for classes in sorted(parts, reverse=True):  # the phrases' file last: it says that both are there
             path = refined_path(self.study, refiner, baseline.name, classes)
             part = parts[classes]
             frame, soft = self._refined(baseline, refiner, part, classes)
@@ -274,11 +283,11 @@ class _Work:
 
     def parts(self, baseline: Baseline) -> dict[bool, Part]:
         if self._parts is None or self._parts[0] != baseline.name:
-            self._parts = (baseline.name, {classes: self._part(baseline, classes) for classes in (False, True)})
+            coarse = coarse_paths(self.study, baseline)
+            self._parts = (baseline.name, {classes: self._part(path, classes) for classes, path in coarse.items()})
         return self._parts[1]
 
-    def _part(self, baseline: Baseline, classes: bool) -> Part:
-        path = baseline.class_predictions(self.study) if classes else baseline.predictions(self.study)
+    def _part(self, path: Path, classes: bool) -> Part:
         predictions, table = read_predictions(path), self.tables[classes]
         shape = maps_shape(path) if classes else None
         if shape is not None and shape[0] != len(predictions):
@@ -427,18 +436,25 @@ def gather_refined(study: Params) -> None:
     work, entries, timing = _Work(study), [], {}
     outputs: list[Path] = []
     for baseline in study_baselines(study):
-        outputs.append(discrepancy_path(study, baseline.name))
+        coarse = coarse_paths(study, baseline)
+        outputs += [discrepancy_path(study, baseline.name)] if False in coarse else []
         for refiner in refiners(study, baseline.name):
             if not work.is_made(baseline, refiner):
                 for shard in range(study.refine.shards):  # or Snakemake would take the job for done
                     shard_marker(study, shard, study.refine.shards).unlink(missing_ok=True)
                 path = refined_path(study, refiner, baseline.name, False)
                 raise UserError(f"{path}: missing or made with other params; run again, it is made first")
-            paths = [refined_path(study, refiner, baseline.name, classes) for classes in (False, True)]
-            outputs += paths
-            entry = {"refiner": refiner, "baseline": baseline.name, "label": baseline.label, "real": baseline.real}
-            entry |= {"predictions": str(paths[0]), "class_predictions": str(paths[1])}
-            entry |= {"coarse": str(baseline.predictions(study)), "coarse_classes": str(baseline.class_predictions(study))}
+            paths = {classes: str(refined_path(study, refiner, baseline.name, classes)) for classes in coarse}
+            outputs += map(Path, paths.values())
+            entry: dict[str, Any] = {
+                "refiner": refiner,
+                "baseline": baseline.name,
+                "label": baseline.label,
+                "real": baseline.real,
+            }
+            entry |= {"predictions": paths.get(False), "class_predictions": paths.get(True)}
+            for which, classes in (("coarse", False), ("coarse_classes", True)):
+                entry[which] = str(coarse[classes]) if classes in coarse else None
             entries.append(entry | {"passes": refiner_passes(study.refine, refiner)})
             measured = _timing_path(study, refiner, baseline.name)
             if measured.exists() and (found := read_json(measured))["key"] == work.key(baseline, refiner):
