@@ -293,11 +293,13 @@ def _coco_results(
     applied: dict[str, Any],
 ) -> Iterator[Row]:
     records = read_json(source)
-    if not isinstance(records, list):
-        raise UserError(f"{source}: holds a {type(records).__name__}, expected a list of results")
+    if not isinstance(records, list) or not records:
+        raise UserError(
+            f"{source}: holds {'no result' if records == [] else type(records).__name__}, expected a list of results"
+        )
     first = every.drop_duplicates("image_id").set_index("image_id")
     sizes = dict(zip(first.index, zip(first["height"], first["width"], strict=True), strict=True))
-    named = bool(records) and isinstance(records[0], dict) and {"narrative_id", "phrase_id"} <= set(records[0])
+    named = isinstance(records[0], dict) and {"narrative_id", "phrase_id"} <= set(records[0])
     needed = ("image_id", *(("narrative_id", "phrase_id") if named else ("category_id",)), "segmentation", "score")
     by_image: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for number, record in enumerate(records):
