@@ -23,7 +23,7 @@ def copy_project(target: Path) -> Path:
         else:
             shutil.copy(source, target / name)
     (target / "data").mkdir()
-    for name in ("published", "backbone", "classes"):
+    for name in ("published", "backbone", "classes", "imported"):
         shutil.copytree(PROJECT / "data" / name, target / "data" / name)
     return target
 

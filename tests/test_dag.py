@@ -92,6 +92,16 @@ def test_change_of_params_runs(outputs, key, value, rules):
     assert rules_in(outputs[key]) == rules
 
 
+def test_an_import_runs_what_follows_the_baselines(study):
+    imported = study.folder / "data/imported/mini/theirs.parquet"
+    imported.parent.mkdir()
+    imported.touch()
+    runs = study.snakemakes({"imported": ["--dry-run"]})
+    imported.unlink()
+    assert rules_in(runs["imported"]) == BASELINES
+    assert rules_in(study.snakemakes({"removed": ["--dry-run"]})["removed"]) == set()
+
+
 def test_mistake_in_params_is_one_line(outputs):
     [line] = [line for line in outputs["typo"].splitlines() if not line.startswith("Using")]
     assert line == ("snakemake: error: typo.yaml: unknown key sample.threshhold; did you mean sample.threshold?")

@@ -1,7 +1,9 @@
 """Import and export through the command line; the producers' own evaluation code is the oracle."""
 
+import contextlib
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -13,10 +15,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from conftest import PROJECT
 from genseg.artifacts.masks import decode, encode
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import read_phrases, write_phrases
-from genseg.artifacts.predictions import read_predictions, write_predictions
+from genseg.artifacts.predictions import read_maps, read_predictions, write_predictions, write_with_maps
 from genseg.cli.main import main
 from genseg.interchange.exporting import palette
 from genseg.metrics.scoring import match
@@ -27,13 +30,16 @@ VOC = [0, 7, 4, 9]
 """Class ids with a background first, not ascending."""
 PLAIN = [7, 4, 9]
 RNG = np.random.default_rng(0)
+PARAMS = str(PROJECT / "params/smoke.yaml")
+THEIRS = "data/imported/smoke/theirs.parquet"
+THEIR_CLASSES = "data/imported/smoke/theirs_class_phrases.parquet"
 
 
-def class_table(path, ids, background, split="test"):
+def class_table(path, ids, background, split="test", narrative="class"):
     rows = [
         {
             "image_id": image_id,
-            "narrative_id": "class",
+            "narrative_id": narrative,
             "phrase_id": place,
             "split": split,
             "file_name": f"pictures/im_{image_id}.jpg",
@@ -65,11 +71,17 @@ def plain(tmp_path):
     return class_table(tmp_path / "plain.parquet", PLAIN, None)
 
 
-def run_import(table, source, form, *options):
-    out = table.parent / f"{form}.parquet"
-    out.unlink(missing_ok=True)
-    code = main(["import", "--format", form, "--source", str(source), "--phrases", str(table), "--out", str(out), *options])
-    return code, out
+def run_import(table, source, form, *options, fresh=True):
+    """Exit code, and where class predictions then lie, of a study with `table` as its class phrases and two others an image."""
+    root, data = table.parent, table.parent / "data/smoke"
+    data.mkdir(parents=True, exist_ok=True)
+    shutil.copy(table, data / "class_phrases.parquet")
+    class_table(data / "phrases.parquet", [1, 2], None, narrative="caption")
+    if fresh:
+        shutil.rmtree(root / "data/imported", ignore_errors=True)
+    with contextlib.chdir(root):
+        code = main(["import", "theirs", "--params", PARAMS, "--format", form, "--source", str(source), *options])
+    return code, root / THEIR_CLASSES
 
 
 def imported_labels(table, source, form, *options):
@@ -111,9 +123,9 @@ def test_cams_become_what_their_producers_evaluation_makes_of_them(tmp_path, voc
     options = () if rule is None else ("--background", rule)
     check(imported_labels(voc, tmp_path, form, *options), expected)
     check(imported_labels(plain, tmp_path, form, *options), {k: np.where(v == 0, -1, v) for k, v in expected.items()})
-    recorded = json.loads(read_metadata(tmp_path / f"{form}.parquet")["imported"])
+    recorded = json.loads(read_metadata(tmp_path / THEIR_CLASSES)["imported"])
     assert recorded["background"] == (rule or {"irn": "constant:0.15", "clip_es": "power:1"}[form])
-    assert (recorded["format"], recorded["array"], recorded["split"]) == (form, array, "test")
+    assert (recorded["format"], recorded["array"]) == (form, array)
 
 
 def test_coarse_cams_are_resized_bilinearly_and_scores_are_the_mean_inside(tmp_path, plain):
@@ -125,7 +137,7 @@ def test_coarse_cams_are_resized_bilinearly_and_scores_are_the_mean_inside(tmp_p
         expected[image] = np.where(large.max(0) > 0.6, np.array(PLAIN)[large.argmax(0)], -1)
         scores |= {(image, c): large[c][expected[image] == PLAIN[c]] for c in range(3)}
     check(imported_labels(plain, tmp_path, "irn", "--array", "cam", "--background", "constant:0.6"), expected)
-    for row in read_predictions(tmp_path / "irn.parquet").itertuples():
+    for row in read_predictions(tmp_path / THEIR_CLASSES).itertuples():
         inside = scores[row.image_id, row.phrase_id]
         assert row.score == pytest.approx(inside.mean() if inside.size else 0, abs=1e-6)
 
@@ -202,7 +214,7 @@ def test_exported_index_masks_hold_the_labels_that_scoring_counts(tmp_path_facto
     assert run_import(folder / "t.parquet", folder / "png", "index_masks", "--numbering", numbering)[0] == 0
     classes = [{"name": str(item), "background": item == background} for item in ids]
     counts = []
-    for predictions in (before, read_predictions(folder / "index_masks.parquet")):
+    for predictions in (before, read_predictions(folder / THEIR_CLASSES)):
         joined = match(table, predictions, "test", False, ("t", "p"))[0]
         area = [decode(row.mask, row.height, row.width).sum() for row in joined.itertuples()]
         counts.append(count_pixels(joined.assign(area=area), None, classes, 0.5).counts)
@@ -394,11 +406,11 @@ WRONG = {
     "unknown value": ("index_masks", lambda f: pngs(f, GREY + 8), r"im_11\.png: value 8 is no class"),
     "colour mask": ("index_masks", lambda f: pngs(f, np.zeros((8, 5, 3), "u1")), r"im_11\.png: an index mask has one value"),
     "broken PNG": ("index_masks", spoilt, r"im_11\.png: unreadable"),
-    "no list": ("coco_results", lambda f: text(f, "r.json", "{}"), r"r\.json: holds a dict"),
+    "no list": ("coco_results", lambda f: text(f, "r.json", "{}"), r"r\.json: holds dict"),
     "not JSON": ("coco_results", lambda f: text(f, "r.json", "[{"), r"r\.json: not valid JSON"),
     "no score": ("coco_results", lambda f: results(f, {"image_id": 3}), r"r\.json: result 1: needs"),
     "NaN score": ("coco_results", lambda f: results(f, result(score=float("nan"))), r"result 1: score nan"),
-    "unknown image": ("coco_results", lambda f: results(f, result(image_id=4)), r"result 1: image_id 4 is not in"),
+    "unknown image": ("coco_results", lambda f: results(f, result(image_id=4)), r"result 1: image_id 4 is no picture"),
     "unhashable image": ("coco_results", lambda f: results(f, result(image_id=[3])), r"result 1: image_id \[3\] is no whole"),
     "unknown category": ("coco_results", lambda f: results(f, result(category_id=8)), r"result 1: category_id 8 is no class"),
     "polygon": ("coco_results", lambda f: results(f, result(segmentation=[[0, 0, 1, 1]])), r"result 1: .*polygons"),
@@ -407,6 +419,17 @@ WRONG = {
     "broken runs": ("coco_results", lambda f: results(f, code_of([6, 9], [50])), r"result 1: segmentation: "),
     "phrase twice": ("coco_results", lambda f: text(f, "r.json", named("class", 2)), r"result 1: \(3, 'class', 1\).*twice"),
     "phrase unknown": ("coco_results", lambda f: text(f, "r.json", named("x", 1)), r"result 0: \(3, 'x', 1\).*no phrase"),
+    "narrative of a list": (
+        "coco_results",
+        lambda f: text(f, "r.json", named([1], 1)),
+        r"result 0: narrative_id \[1\] is no text",
+    ),
+    "some are named": (
+        "coco_results",
+        lambda f: text(f, "r.json", json.dumps([*json.loads(named("class", 1)), result()])),
+        r"result 1: needs image_id, narrative_id",
+    ),
+    "empty list": ("coco_results", lambda f: text(f, "r.json", "[]"), r"r\.json: holds no result"),
     "no column": ("png_masks", lambda f: text(f, "i.csv", "image_id,file\n"), r"i\.csv: no column narrative_id, phrase_id"),
     "phrase of no table": ("png_masks", lambda f: index(f, "3,class,9,ok.png,"), r"i\.csv: line 2: .*is no phrase"),
     "row twice": ("png_masks", lambda f: index(f, *["3,class,1,ok.png,"] * 2), r"i\.csv: line 3: .*twice"),
@@ -417,7 +440,7 @@ WRONG = {
     "rows missing": (
         "png_masks",
         lambda f: index(f, "3,class,1,ok.png,"),
-        r"i\.csv: no mask for .*\(3, 'class', 0\).* 6 others",
+        r"i\.csv: no mask for .*\(3, 'class', 2\).* 4 others",
     ),
 }
 
@@ -433,7 +456,7 @@ def test_a_wrong_source_is_one_line_and_nothing_is_written(tmp_path, voc, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert str(folder) in line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "voc.parquet"]
+    assert not (tmp_path / "data/imported").exists()
 
 
 @pytest.mark.parametrize(
@@ -441,19 +464,26 @@ def test_a_wrong_source_is_one_line_and_nothing_is_written(tmp_path, voc, capsys
     [
         (["--format", "index_masks", "--background", "none"], "--background: format index_masks has no such option"),
         (["--format", "irn", "--background", "constant:much"], "--background constant:much: give none, constant:V"),
-        (["--format", "irn", "--split", "val"], "no phrase of split val"),
         (["--format", "irn", "--source", "nowhere"], "nowhere: no such file or folder"),
         (["--format", "coco_results"], "no such file or folder; give --source what coco_results is: JSON"),
-        (["--format", "irn", "--out", "voc.parquet"], "--out voc.parquet: would overwrite the phrase table"),
         (["--format", "png_masks", "--threshold", "2"], "--threshold 2.0: must lie"),
-        (["--format", "irn", "--out", "x.csv"], "--out x.csv: give a name"),
     ],
 )
-def test_wrong_options(tmp_path, voc, capsys, monkeypatch, options, message):
-    monkeypatch.chdir(tmp_path)
-    code = main(["import", "--source", str(tmp_path), "--phrases", "voc.parquet", "--out", "o.parquet", *options])
-    assert code == 2
+def test_wrong_options(tmp_path, voc, capsys, options, message):
+    assert run_import(voc, tmp_path / "nothing" if "nowhere" in options else tmp_path, options[1], *options[2:])[0] == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "", "x_class_phrases", "-x", "gs", "GS", "diffseg", "inexact_box", "a=2"])
+def test_names_that_no_file_or_row_may_have(tmp_path, voc, capsys, monkeypatch, name):
+    cams(tmp_path)
+    assert run_import(voc, tmp_path, "irn")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) if name == "-x" else contextlib.nullcontext():
+        assert main(["import", name, "--params", PARAMS, "--format", "irn", "--source", "."]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_referring_phrases_are_no_class_phrases_and_missing_images_may_be_left_out(tmp_path, voc, capsys):
@@ -469,3 +499,89 @@ def test_referring_phrases_are_no_class_phrases_and_missing_images_may_be_left_o
     write_phrases(table.iloc[1:], voc)
     assert run_import(voc, tmp_path, "irn")[0] == 2
     assert "not class phrases" in capsys.readouterr().err
+
+
+def both_tables(root):
+    return [read_phrases(root / "data/smoke" / f"{name}.parquet") for name in ("phrases", "class_phrases")]
+
+
+def export(root, table, predictions, name):
+    write_predictions(predictions, root / "p.parquet")
+    arguments = ["--predictions", str(root / "p.parquet"), "--phrases", str(root / "data/smoke" / table), "--format", "coco"]
+    assert main(["export", *arguments, "--out", str(root / name)]) == 0
+    return root / name
+
+
+def test_rows_that_name_their_phrase_go_where_they_belong_and_leave_the_rest(tmp_path, voc):
+    """Phrases alone, class phrases alone and both at once; a second import replaces what it brings."""
+    cams(tmp_path)
+    assert run_import(voc, tmp_path, "irn")[0] == 0
+    assert [path.name for path in (tmp_path / "data/imported/smoke").iterdir()] == ["theirs_class_phrases.parquet"]
+    cam = (tmp_path / THEIR_CLASSES).read_bytes()
+    phrases, classes = both_tables(tmp_path)
+    first, second = random_predictions(phrases, 1), random_predictions(classes, 2)
+    results = export(tmp_path, "phrases.parquet", first, "phrases.json")
+    assert run_import(voc, results, "coco_results", fresh=False)[0] == 0
+    assert (tmp_path / THEIR_CLASSES).read_bytes() == cam
+    written = read_predictions(tmp_path / "p.parquet")
+    pd.testing.assert_frame_equal(read_predictions(tmp_path / THEIRS), written)
+    together = json.loads(results.read_text())
+    together += json.loads(export(tmp_path, "class_phrases.parquet", second, "classes.json").read_text())
+    (tmp_path / "both.json").write_text(json.dumps(together))
+    assert run_import(voc, tmp_path / "both.json", "coco_results")[0] == 0
+    pd.testing.assert_frame_equal(read_predictions(tmp_path / THEIRS), written)
+    pd.testing.assert_frame_equal(read_predictions(tmp_path / THEIR_CLASSES), read_predictions(tmp_path / "p.parquet"))
+
+
+def test_predictions_of_plain_pandas_are_checked_and_taken(tmp_path, voc, capsys):
+    class_table(tmp_path / "none.parquet", [1], None)
+    run_import(voc, tmp_path / "none.parquet", "predictions")  # lays the tables out
+    capsys.readouterr()
+    frame = random_predictions(both_tables(tmp_path)[0], 3)
+    good = tmp_path / "good.parquet"
+    frame.to_parquet(good)
+    assert run_import(voc, good, "predictions")[0] == 0
+    taken = read_predictions(tmp_path / THEIRS).merge(frame, on=KEY, suffixes=("", "_given"))
+    assert (taken["mask"] == taken["mask_given"]).all()
+    assert (taken["score"] == taken["score_given"]).all()
+    wrong = {
+        "row 1: score 1.5 is no number": frame.assign(score=[0.5, 1.5, *frame["score"][2:]]),
+        "row 0: (4, 'caption', 0)": frame.assign(image_id=[4, *frame["image_id"][1:]]),
+        "row 0: ": frame.assign(mask=[encode(np.ones((9, 5))), *frame["mask"][1:]]),
+        "no mask for phrase (11, 'caption', 1)": frame.iloc[:-1],
+        "without column score": frame.drop(columns="score"),
+    }
+    capsys.readouterr()
+    for message, content in wrong.items():
+        content.to_parquet(tmp_path / "wrong.parquet")
+        assert run_import(voc, tmp_path / "wrong.parquet", "predictions")[0] == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert not (tmp_path / "data/imported").exists()
+
+
+@pytest.mark.parametrize("background", [None, 0])
+def test_index_masks_of_soft_maps_are_the_labels_that_scoring_counts(tmp_path, capsys, background):
+    """Also of predictions that leave the background class to the rule, as those of this program do."""
+    ids = PLAIN if background is None else VOC
+    table = read_phrases(class_table(tmp_path / "t.parquet", ids, background))
+    table["mask"] = random_predictions(table, 1)["mask"]
+    write_phrases(table, tmp_path / "t.parquet")
+    asked = [background is None or class_id != background for class_id in table["class_id"]]
+    before, maps = random_predictions(table[asked], 2), RNG.random((sum(asked), 3, 4)).astype("f4")
+    write_with_maps(before, maps, tmp_path / "p.parquet")
+    export = ["export", "--predictions", str(tmp_path / "p.parquet"), "--phrases", str(tmp_path / "t.parquet")]
+    export += ["--format", "index_png", "--out", str(tmp_path / "png")]
+    rule = ["--background", "threshold:0.7"]
+    assert main([*export, *([] if background is not None else rule)]) == 2
+    assert "--background" in capsys.readouterr().err
+    assert main([*export, *(rule if background is not None else [])]) == 0
+    assert run_import(tmp_path / "t.parquet", tmp_path / "png", "index_masks")[0] == 0
+    classes = [{"name": str(item), "background": item == background} for item in ids]
+    counts = []
+    for path in (tmp_path / "p.parquet", tmp_path / THEIR_CLASSES):
+        joined = match(table, read_predictions(path), "test", False, ("t", "p"))[0]
+        area = [decode(row.mask, row.height, row.width).sum() for row in joined.itertuples()]
+        soft = (lambda rows: read_maps(tmp_path / "p.parquet")[rows]) if path.name == "p.parquet" else None
+        counts.append(count_pixels(joined.assign(area=area), soft, classes, 0.7).counts)
+    np.testing.assert_array_equal(*counts)

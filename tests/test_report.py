@@ -166,6 +166,7 @@ def build_study(root: Path, miou: bool = True) -> dict[str, Any]:
     made = [baseline for baseline in study_baselines(params) if baseline.family != "run"]
     for baseline in made:
         entry = run_entry(f"baselines/{baseline.name}", "baseline") | {"label": baseline.label, "real": baseline.real}
+        entry["imported"] = False
         score(f"baselines/{baseline.name}", summary(entry, 0.5))
     write_json(scores / "refinement.json", refinement_scores(study_baselines(params)))
     kept = root / params.results_dir / "refined" / "discrepancy" / "gs.parquet"

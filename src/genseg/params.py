@@ -712,6 +712,11 @@ class Params(Section):
         return Path("data") / self.study
 
     @property
+    def imported_dir(self) -> Path:
+        """Predictions of other people's methods (`genseg import`): an input, like the pictures."""
+        return Path("data/imported") / self.study
+
+    @property
     def results_dir(self) -> Path:
         return Path("results") / self.study
 

@@ -2,6 +2,7 @@ rule baselines:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/backbone/manifest.json",
+        STUDY.imported(),
     output:
         f"{RESULTS}/baselines/manifest.json",
     log:

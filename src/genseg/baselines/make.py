@@ -16,11 +16,11 @@ from genseg.artifacts.files import file_sha256
 from genseg.artifacts.manifest import code_hash, write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import hash_unit, read_phrases, row_mask
-from genseg.artifacts.predictions import maps_path, write_predictions, write_with_maps
+from genseg.artifacts.predictions import maps_path, read_predictions, write_predictions, write_with_maps
 from genseg.artifacts.resample import bilinear
 from genseg.baselines.attend import METHODS, SOME, Attended, Maps
 from genseg.baselines.inexact import find_amount, inexact_masks
-from genseg.baselines.registry import INEXACT, Baseline, baselines_dir, find_baseline, study_baselines
+from genseg.baselines.registry import INEXACT, Baseline, baselines_dir, find_baseline, import_paths, imports, own_baselines
 from genseg.data.images import load_image
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
@@ -46,10 +46,12 @@ def make_baselines(study: Params, names: Sequence[str] = ()) -> None:
     class phrases, for every baseline or the named ones that are not there yet; without names also, last, the manifest.
 
     Raises:
-        UserError: an unknown name, or the name of a run of another phase; data or backbone missing; a target out of reach.
+        UserError: an unknown name, or the name of a run of another phase; data or backbone missing; a target out of reach; an
+            import for other phrases.
     """
     started = time.time()
-    wanted = [find_baseline(study, name) for name in names] or [b for b in study_baselines(study) if b.family != "run"]
+    every = [*own_baselines(study), *imports(study)]
+    wanted = [find_baseline(study, name, every) for name in names] or [b for b in every if b.family != "run"]
     for baseline in wanted:
         if baseline.family == "run":
             raise UserError(f"{baseline.name}: its predictions are made by the phase sample: run `genseg sample`")
@@ -63,13 +65,15 @@ def make_baselines(study: Params, names: Sequence[str] = ()) -> None:
     for baseline in missing:
         if baseline.family == "inexact":
             _make_inexact(study, baseline, keys[baseline.name], test, classes)
+        if baseline.family == "imported":
+            _take_imported(study, baseline, keys[baseline.name], test, classes)
     attention = [baseline for baseline in missing if baseline.family == "attention"]
     device = choose_device(study.device, study.resources["baselines"].threads)
     if attention:
         print(f"baseline: device {describe(device)}", flush=True)
         _make_attention(study, attention, keys, phrases[phrases["split"] == "val"], test, classes, device)
     if not names:
-        _write_manifest(study, wanted, started, device)
+        _write_manifest(study, every, started, device)
 
 
 def baseline_key(study: Params, baseline: Baseline) -> str:
@@ -77,6 +81,9 @@ def baseline_key(study: Params, baseline: Baseline) -> str:
     params = study.baselines
     data = [file_sha256(study.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
     facts = [baseline.name, study.seed, *data, code_hash(*CODE)]
+    if baseline.family == "imported":
+        files = [path for path in import_paths(study, baseline.name) if path.exists()]
+        return digest([*facts, [[path.name, file_sha256(path)] for path in files]])
     if baseline.family == "inexact":
         return digest([*facts, params.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
     values = params.model_dump(mode="json", include={*SHARED, *KEYS[baseline.name]})
@@ -85,22 +92,34 @@ def baseline_key(study: Params, baseline: Baseline) -> str:
 
 def is_made(study: Params, baseline: Baseline, key: str) -> bool:
     paths = [baseline.predictions(study), baseline.class_predictions(study)]
+    if baseline.family == "imported":
+        there = [path.exists() for path in import_paths(study, baseline.name)]
+        return there == [path.exists() for path in paths] and all(
+            read_metadata(path).get("key") == key for path in paths if path.exists()
+        )
     if baseline.name in METHODS and METHODS[baseline.name].chosen and not all(maps_path(path).exists() for path in paths):
         return False
     return all(read_metadata(path).get("key") == key for path in paths)
 
 
-def _write_manifest(study: Params, made: list[Baseline], started: float, device: torch.device) -> None:
+def _write_manifest(study: Params, every: list[Baseline], started: float, device: torch.device) -> None:
     folder = baselines_dir(study)
+    made = [baseline for baseline in every if baseline.family != "run"]
     outputs = [path for b in made for path in (b.predictions(study), b.class_predictions(study))]
+    outputs = [path for path in outputs if path.exists()]
     outputs += [maps_path(path) for path in outputs if maps_path(path).exists()]
     for stale in sorted({*folder.glob("*.parquet"), *folder.glob("*.safetensors")} - set(outputs)):
         stale.unlink()
         print(f"baseline: removed {stale}, which the study no longer has", flush=True)
     entries = []
-    for baseline in study_baselines(study):
+    for baseline in every:
         entry: dict[str, Any] = {"name": baseline.name, "label": baseline.label, "real": baseline.real}
-        entry |= {"predictions": str(baseline.predictions(study)), "class_predictions": str(baseline.class_predictions(study))}
+        entry["imported"] = baseline.family == "imported"
+        for which, path in (
+            ("predictions", baseline.predictions(study)),
+            ("class_predictions", baseline.class_predictions(study)),
+        ):
+            entry[which] = None if entry["imported"] and not path.exists() else str(path)
         metadata = read_metadata(baseline.predictions(study)) if baseline in made else {}
         entries.append(entry | {name: float(metadata[name]) for name in ("threshold", "amount", "iou") if name in metadata})
     write_manifest(
@@ -125,6 +144,26 @@ def _make_inexact(study: Params, baseline: Baseline, key: str, test: pd.DataFram
     for rows, path in ((classes, baseline.class_predictions(study)), (test, baseline.predictions(study))):
         write_predictions(inexact_masks(rows, kind, amount, study.seed), path, **facts)
     print(f"baseline: {baseline.name}: amount {amount:.3f}, mean IoU {reached:.3f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- imported
+def _take_imported(study: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
+    """Copy what `genseg import` read, if it is for the phrases that the study has now; of two files one may be missing."""
+    out = baseline.predictions(study), baseline.class_predictions(study)
+    for source, rows, path in zip(import_paths(study, baseline.name), (test, classes), out, strict=True):
+        if not source.exists():
+            path.unlink(missing_ok=True)
+            continue
+        frame = read_predictions(source)
+        unknown = ~pd.MultiIndex.from_frame(frame[KEY]).isin(pd.MultiIndex.from_frame(rows[KEY]))
+        if unknown.any():
+            one = tuple(frame[KEY].iloc[int(unknown.argmax())])
+            raise UserError(
+                f"{source}: {one} (image_id, narrative_id, phrase_id) is no phrase of test ({unknown.sum()} such rows): the "
+                f"data have changed since; run `genseg import {baseline.name}` again, or remove the file"
+            )
+        write_predictions(frame, path, key=key, imported=read_metadata(source).get("imported", "{}"))
+        print(f"baseline: {baseline.name}: {len(frame)} masks of {source}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------- by attention

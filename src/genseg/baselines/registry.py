@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from genseg.artifacts.parquet import read_metadata
 from genseg.errors import UserError
 from genseg.params import Params
 
 INEXACT = "inexact_"
+CLASSES = "_class_phrases"
 
 
 @dataclass(frozen=True)
 class Baseline:
     """One set of coarse masks: of the test phrases, and of the class phrases that mIoU is computed from.
 
-    family: attention (made by `genseg baseline` with the backbone's attention), inexact (made from ground truth) or run (made
-    by `genseg sample`, only pointed to). label: its row in tables. real: False where the ground truth was looked at.
+    family: attention (made by `genseg baseline` with the backbone's attention), inexact (made from ground truth), run (made
+    by `genseg sample`, only pointed to) or imported (another program's, read by `genseg import`; it may lack one of the two
+    files). label: its row in tables. real: False where the ground truth was looked at.
     """
 
     name: str
-    family: Literal["attention", "inexact", "run"]
+    family: Literal["attention", "inexact", "run", "imported"]
     label: str
     run: str | None = None
     class_run: str | None = None
@@ -36,7 +41,7 @@ class Baseline:
 
     def class_predictions(self, study: Params) -> Path:
         """Predictions for the class phrases of test, with soft maps beside them where the method has some."""
-        return self._path(study, self.class_run, f"{self.name}_class_phrases")
+        return self._path(study, self.class_run, f"{self.name}{CLASSES}")
 
     def _path(self, study: Params, run: str | None, name: str) -> Path:
         if run is not None:
@@ -68,14 +73,45 @@ INEXACT_LABELS = {
 
 
 def study_baselines(study: Params) -> list[Baseline]:
-    """All baselines of a study, in the order of tables; inexact ones as far as `baselines.inexact` gives them a target."""
+    """All baselines of a study, in the order of tables; imported ones as the phase baselines took them over."""
+    paths = sorted(path for path in baselines_dir(study).glob("*.parquet") if "imported" in read_metadata(path))
+    return [*own_baselines(study), *_imported(paths)]
+
+
+def own_baselines(study: Params) -> list[Baseline]:
+    """Those that this program makes; inexact ones as far as `baselines.inexact` gives them a target."""
     inexact = [Baseline(INEXACT + kind, "inexact", INEXACT_LABELS[kind]) for kind in study.baselines.inexact]
     return [*ATTENTION, *RUNS, *inexact]
 
 
-def find_baseline(study: Params, name: str) -> Baseline:
+def imports(study: Params) -> list[Baseline]:
+    """Those that `genseg import` has put into `data/imported/<study>`, by name."""
+    return _imported(sorted(study.imported_dir.glob("*.parquet")))
+
+
+def _imported(paths: Sequence[Path]) -> list[Baseline]:
+    return [Baseline(name, "imported", name) for name in sorted({path.stem.removesuffix(CLASSES) for path in paths})]
+
+
+def import_paths(study: Params, name: str) -> tuple[Path, Path]:
+    """Where imported predictions go, those of the phrases and those of the class phrases.
+
+    Raises:
+        UserError: a name that no file or no row of a table may have.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name.endswith(CLASSES):
+        raise UserError(f"{name}: give a name of letters, digits and . _ + -, which starts with a letter or digit")
+    taken = {known.lower() for own in own_baselines(study) for known in (own.name, own.label)} | {
+        INEXACT + k for k in INEXACT_LABELS
+    }
+    if name.lower() in taken:
+        raise UserError(f"{name}: a baseline of the study itself is called so; choose another name")
+    return study.imported_dir / f"{name}.parquet", study.imported_dir / f"{name}{CLASSES}.parquet"
+
+
+def find_baseline(study: Params, name: str, baselines: Sequence[Baseline]) -> Baseline:
     """The baseline of this name. Raises UserError where there is none."""
-    known = {baseline.name: baseline for baseline in study_baselines(study)}
+    known = {baseline.name: baseline for baseline in baselines}
     if name not in known:
         raise UserError(f"{name}: no baseline of study {study.study}; there are {', '.join(known)}")
     return known[name]

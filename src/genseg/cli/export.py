@@ -21,22 +21,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="class_id",
         help="index_png: pixels are class ids (default), or count the foreground classes from 1",
     )
+    parser.add_argument(
+        "--background",
+        metavar="RULE",
+        help="index_png, of predictions with soft maps in a study with a background class: none | threshold:V, where mIoU is"
+        " scored at V = score.background_threshold",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from genseg.artifacts.phrases import read_phrases
-    from genseg.artifacts.predictions import read_predictions
+    from genseg.artifacts.predictions import maps_path, read_predictions
     from genseg.errors import UserError
     from genseg.interchange.exporting import export_coco, export_index_png, predicted
+    from genseg.interchange.labels import Background, class_list
 
     out = Path(args.out)
     if out.resolve() in (Path(args.predictions).resolve(), Path(args.phrases).resolve()):
         raise UserError(f"--out {out}: would overwrite what is read; choose another name")
-    rows = predicted(read_phrases(args.phrases), read_predictions(args.predictions), args.split, args.predictions)
+    phrases = read_phrases(args.phrases)
+    rows = predicted(phrases, read_predictions(args.predictions), args.split, args.predictions)
     if args.format == "coco":
         export_coco(rows, out)
         print(f"{out}: {len(rows)} results")
     else:
-        print(f"{out}: {export_index_png(rows, out, args.numbering, args.phrases)} index masks")
+        soft = Path(args.predictions) if maps_path(args.predictions).exists() else None
+        rule = Background.parse(args.background) if args.background else None
+        classes = class_list(phrases[phrases["split"] == args.split], args.phrases)
+        print(f"{out}: {export_index_png(rows, classes, out, args.numbering, args.phrases, soft, rule)} index masks")

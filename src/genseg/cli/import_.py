@@ -1,7 +1,8 @@
-"""Read another method's outputs once into predictions, which are scored and refined as any other.
+"""Make another method's outputs a baseline of the study: scored, refined and in the tables from the next run of the DAG on.
 
-Class predictions (every format but png_masks) are for the study's class phrases, `data/<study>/class_phrases.parquet`; files
-are found by the name of the picture without its suffix. Pickled files run nothing: only arrays are taken from them.
+Maps, index masks and COCO instances are of classes and give mIoU; rows that name their phrase (narrative_id, phrase_id) give
+AR. Import both under one name to have both: a second import replaces only what it brings. Files are found by the name of the
+picture without its suffix. Pickled files run nothing: only arrays are taken from them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "formats:\n" + "\n".join(f"  {name:<13} {text}" for name, text in FORMATS.items())
+    parser.add_argument("name", metavar="NAME", help="what tables call the method: letters, digits and . _ + -")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what wrote the source; see below")
     parser.add_argument("--source", required=True, metavar="PATH", help="folder or file of the format")
-    parser.add_argument("--phrases", required=True, metavar="T", help="(class-)phrase table, Parquet")
-    parser.add_argument("--out", required=True, metavar="P", help="where the predictions go, a .parquet file")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
+    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
     parser.add_argument("--array", metavar="NAME", help="irn, clip_es: name of the maps (default: high_res; attn_highres)")
     parser.add_argument(
         "--background",
@@ -41,18 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from genseg.artifacts.phrases import read_phrases
+    from genseg.baselines.registry import import_paths
     from genseg.errors import UserError
-    from genseg.interchange.importing import Recipe, import_predictions
+    from genseg.interchange.importing import Recipe, Target, import_predictions
     from genseg.interchange.labels import Background
+    from genseg.params import load_params
 
-    out = Path(args.out)
-    if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: give a name that ends in .parquet")
-    if out.resolve() == Path(args.phrases).resolve():
-        raise UserError(f"--out {out}: would overwrite the phrase table; choose another name")
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: must lie above 0 and up to 1")
+    study = load_params(args.params)
+    tables = [study.data_dir / f"{name}.parquet" for name in ("phrases", "class_phrases")]
+    for table in tables:
+        if not table.exists():
+            raise UserError(f"{table}: no such file; run `genseg data` with this study's params first")
     recipe = Recipe(
         args.format,
         array=args.array,
@@ -62,8 +63,9 @@ def run(args: argparse.Namespace) -> None:
         threshold=args.threshold,
         allow_missing=args.allow_missing,
     )
-    counts = import_predictions(recipe, Path(args.source), read_phrases(args.phrases), args.split, out, args.phrases)
-    print(
-        f"{out}: {counts['predictions']} predictions for {counts['images']} images; "
-        f"{counts['missing']} missing, {counts['other_split']} of other splits left out"
-    )
+    targets = [Target(table, out) for table, out in zip(tables, import_paths(study, args.name), strict=True)]
+    for out, counts in import_predictions(recipe, Path(args.source), *targets).items():
+        print(
+            f"{out}: {counts['predictions']} predictions for {counts['images']} images; "
+            f"{counts['missing']} missing, {counts['other_split']} of other splits left out"
+        )

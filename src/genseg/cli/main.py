@@ -23,7 +23,7 @@ COMMANDS = {
     "sweep": "train variants of a study and compare them",
     "compare": "compare a sweep's variants, from their scores",
     "predict": "segment one image by phrases",
-    "import": "read another method's outputs into predictions",
+    "import": "make another method's outputs a baseline of the study",
     "export": "write predictions as COCO results or index masks",
     "plan": "what a study will take: memory, bytes, operations, hours",
     "sync": "make Snakemake and DVC agree about what is up to date",

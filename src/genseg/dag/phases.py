@@ -92,7 +92,7 @@ PHASES = {
     "baselines": Phase(
         keys=("seed", "baselines"),
         rooms=("artifacts", "baselines", "cli/baseline.py", "data/images.py", "models", *_WEIGHTS),
-        needs=("results/{study}/backbone",),
+        needs=("results/{study}/backbone", "data/imported"),
         outs=("results/{study}/baselines",),
         targets=("results/{study}/baselines/manifest.json",),
         persist=True,

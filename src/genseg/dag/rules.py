@@ -123,6 +123,10 @@ class Study:
         init = self.params.backbone.init
         return sorted(path.as_posix() for path in Path(init).rglob("*") if path.is_file()) if init else []
 
+    def imported(self) -> list[str]:
+        """Other people's predictions that the study has."""
+        return sorted(path.as_posix() for path in self.params.imported_dir.glob("*.parquet"))
+
     def published(self) -> list[str]:
         """The published results that the tables repeat."""
         return sorted(path.as_posix() for path in Path("data/published").glob("*.csv"))

@@ -12,8 +12,10 @@ from PIL import Image
 from genseg.artifacts.files import atomic_directory, write_text
 from genseg.artifacts.masks import decode
 from genseg.artifacts.parquet import KEY
+from genseg.artifacts.predictions import read_maps
+from genseg.artifacts.resample import bilinear
 from genseg.errors import UserError
-from genseg.interchange.labels import IGNORE, NOTHING, Numbering, class_list, images, paint
+from genseg.interchange.labels import IGNORE, NOTHING, Background, ClassList, Numbering, images, paint
 
 FORMATS = {
     "coco": "JSON list of results for pycocotools' loadRes, with narrative_id and phrase_id beside",
@@ -24,13 +26,14 @@ SEVERAL_CLASSES = -1
 
 
 def predicted(phrases: pd.DataFrame, predictions: pd.DataFrame, split: str, origin: str) -> pd.DataFrame:
-    """Predictions of a split beside their phrases, by key; `mask` is the prediction's.
+    """Predictions of a split beside their phrases, by key; `mask` is the prediction's, `predicted_row` its place.
 
     Raises:
         UserError: there is none.
     """
     chosen = phrases[phrases["split"] == split].drop(columns="mask")
-    joined = chosen.merge(predictions, on=KEY).sort_values(KEY, ignore_index=True)
+    numbered = predictions.assign(predicted_row=np.arange(len(predictions)))
+    joined = chosen.merge(numbered, on=KEY).sort_values(KEY, ignore_index=True)
     if joined.empty:
         raise UserError(f"{origin}: no prediction for a phrase of split {split}; give the table they were made for, or --split")
     return joined
@@ -54,17 +57,36 @@ def export_coco(rows: pd.DataFrame, out: Path) -> None:
     write_text(out, "[" + ",\n".join(results) + "]\n")
 
 
-def export_index_png(rows: pd.DataFrame, out: Path, numbering: Numbering, origin: str) -> int:
-    """Write one palette PNG an image and return their number. Where masks overlap, the higher score is in front.
+def export_index_png(
+    rows: pd.DataFrame,
+    classes: ClassList,
+    out: Path,
+    numbering: Numbering,
+    origin: str,
+    soft: Path | None = None,
+    rule: Background | None = None,
+) -> int:
+    """Write one palette PNG an image and return their number: the labels whose mIoU is scored.
 
-    A pixel of no class is the background's number if the study has such a class, else 0, or 255 where a class is called 0.
+    With soft maps the highest wins, and the background by its rule; else, where masks overlap, the higher score. A pixel of no
+    class is the background's number if the study has such a class, else 0, or 255 where a class is called 0.
+
+    Args:
+        soft: predictions file of `rows` that has soft maps beside it.
+        rule: whether a pixel of the soft maps is background; only data with a background class have one.
 
     Raises:
-        UserError: not class phrases, a class number over 254, two pictures of one name, or `out` exists.
+        UserError: a rule too few or too many, a class number over 254, two pictures of one name, or `out`
+            exists.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; give --out a new folder")
-    classes = class_list(rows, origin)
+    if rule is None and soft is not None and classes.background is not None:
+        raise UserError(
+            f"{soft}: its soft maps need --background threshold:V, where mIoU is scored with score.background_threshold"
+        )
+    if rule is not None and (soft is None or classes.background is None):
+        raise UserError("--background: a rule for soft maps of data with a background class, which these are not; leave it out")
     numbers = [classes.number(place, numbering) for place in range(len(classes.ids))]
     if max(numbers) >= IGNORE or min(numbers) < 0:
         raise UserError(f"{origin}: class number {max(numbers)} does not fit a PNG's 0 to 254; give --numbering position")
@@ -78,7 +100,11 @@ def export_index_png(rows: pd.DataFrame, out: Path, numbering: Numbering, origin
                 raise UserError(f"{origin}: two pictures are called {name}; rename one of them")
             written.add(name)
             group = group[group["phrase_id"] != (NOTHING if classes.background is None else classes.background)]
-            front = paint([decode(mask, height, width) for mask in group["mask"]], group["score"].tolist(), height, width)
+            if soft is None:
+                front = paint([decode(mask, height, width) for mask in group["mask"]], group["score"].tolist(), height, width)
+            else:
+                maps = [read_maps(soft, slice(row, row + 1))[0] for row in group["predicted_row"]]
+                front = (rule or Background("none")).winner(bilinear(np.stack(maps), height, width))
             values = np.array([*(numbers[place] for place in group["phrase_id"]), rest], np.uint8)[front]
             picture = Image.fromarray(values).convert("P")
             picture.putpalette(palette().ravel().tolist())

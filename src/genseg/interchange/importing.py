@@ -23,7 +23,8 @@ from tqdm import tqdm
 from genseg.artifacts import masks
 from genseg.artifacts.files import read_json
 from genseg.artifacts.parquet import KEY
-from genseg.artifacts.predictions import write_predictions
+from genseg.artifacts.phrases import read_phrases
+from genseg.artifacts.predictions import read_predictions, write_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.data.images import BadImage, open_picture
 from genseg.data.index_masks import read_indices
@@ -36,8 +37,9 @@ FORMATS = {
     "clip_es": "the same with `attn_highres`",
     "index_masks": "folder of {name}.png, one class number a pixel (palette or grey), 0 background, 255 ignored",
     "mmseg": "folder of {name}.npy or .npz, logits [C, H, W] of all foreground classes, or of background and these",
-    "coco_results": "JSON list of {image_id, category_id, segmentation (RLE), score}",
+    "coco_results": "JSON list of {image_id, segmentation (RLE), score} with category_id, or with narrative_id and phrase_id",
     "png_masks": "CSV of image_id, narrative_id, phrase_id, file (, score): one binary or soft mask PNG a phrase",
+    "predictions": "Parquet of image_id, narrative_id, phrase_id, mask (RLE counts at native size), score",
 }
 _CAMS = {"irn": ("high_res", Background("constant", 0.15)), "clip_es": ("attn_highres", Background("power", 1.0))}
 
@@ -68,18 +70,25 @@ _OPTIONS = {
     "mmseg": {"background", "probabilities"},
     "coco_results": {"background", "numbering"},
     "png_masks": {"threshold"},
+    "predictions": set(),
 }
+_FILES = ("coco_results", "png_masks", "predictions")
 
 
-def import_predictions(recipe: Recipe, source: Path, phrases: pd.DataFrame, split: str, out: Path, origin: str) -> Counter[str]:
-    """Convert `source` once and write predictions for the phrases of a split.
+@dataclass(frozen=True)
+class Target:
+    """A phrase table of the study, and where predictions for it go."""
 
-    Args:
-        phrases: class phrases, which every format but `png_masks` and the `coco_results` of `genseg export` needs.
-        origin: what messages call the phrase table.
+    table: Path
+    out: Path
+
+
+def import_predictions(recipe: Recipe, source: Path, phrases: Target, class_phrases: Target) -> dict[Path, Counter[str]]:
+    """Convert `source` once and write predictions for the study's test phrases, its class phrases, or both: maps, index masks
+    and COCO instances are of classes; rows that name their phrase tell themselves what they are for.
 
     Returns:
-        Counts: `images` and `predictions` written, `missing` images (png_masks, exported coco_results: phrases),
+        By predictions file: `predictions` and `images` written, `missing` images (of rows that name their phrase: phrases),
         `other_split` rows of the source.
 
     Raises:
@@ -89,30 +98,60 @@ def import_predictions(recipe: Recipe, source: Path, phrases: pd.DataFrame, spli
     for name, value in vars(recipe).items():
         if value not in (None, False) and name not in {"format", "allow_missing"} | _OPTIONS[recipe.format]:
             raise UserError(f"--{name}: format {recipe.format} has no such option; leave it out")
-    if not (source.is_file() if recipe.format in ("coco_results", "png_masks") else source.is_dir()):
+    if not (source.is_file() if recipe.format in _FILES else source.is_dir()):
         raise UserError(f"{source}: no such file or folder; give --source what {recipe.format} is: {FORMATS[recipe.format]}")
-    chosen = phrases[phrases["split"] == split]
-    if chosen.empty:
-        raise UserError(f"{origin}: no phrase of split {split}; choose another --split")
+    tables = [read_phrases(target.table) for target in (phrases, class_phrases)]
+    every = pd.concat(tables, ignore_index=True)
+    tests = [table[table["split"] == "test"] for table in tables]
+    chosen, classes = every[every["split"] == "test"], tests[1]
     counts: Counter[str] = Counter()
     absent: list[str] = []
-    applied: dict[str, Any] = {"format": recipe.format, "source": str(source), "split": split}
-    if recipe.format == "png_masks":
+    applied: dict[str, Any] = {"format": recipe.format, "source": str(source)}
+    if recipe.format == "predictions":
+        rows = _predictions(source, every, chosen, counts)
+    elif recipe.format == "png_masks":
         applied["threshold"] = 0.5 if recipe.threshold is None else recipe.threshold
-        rows = _png_masks(source, applied["threshold"], phrases, chosen, counts, absent)
+        rows = _png_masks(source, applied["threshold"], every, chosen, counts)
     elif recipe.format == "coco_results":
-        rows = _coco_results(recipe, source, phrases, chosen, origin, counts, absent, applied)
+        rows = _coco_results(recipe, source, every, classes, str(class_phrases.table), counts, applied)
     else:
-        rows = _class_maps(recipe, source, chosen, origin, absent, applied)
+        rows = _class_maps(recipe, source, classes, str(class_phrases.table), absent, applied)
     found = pd.DataFrame(list(rows), columns=[*KEY, "mask", "score"])
+    parts = [(target, test, found[_among(found, test)]) for target, test in zip((phrases, class_phrases), tests, strict=True)]
+    absent = absent or [
+        f"mask for phrase {key} (image_id, narrative_id, phrase_id)"
+        for _, test, part in parts
+        if len(part)
+        for key in sorted(_keys(test[~_is_background(test)]) - _keys(part))
+    ]
     if absent and not recipe.allow_missing:
         more = f", nor {len(absent) - 1} others" if len(absent) > 1 else ""
         raise UserError(f"{source}: no {absent[0]}{more}; make them, or accept IoU 0 there with --allow-missing")
-    counts |= Counter(predictions=len(found), images=found["image_id"].nunique(), missing=len(absent))
-    write_predictions(found, out, imported=json.dumps(applied, sort_keys=True))
-    return counts
+    if found.empty:
+        raise UserError(f"{source}: nothing in it is for a test phrase of {phrases.table} or {class_phrases.table}")
+    written = {}
+    for target, _, part in parts:
+        if len(part):
+            write_predictions(part, target.out, imported=json.dumps(applied, sort_keys=True))
+            written[target.out] = counts | Counter(
+                predictions=len(part), images=part["image_id"].nunique(), missing=len(absent)
+            )
+    return written
 
 
+def _keys(frame: pd.DataFrame) -> set[Key]:
+    return set(frame[KEY].itertuples(index=False, name=None))
+
+
+def _among(frame: pd.DataFrame, table: pd.DataFrame) -> NDArray[np.bool_]:
+    return pd.MultiIndex.from_frame(frame[KEY]).isin(pd.MultiIndex.from_frame(table[KEY]))
+
+
+def _is_background(table: pd.DataFrame) -> NDArray[np.bool_]:
+    return np.array([tags is not None and "background" in list(tags) for tags in table["tags"]], bool)
+
+
+Key = tuple[int, str, int]
 Row = tuple[int, str, int, bytes, float]
 
 
@@ -247,95 +286,88 @@ def _same_size(where: object, shape: tuple[int, ...], height: int, width: int) -
 def _coco_results(
     recipe: Recipe,
     source: Path,
-    phrases: pd.DataFrame,
-    chosen: pd.DataFrame,
+    every: pd.DataFrame,
+    class_phrases: pd.DataFrame,
     origin: str,
     counts: Counter[str],
-    absent: list[str],
     applied: dict[str, Any],
 ) -> Iterator[Row]:
     records = read_json(source)
-    if not isinstance(records, list):
-        raise UserError(f"{source}: holds a {type(records).__name__}, expected a list of results")
-    sizes = {image_id: (height, width) for image_id, _, height, width, _ in images(phrases)}
-    splits = phrases.groupby("image_id")["split"].first().to_dict()
-    wanted = set(chosen["image_id"])
-    by_image: dict[int, list[tuple[int, dict[str, Any], NDArray[np.bool_], float]]] = defaultdict(list)
+    if not isinstance(records, list) or not records:
+        raise UserError(
+            f"{source}: holds {'no result' if records == [] else type(records).__name__}, expected a list of results"
+        )
+    first = every.drop_duplicates("image_id").set_index("image_id")
+    sizes = dict(zip(first.index, zip(first["height"], first["width"], strict=True), strict=True))
+    named = isinstance(records[0], dict) and {"narrative_id", "phrase_id"} <= set(records[0])
+    needed = ("image_id", *(("narrative_id", "phrase_id") if named else ("category_id",)), "segmentation", "score")
+    by_image: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for number, record in enumerate(records):
         where = f"{source}: result {number}"
-        if not isinstance(record, dict) or not {"image_id", "category_id", "segmentation", "score"} <= set(record):
-            raise UserError(f"{where}: needs image_id, category_id, segmentation and score")
-        _whole_numbers(where, record)
-        if record["image_id"] not in splits:
-            raise UserError(f"{where}: image_id {record['image_id']!r} is not in {origin}; give the table of these pictures")
+        if not isinstance(record, dict) or not set(needed) <= set(record):
+            raise UserError(f"{where}: needs {', '.join(needed)}")
+        _check_ids(where, record)
+        if record["image_id"] not in sizes:
+            raise UserError(f"{where}: image_id {record['image_id']!r} is no picture of the study; make it for its pictures")
         score = record["score"]
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
             raise UserError(f"{where}: score {score!r} is no number in [0, 1]; give a confidence")
-        if record["image_id"] not in wanted:
+        if first.at[record["image_id"], "split"] != "test":
             counts["other_split"] += 1
             continue
-        mask = _rle(where, record["segmentation"], *sizes[record["image_id"]])
-        by_image[record["image_id"]].append((number, record, mask, float(score)))
-    if records and all("phrase_id" in record and "narrative_id" in record for record in records):
+        by_image[record["image_id"]].append((number, record))
+
+    def mask(number: int, record: dict[str, Any]) -> NDArray[np.bool_]:
+        return _rle(f"{source}: result {number}", record["segmentation"], *sizes[record["image_id"]])
+
+    if named:
         if recipe.background or recipe.numbering:
             raise UserError(f"{source}: names its phrases, so leave out --background and --numbering")
-        yield from _exported(source, by_image, chosen, absent)
+        known, seen = _keys(every), set[Key]()
+        for number, record in (item for found in by_image.values() for item in found):
+            key = (record["image_id"], record["narrative_id"], record["phrase_id"])
+            _check_key(f"{source}: result {number}", key, known, seen)
+            yield *key, masks.encode(mask(number, record)), float(record["score"])
         return
-    classes = class_list(chosen, origin)
+    classes = class_list(class_phrases, origin)
     rule, numbering = recipe.background or Background("none"), recipe.numbering or "class_id"
     if rule.kind == "power":
         raise UserError("--background power: instances have no such rule; give threshold:V or none")
     applied |= {"background": str(rule), "numbering": numbering}
     places = {classes.number(place, numbering): place for place in range(len(classes.ids))}
     rest = NOTHING if classes.background is None else classes.background
-    for image_id, _, height, width, rows in images(chosen):
+    for image_id, _, height, width, rows in images(class_phrases):
         found = by_image[image_id]
-        for number, record, _, _ in found:
+        for number, record in found:
             if record["category_id"] not in places:
                 raise UserError(
                     f"{source}: result {number}: category_id {record['category_id']!r} is no class of the study"
                     " (--numbering says what it is)"
                 )
-        scores = [score for *_, score in found]
-        index = paint([mask for *_, mask, _ in found], scores, height, width)
+        scores = [float(record["score"]) for _, record in found]
+        index = paint([mask(*item) for item in found], scores, height, width)
         value = np.array([*scores, 0.0])[index]
         lost = (index == NOTHING) | (value <= rule.value if rule.kind == "constant" else value < rule.value)
-        labels = np.array([*(places[record["category_id"]] for _, record, *_ in found), rest], np.int64)[index]
+        labels = np.array([*(places[record["category_id"]] for _, record in found), rest], np.int64)[index]
         yield from _rows(rows, np.where(lost, rest, labels), value)
 
 
-def _exported(
-    source: Path,
-    by_image: dict[int, list[tuple[int, dict[str, Any], NDArray[np.bool_], float]]],
-    chosen: pd.DataFrame,
-    absent: list[str],
-) -> Iterator[Row]:
-    """Results that name their phrase, as `genseg export` writes them: one mask a phrase, nothing assembled."""
-    known = set(chosen[KEY].itertuples(index=False, name=None))
-    seen: set[tuple[Any, ...]] = set()
-    for number, record, mask, score in (item for found in by_image.values() for item in found):
-        key = (record["image_id"], record["narrative_id"], record["phrase_id"])
-        _check_key(f"{source}: result {number}", key, known, seen)
-        yield *key, masks.encode(mask), score
-    absent += _phrases(known - seen)
-
-
-def _check_key(where: str, key: tuple[Any, ...], known: set[tuple[Any, ...]], seen: set[tuple[Any, ...]]) -> None:
+def _check_key(where: str, key: Key, known: set[Key], seen: set[Key]) -> None:
     if key not in known:
-        raise UserError(f"{where}: {key} (image_id, narrative_id, phrase_id) is no phrase of the table; give its own table")
+        raise UserError(
+            f"{where}: {key} (image_id, narrative_id, phrase_id) is no phrase of the study; take ids from its phrase tables"
+        )
     if key in seen:
         raise UserError(f"{where}: {key} (image_id, narrative_id, phrase_id) stands twice; keep one of them")
     seen.add(key)
 
 
-def _phrases(keys: set[tuple[Any, ...]]) -> list[str]:
-    return [f"mask for phrase {key} (image_id, narrative_id, phrase_id)" for key in sorted(keys)]
-
-
-def _whole_numbers(where: str, record: dict[str, Any]) -> None:
-    for name in {"image_id", "category_id", "phrase_id"} & set(record):
-        if not isinstance(record[name], int):
+def _check_ids(where: str, record: dict[str, Any]) -> None:
+    for name in ("image_id", "category_id", "phrase_id"):
+        if not isinstance(record.get(name, 0), int):
             raise UserError(f"{where}: {name} {record[name]!r} is no whole number; make it again")
+    if not isinstance(record.get("narrative_id", ""), str):
+        raise UserError(f"{where}: narrative_id {record['narrative_id']!r} is no text; write it as the phrase table does")
 
 
 def _rle(where: str, segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -359,12 +391,11 @@ def _rle(where: str, segmentation: Any, height: int, width: int) -> NDArray[np.b
 
 # ------------------------------------------------------------------------------------------------------- mask PNGs and a CSV
 def _png_masks(
-    source: Path, threshold: float, phrases: pd.DataFrame, chosen: pd.DataFrame, counts: Counter[str], absent: list[str]
+    source: Path, threshold: float, every: pd.DataFrame, chosen: pd.DataFrame, counts: Counter[str]
 ) -> Iterator[Row]:
     columns = [*KEY, "file"]
     sizes = {image_id: (height, width) for image_id, _, height, width, _ in images(chosen)}
-    known, every = (set(table[KEY].itertuples(index=False, name=None)) for table in (chosen, phrases))
-    seen: set[tuple[Any, ...]] = set()
+    wanted, known, seen = _keys(chosen), _keys(every), set[Key]()
     try:
         with open(source, newline="", encoding="utf-8-sig") as handle:
             reader = csv.DictReader(handle)
@@ -381,17 +412,16 @@ def _png_masks(
             score = float(record["score"]) if record.get("score") else None
         except (TypeError, ValueError):
             raise UserError(f"{where}: image_id and phrase_id must be whole numbers, score a number") from None
-        _check_key(where, key, every, seen)
+        _check_key(where, key, known, seen)
         if score is not None and not 0 <= score <= 1:
             raise UserError(f"{where}: score {record['score']} is no number in [0, 1]; give a confidence")
-        if key not in known:
+        if key not in wanted:
             counts["other_split"] += 1
             continue
         soft = _soft_mask(source.parent / (record["file"] or ""), where)
         _same_size(f"{where}: {record['file']}", soft.shape, *sizes[key[0]])
         mask = soft >= threshold
         yield *key, masks.encode(mask), (float(soft[mask].mean()) if mask.any() else 0.0) if score is None else score
-    absent += _phrases(known - seen)
 
 
 def _soft_mask(path: Path, where: str) -> NDArray[np.float32]:
@@ -406,3 +436,21 @@ def _soft_mask(path: Path, where: str) -> NDArray[np.float32]:
             "mask in colours", f"{path}: a mask has one value a pixel, this one has mode {picture.mode}; save it as grey"
         )
     return np.asarray(picture, np.float32) / np.float32(255 if picture.mode == "L" else 65535)
+
+
+# ------------------------------------------------------------------------------------------------------------- predictions
+def _predictions(source: Path, every: pd.DataFrame, chosen: pd.DataFrame, counts: Counter[str]) -> Iterator[Row]:
+    wanted, known, seen = _keys(chosen), _keys(every), set[Key]()
+    sizes = {image_id: (height, width) for image_id, _, height, width, _ in images(chosen)}
+    for number, row in enumerate(read_predictions(source)[[*KEY, "mask", "score"]].itertuples(index=False, name=None)):
+        where, key, (code, score) = f"{source}: row {number}", row[:3], row[3:]
+        _check_key(where, key, known, seen)
+        if not 0 <= score <= 1:
+            raise UserError(f"{where}: score {score} is no number in [0, 1]; give a confidence")
+        if key not in wanted:
+            counts["other_split"] += 1
+            continue
+        try:
+            yield *key, masks.encode(masks.decode(code, *sizes[key[0]])), score
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None

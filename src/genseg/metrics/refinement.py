@@ -21,11 +21,12 @@ from genseg.artifacts.manifest import read_manifest
 from genseg.artifacts.masks import decode
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.predictions import maps_path, read_predictions
-from genseg.artifacts.scores import write_scores
+from genseg.artifacts.scores import SCHEMA, write_scores
 from genseg.errors import UserError
 from genseg.metrics.bootstrap import percentile_interval, resampled_sums
 from genseg.metrics.class_phrases import ClassPhrases
 from genseg.metrics.operating import THRESHOLDS
+from genseg.metrics.recall import SPLITS
 from genseg.metrics.scoring import score_run
 from genseg.metrics.semantic import Semantic, mean_iou
 from genseg.params import Params
@@ -56,42 +57,59 @@ def score_baselines(params: Params, phrases: pd.DataFrame, made: dict[str, Any])
     `scores/baselines/<name>.json`; yields the paths and summaries."""
     classes = ClassPhrases(params)
     for entry in made["baselines"]:
-        path, out = Path(entry["predictions"]), params.results_dir / "scores" / "baselines" / f"{entry['name']}.json"
-        if path.parent != params.results_dir / "baselines":
+        files = [None if entry[which] is None else Path(entry[which]) for which in ("predictions", "class_predictions")]
+        path, class_path = files
+        if any(file is not None and file.parent != params.results_dir / "baselines" for file in files):
             continue
-        per_phrase, summary = score_run(
-            phrases,
-            read_predictions(path),
-            params.score.protocol,
-            boundary_ratio=params.score.boundary_ratio,
-            replicates=params.score.bootstrap,
-            seed=params.seed,
-            origins=("phrase table", str(path)),
-        )
-        miou = mean_iou(classes.count(Path(entry["class_predictions"])).counts.sum(0))
-        run = {"name": f"baselines/{entry['name']}", "role": "baseline", "label": entry["label"], "real": entry["real"]}
+        out = params.results_dir / "scores" / "baselines" / f"{entry['name']}.json"
+        per_phrase, summary = _unscored(params)
+        if path is not None:
+            per_phrase, summary = score_run(
+                phrases,
+                read_predictions(path),
+                params.score.protocol,
+                boundary_ratio=params.score.boundary_ratio,
+                replicates=params.score.bootstrap,
+                seed=params.seed,
+                origins=("phrase table", str(path)),
+            )
+        miou = mean_iou(classes.count(class_path).counts.sum(0)) if class_path else np.nan
+        run = {"name": f"baselines/{entry['name']}", "role": "baseline"} | {
+            key: entry[key] for key in ("label", "real", "imported")
+        }
         summary |= {"run": run, "miou": {"mean": None if np.isnan(miou) else float(miou)}}
         write_scores(per_phrase, summary, out)
         yield out, summary
 
 
+def _unscored(params: Params) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Scores of no phrase: of a baseline of which class masks alone were imported."""
+    nothing = dict.fromkeys(SPLITS)
+    summary: dict[str, Any] = dict.fromkeys(("ar", "interval", "ceiling", "boundary_iou"), nothing)
+    counts = dict.fromkeys(("phrases", "images", "narratives", "missing"), 0)
+    summary |= {"protocol": params.score.protocol, "split": "test", "ceiling_latent": None, "counts": counts}
+    return SCHEMA.empty_table().to_pandas(), summary
+
+
 @dataclass(frozen=True)
 class Measured:
-    """One set of predictions on the refined images."""
+    """One set of predictions on the refined images; None for what was not predicted."""
 
-    per_phrase: pd.DataFrame
-    sums: Floats
+    per_phrase: pd.DataFrame | None
+    sums: Floats | None
     """[images, 3]: IoU, boundary IoU, phrases."""
-    semantic: Semantic
+    semantic: Semantic | None
 
     def statistics(self, replicates: int, seed: int) -> dict[str, tuple[float, Floats]]:
         """Each quantity over all images, and over images drawn with replacement."""
-        found: dict[str, tuple[float, Floats]] = {}
-        drawn, whole = resampled_sums(self.sums, replicates, seed), self.sums.sum(0)
-        for column, name in enumerate(("ar", "boundary_iou")):
-            found[name] = float(whole[column] / whole[2]), drawn[:, column] / drawn[:, 2]
-        counts = self.semantic.counts
-        found["miou"] = float(mean_iou(counts.sum(0))), mean_iou(resampled_sums(counts, replicates, seed))
+        found = dict.fromkeys(QUANTITIES, (float("nan"), np.full(replicates, np.nan)))
+        if self.sums is not None:
+            drawn, whole = resampled_sums(self.sums, replicates, seed), self.sums.sum(0)
+            for column, name in enumerate(("ar", "boundary_iou")):
+                found[name] = float(whole[column] / whole[2]), drawn[:, column] / drawn[:, 2]
+        if self.semantic is not None:
+            counts = self.semantic.counts
+            found["miou"] = float(mean_iou(counts.sum(0))), mean_iou(resampled_sums(counts, replicates, seed))
         return found
 
 
@@ -104,14 +122,17 @@ def score_refinement(params: Params, phrases: pd.DataFrame, refined: dict[str, A
     classes = ClassPhrases(params, images)
     replicates, seed = params.score.bootstrap, params.seed
 
-    def measure(path: str, class_path: str, threshold: float | None = None) -> Measured:
+    def measure(path: str | None, class_path: str | None, threshold: float | None = None) -> Measured:
+        semantic = None if class_path is None else classes.count(Path(class_path), threshold)
+        if path is None:
+            return Measured(None, None, semantic)
         predictions = read_predictions(path)
         predictions = predictions[predictions["image_id"].isin(images)].reset_index(drop=True)
         ratio = params.score.boundary_ratio
         origins = ("phrase table", path)
         per_phrase, _ = score_run(table, predictions, PROTOCOL, boundary_ratio=ratio, replicates=0, origins=origins)
         sums = per_phrase.assign(n=1.0).groupby("image_id", sort=True)[["iou", "boundary_iou", "n"]].sum()
-        return Measured(per_phrase, sums.to_numpy(np.float64), classes.count(Path(class_path), threshold))
+        return Measured(per_phrase, sums.to_numpy(np.float64), semantic)
 
     coarse: dict[str, Measured] = {}
     before: dict[str, dict[str, tuple[float, Floats]]] = {}
@@ -131,11 +152,12 @@ def score_refinement(params: Params, phrases: pd.DataFrame, refined: dict[str, A
         row |= {
             key: {"before": _number(old[key][0]), "after": _number(new[key][0])} | _told(*change[key]) for key in QUANTITIES
         }
-        if classes.has_background and maps_path(entry["coarse_classes"]).exists():
+        if classes.has_background and entry["coarse_classes"] and maps_path(entry["coarse_classes"]).exists():
             row["miou"] |= _swept(classes, entry)
         rows.append(row)
-        if refiner == "g4seg":
-            gains.append(coarse[name].per_phrase.merge(after.per_phrase[[*KEY, "iou"]], on=KEY, suffixes=("", "_after")))
+        first, second = coarse[name].per_phrase, after.per_phrase
+        if refiner == "g4seg" and first is not None and second is not None:
+            gains.append(first.merge(second[[*KEY, "iou"]], on=KEY, suffixes=("", "_after")))
     out = params.results_dir / "scores" / "refinement.json"
     summary = {
         "version": 1,
@@ -152,7 +174,8 @@ def score_refinement(params: Params, phrases: pd.DataFrame, refined: dict[str, A
 
 
 def _means(rows: list[dict[str, Any]], differences: dict[str, list[dict[str, tuple[float, Floats]]]]) -> list[dict[str, Any]]:
-    """By refiner: the mean difference over all its baselines and over the real ones among them."""
+    """By refiner: the mean difference over all its baselines and over the real ones among them, as far as they have the
+    quantity: imported ones may lack the phrases or the class phrases."""
     found: list[dict[str, Any]] = []
     for refiner, changes in differences.items():
         own = [row for row in rows if row["refiner"] == refiner]
@@ -162,10 +185,13 @@ def _means(rows: list[dict[str, Any]], differences: dict[str, list[dict[str, tup
                 continue
             mean: dict[str, Any] = {"refiner": refiner, "over": over, "baselines": [own[index]["baseline"] for index in chosen]}
             for key in QUANTITIES:
-                sides = {side: [own[index][key][side] for index in chosen] for side in ("before", "after")}
-                mean[key] = {side: None if None in values else float(np.mean(values)) for side, values in sides.items()}
-                whole = float(np.mean([changes[index][key][0] for index in chosen]))
-                mean[key] |= _told(whole, np.mean([changes[index][key][1] for index in chosen], 0))
+                there = [index for index in chosen if own[index][key]["difference"] is not None]
+                mean[key] = {
+                    side: float(np.mean([own[index][key][side] for index in there])) if there else None
+                    for side in ("before", "after")
+                }
+                whole = float(np.mean([changes[index][key][0] for index in there])) if there else float("nan")
+                mean[key] |= _told(whole, np.mean([changes[index][key][1] for index in there or chosen], 0))
             found.append(mean)
     return found
 

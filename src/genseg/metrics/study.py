@@ -132,7 +132,10 @@ def score_study(params: Params) -> Path:
     if others:
         for out, summary in score_baselines(params, phrases, others["baselines"]):
             outputs += [out, out.with_suffix(".parquet")]
-            print(f"{out}: AR {summary['ar']['overall']:.4f} over {summary['counts']['phrases']} phrases", flush=True)
+            found = {"AR": summary["ar"]["overall"], "mIoU": summary["miou"]["mean"]}
+            print(
+                f"{out}: {', '.join(f'{name} {value:.4f}' for name, value in found.items() if value is not None)}", flush=True
+            )
         out, refinement = score_refinement(params, phrases, others["refined"])
         outputs.append(out)
         for mean in (mean for mean in refinement["means"] if mean["miou"]["difference"] is not None):

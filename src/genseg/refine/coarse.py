@@ -20,7 +20,7 @@ from genseg.errors import UserError
 from genseg.interchange.labels import Background, class_list, paint
 from genseg.params import Params
 from genseg.refine.g4seg import Maps
-from genseg.refine.layout import refined_tables
+from genseg.refine.layout import coarse_paths, refined_tables
 
 
 @dataclass
@@ -77,11 +77,11 @@ class CoarseMasks:
     def parts(self, baseline: Baseline) -> dict[bool, Part]:
         """By whether they are class phrases; those of the last baseline are kept in memory."""
         if self._parts is None or self._parts[0] != baseline.name:
-            self._parts = (baseline.name, {classes: self._part(baseline, classes) for classes in (False, True)})
+            coarse = coarse_paths(self.study, baseline)
+            self._parts = (baseline.name, {classes: self._part(path, classes) for classes, path in coarse.items()})
         return self._parts[1]
 
-    def _part(self, baseline: Baseline, classes: bool) -> Part:
-        path = baseline.class_predictions(self.study) if classes else baseline.predictions(self.study)
+    def _part(self, path: Path, classes: bool) -> Part:
         predictions, table = read_predictions(path), self.tables[classes]
         shape = maps_shape(path) if classes else None
         if shape is not None and shape[0] != len(predictions):

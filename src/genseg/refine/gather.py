@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from genseg.artifacts.files import read_json
 from genseg.artifacts.manifest import code_hash, write_manifest
@@ -17,6 +18,7 @@ from genseg.refine.keys import Keys
 from genseg.refine.layout import (
     CODE_HERE,
     KEYS,
+    coarse_paths,
     discrepancy_path,
     refined_dir,
     refined_path,
@@ -39,18 +41,20 @@ def gather_refined(study: Params) -> None:
     keys, entries, timing = Keys(study, masks.rule), [], {}
     outputs: list[Path] = []
     for baseline in study_baselines(study):
-        outputs.append(discrepancy_path(study, baseline.name))
+        coarse = coarse_paths(study, baseline)
+        outputs += [discrepancy_path(study, baseline.name)] if False in coarse else []
         for refiner in refiners(study, baseline.name):
             if not keys.is_made(baseline, refiner):
                 for shard in range(study.refine.shards):  # or Snakemake would take the job for done
                     shard_marker(study, shard, study.refine.shards).unlink(missing_ok=True)
                 path = refined_path(study, refiner, baseline.name, False)
                 raise UserError(f"{path}: missing or made with other params; run again, it is made first")
-            paths = [refined_path(study, refiner, baseline.name, classes) for classes in (False, True)]
-            outputs += paths
-            entry = {"refiner": refiner, "baseline": baseline.name, "label": baseline.label, "real": baseline.real}
-            entry |= {"predictions": str(paths[0]), "class_predictions": str(paths[1])}
-            entry |= {"coarse": str(baseline.predictions(study)), "coarse_classes": str(baseline.class_predictions(study))}
+            paths = {classes: str(refined_path(study, refiner, baseline.name, classes)) for classes in coarse}
+            outputs += map(Path, paths.values())
+            entry: dict[str, Any] = {"refiner": refiner, "baseline": baseline.name, "label": baseline.label}
+            entry |= {"real": baseline.real, "predictions": paths.get(False), "class_predictions": paths.get(True)}
+            for which, classes in (("coarse", False), ("coarse_classes", True)):
+                entry[which] = str(coarse[classes]) if classes in coarse else None
             entries.append(entry | {"passes": refiner_passes(study.refine, refiner)})
             measured = timing_path(study, refiner, baseline.name)
             if measured.exists() and (found := read_json(measured))["key"] == keys.key(baseline, refiner):

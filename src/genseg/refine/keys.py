@@ -14,7 +14,7 @@ from genseg.errors import UserError
 from genseg.interchange.labels import Background
 from genseg.params import Params, digest
 from genseg.refine.files import variant_facts
-from genseg.refine.layout import CODE_HERE, G4SEG, discrepancy_path, refined_path
+from genseg.refine.layout import CODE_HERE, G4SEG, coarse_paths, discrepancy_path, refined_path
 from genseg.refine.trained_control import network_key
 from genseg.training.prepare import chosen_backbone
 
@@ -33,12 +33,12 @@ class Keys:
     def key(self, baseline: Baseline, refiner: str) -> str:
         """Raises UserError where the baseline has no predictions."""
         refine = self.study.refine
-        coarse = [baseline.predictions(self.study), baseline.class_predictions(self.study)]
-        for path in coarse:
+        coarse = coarse_paths(self.study, baseline)
+        for path in coarse.values():
             if not path.exists():
                 raise UserError(f"{path}: no such file; run `genseg {'sample' if baseline.family == 'run' else 'baseline'}`")
-        files = [*coarse, *(maps_path(path) for path in coarse[1:] if maps_path(path).exists())]
-        facts: list[Any] = [*self._facts, refiner, [self._hash(path) for path in files]]
+        soft = [maps_path(path) for classes, path in coarse.items() if classes and maps_path(path).exists()]
+        facts: list[Any] = [*self._facts, refiner, [[path.name, self._hash(path)] for path in (*coarse.values(), *soft)]]
         if refiner in ("crf", "g4seg_crf"):
             facts.append(refine.crf.model_dump(mode="json"))
         if refiner == "trained":
@@ -51,9 +51,12 @@ class Keys:
 
     def is_made(self, baseline: Baseline, refiner: str) -> bool:
         """Whether all files of this refiner and baseline are there and have its key."""
-        key = self.key(baseline, refiner)
-        paths = [refined_path(self.study, refiner, baseline.name, classes) for classes in (False, True)]
-        if refiner == G4SEG:
-            paths.append(discrepancy_path(self.study, baseline.name))
-        soft = maps_path(baseline.class_predictions(self.study)).exists() and not refiner.endswith("crf")
-        return all(read_metadata(path).get("key") == key for path in paths) and maps_path(paths[1]).exists() == soft
+        key, coarse = self.key(baseline, refiner), coarse_paths(self.study, baseline)
+        paths = {classes: refined_path(self.study, refiner, baseline.name, classes) for classes in coarse}
+        written = list(paths.values())
+        if refiner == G4SEG and False in coarse:
+            written.append(discrepancy_path(self.study, baseline.name))
+        if not all(read_metadata(path).get("key") == key for path in written):
+            return False
+        soft = True in coarse and maps_path(coarse[True]).exists() and not refiner.endswith("crf")
+        return True not in coarse or maps_path(paths[True]).exists() == soft

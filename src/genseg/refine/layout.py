@@ -11,16 +11,22 @@ from pathlib import Path
 import pandas as pd
 
 from genseg.artifacts.phrases import choose_images
+from genseg.baselines.registry import CLASSES, Baseline
 from genseg.params import Params, Refine
 from genseg.refine.files import CODE
 from genseg.refine.g4seg import RANDOM, passes, sensitivity, variants
 
 G4SEG = "g4seg"
-CLASSES = "_class_phrases"
 MADE_WITH_G4SEG = (RANDOM, "g4seg_crf")
 """Refiners that start from what G4Seg's own passes gave, and cost the study none of their own."""
 CODE_HERE = (*CODE, "baselines/registry.py", "interchange/labels.py")
 KEYS = ("seed", *(f"refine.{name}" for name in Refine.model_fields if name != "shards"), "score.background_threshold")
+
+
+def coarse_paths(study: Params, baseline: Baseline) -> dict[bool, Path]:
+    """A baseline's predictions files by whether they are of class phrases; an imported one may lack one of them."""
+    paths = {False: baseline.predictions(study), True: baseline.class_predictions(study)}
+    return {classes: path for classes, path in paths.items() if baseline.family != "imported" or path.exists()}
 
 
 def refined_dir(study: Params) -> Path:

@@ -49,10 +49,11 @@ def refine_shard(study: Params, shard: int, shards: int) -> None:
     """
     if not 0 <= shard < shards:
         raise UserError(f"--shard {shard}: there are {shards} shards, counted from 0")
+    every = study_baselines(study)
     for name in study.refine.sensitivity.baselines:
-        find_baseline(study, name)
+        find_baseline(study, name, every)
     work = _Work(study)
-    baselines = study_baselines(study)[shard::shards]
+    baselines = every[shard::shards]
     for baseline in baselines:
         for name in refiners(study, baseline.name):
             work.refine(baseline, name)
@@ -92,7 +93,7 @@ class _Work:
         started = time.monotonic()
         made = refiner_passes(self.study.refine, refiner)
         facts = {"key": key, "method": refiner, "evaluations": str(made)}
-        for classes in (True, False):  # the phrases' file last: it says that both are there
+        for classes in sorted(parts, reverse=True):  # the phrases' file last: it says that both are there
             path = refined_path(self.study, refiner, baseline.name, classes)
             part = parts[classes]
             frame, soft = self._refined(baseline, refiner, part, classes)

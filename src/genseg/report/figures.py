@@ -173,7 +173,7 @@ def load_refined(entries: list[dict[str, Any]], folder: Path, phrases: pd.DataFr
     """What refinement kept for the figure, of every baseline in the `refined` of its manifest that G4Seg refined."""
     rows, found = phrases.set_index(KEY), []
     for entry in entries:
-        if entry["refiner"] != "g4seg":
+        if entry["refiner"] != "g4seg" or entry["coarse"] is None:
             continue
         kept = folder / f"{entry['baseline']}.parquet"
         refined, maps = read_predictions(kept), read_maps(kept)

@@ -68,6 +68,7 @@ def refinement(params: Params, study: StudyScores) -> Table:
             "given: of its numbers only gains of +0.77 to +1.00 mIoU on three benchmarks (published) are known, on other data "
             "and coarse masks.",
             *_swept(study),
+            *_lacking(rows),
         ],
         small=True,
     )
@@ -270,6 +271,14 @@ def _swept(study: StudyScores) -> list[str]:
         if row["refiner"] == G4SEG and "best_before" in value:
             told.append(f"{row['label']} {100 * value['best_before']:.1f} at {value['best_threshold_before']:g}")
     return [f"Coarse mIoU at the background threshold that is best on these images: {'; '.join(told)}."] if told else []
+
+
+def _lacking(rows: list[dict[str, Any]]) -> list[str]:
+    lacking = [
+        row["method"] for row in rows if row["kind"] == "method" and (row["ar_before"] is None or row["miou_before"] is None)
+    ]
+    told = "only class masks or only masks of phrases were imported; a mean is over the rows that have its number"
+    return [f"{', '.join(lacking)}: {told}."] if lacking else []
 
 
 def _signed(value: dict[str, Any]) -> str:

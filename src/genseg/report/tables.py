@@ -153,20 +153,22 @@ def sentence(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ Table 2
 def table2(params: Params, study: StudyScores) -> Table:
-    """The paper's Table 2 and, apart, our rows on our data."""
+    """The paper's Table 2 and, apart, our rows on our data. Of imported methods nobody told what they are made of."""
     rows: list[dict[str, Any]] = [
         {**record, "shown": record["method"], "source": "published", "data": "PNG", "scores": str(published_path("table2"))}
         for record in read_published("table2")
     ]
-    ours = {"GS": (study.main, True), "Discriminative": (study.discriminative, False)}
-    ours |= {scored.summary["run"]["label"]: (scored, True) for scored in study.baselines if scored.summary["run"]["real"]}
+    ours: dict[str, tuple[Scored, bool | None]] = {"GS": (study.main, True), "Discriminative": (study.discriminative, False)}
+    real = [(scored, scored.summary["run"]) for scored in study.baselines if scored.summary["run"]["real"]]
+    ours |= {run["label"]: (scored, None if run["imported"] else True) for scored, run in real}
+    imported = [run["label"] for _, run in real if run["imported"]]
     rows += [
         {
             "method": name,
             "shown": SHORT.get(Path(scored.name).name, name),
-            "venue": "this study",
+            "venue": "imported" if name in imported else "this study",
             "diffusion": diffusion,
-            "ps_pretrain": False,
+            "ps_pretrain": None if name in imported else False,
             **measured(params, scored),
         }
         for name, (scored, diffusion) in ours.items()
@@ -175,6 +177,7 @@ def table2(params: Params, study: StudyScores) -> Table:
     facts = {
         name: [f"95 % interval {_interval(scored.summary['interval']['overall'])}", _ceilings(scored), _skipped(scored)]
         for name, (scored, _) in ours.items()
+        if scored.phrases
     }
     return Table(
         name="table2",
@@ -198,7 +201,8 @@ def table2(params: Params, study: StudyScores) -> Table:
             f"GS was sampled at {run['size']} × {run['size']} pixels with {run['steps']} steps and guidance "
             f"{run['guidance']:g}: {run['evaluations']} evaluations per mask. {EVALUATION} Discriminative: a U-Net of the same "
             "size, data and budget that predicts the mask in one pass. Cross-attention, DiffPNG and DiffSeg: "
-            "reimplemented here, on the study's backbone; how DiffSeg takes phrases is our adaptation.",
+            "reimplemented here, on the study's backbone; how DiffSeg takes phrases is our adaptation."
+            + (f" Masks that another program made, scored here: {', '.join(imported)}." if imported else ""),
         ],
     )
 
