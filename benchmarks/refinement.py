@@ -9,7 +9,7 @@ import pandas as pd
 from benchmarks.harness import Effort, Row, Study, interleaved, versus
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.predictions import read_predictions
-from genseg.baselines.registry import find_baseline
+from genseg.baselines.registry import find_baseline, study_baselines
 from genseg.data.images import load_image
 from genseg.diffusion.pipeline import load_pipeline
 from genseg.models.device import DTYPES, choose_device
@@ -33,7 +33,7 @@ def refinement(study: Study, effort: Effort) -> list[Row]:
 
     chosen = test_images(params, study.phrases)[: effort(effort.images, 1)]
     rows = study.phrases[(study.phrases["split"] == "test") & study.phrases["image_id"].isin(chosen)].sort_values(KEY)
-    coarse = read_predictions(find_baseline(params, "gs").predictions(params))
+    coarse = read_predictions(find_baseline(params, "gs", study_baselines(params)).predictions(params))
 
     def refined(part: pd.DataFrame) -> None:
         refine_predictions(part, coarse.merge(part[KEY], on=KEY), model, refine, params.seed)
