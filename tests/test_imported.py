@@ -72,7 +72,7 @@ def test_imported_copies_of_gs_have_its_numbers_and_what_is_missing_is_a_dash(st
     # Ids of other data are a mistake; what is removed leaves the study.
     imported = Path("data/imported/smoke")
     frame = pd.read_parquet(imported / "whole.parquet")
-    frame.assign(narrative_id="another").to_parquet(imported / "masks-only.parquet")
+    frame.assign(narrative_id=frame["narrative_id"] + "x").to_parquet(imported / "masks-only.parquet")
     capsys.readouterr()
     assert main(["baseline", "--params", "less.yaml"]) == 2
     [line] = capsys.readouterr().err.splitlines()
