@@ -43,7 +43,7 @@ def discrepancy_path(study: Params, baseline: str) -> Path:
 
 
 def timing_path(study: Params, refiner: str, baseline: str) -> Path:
-    return study.work_dir / "refined" / "seconds" / refiner / f"{baseline}.json"
+    return study.work_dir / "refine_seconds" / refiner / f"{baseline}.json"
 
 
 def shard_marker(study: Params, shard: int, shards: int) -> Path:
