@@ -33,6 +33,15 @@ NARROW = sdxl.UNET | {
 }
 
 
+@pytest.fixture(autouse=True)
+def as_jobs_do():
+    """Jobs ask for deterministic algorithms, and some operations then hold more off the CPU: on the meta device, too."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=True)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_live_bytes_of_a_chain(device):
     """Three linear layers with a sigmoid after each: the backward pass needs each sigmoid's output and nothing else."""

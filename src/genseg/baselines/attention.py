@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from genseg.artifacts.resample import bilinear
+from genseg.artifacts.resample import bilinear, bilinear_matrix
 
 Grid = tuple[int, int]
 TINY = 1e-12
@@ -21,8 +20,16 @@ TINY = 1e-12
 
 # ----------------------------------------------------------------------------------------------------- phrase maps
 def enlarge(maps: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Bilinear interpolation of maps [K, h, w] to a grid."""
-    return F.interpolate(maps[None], grid, mode="bilinear")[0]
+    """Bilinear interpolation of maps [K, h, w] to a grid.
+
+    By products with the axes' weights: torch's own needs several copies of the result where algorithms must be
+    deterministic, on GPUs alone.
+    """
+    rows, columns = (
+        torch.from_numpy(bilinear_matrix(source, target).toarray()).to(maps)
+        for source, target in zip(maps.shape[1:], grid, strict=True)
+    )
+    return rows @ maps @ columns.T
 
 
 def nearest_grid(grids: Iterable[Grid], side: int) -> Grid:
