@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 
-from genseg.diffusion.pipeline import GSPipeline
+from genseg.diffusion.pipeline import TAIL, GSPipeline, soften
 from genseg.diffusion.schedule import make_scheduler
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
@@ -286,5 +286,18 @@ def test_soft_labels_of_vae_latents_are_the_decoded_grey(pipeline):
     pipeline.register_to_config(label="vae")
     soft = pipeline.soft_labels(latents * scale)
     pipeline.register_to_config(label="mask")
-    assert torch.allclose(soft, (decode_latents(pipeline.vae, latents).mean(1) + 1) / 2, atol=1e-6)
-    assert torch.equal(pipeline.soft_labels(scale * (2 * masks - 1)), masks[:, 0])
+    assert torch.equal(soft, soften(decode_latents(pipeline.vae, latents).mean(1)))
+    assert torch.allclose(pipeline.soft_labels(scale * (2 * masks - 1)), TAIL + (1 - 2 * TAIL) * masks[:, 0])
+
+
+def test_soft_labels_are_the_papers_within_bounds_and_keep_their_order_beyond():
+    labels = torch.linspace(-2.5, 2.5, 1001, dtype=torch.float64)
+    soft = soften(labels)
+    assert (soft.diff() > 0).all()
+    assert soft.min() > 0
+    assert soft.max() < 1
+    assert torch.allclose(soft + soft.flip(0), torch.ones_like(soft)), "as far from 0 outside as from 1 inside"
+    inside = labels.abs() <= 1
+    assert torch.allclose(soft[inside], TAIL + (1 - 2 * TAIL) * (labels[inside] + 1) / 2), "the paper's, drawn together"
+    slopes = soft.diff() / labels.diff()
+    assert (slopes.diff().abs() < 0.1 * slopes.max()).all(), "no kink"

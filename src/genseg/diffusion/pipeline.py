@@ -30,6 +30,8 @@ from genseg.params import Interval, Rule
 
 Picture: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
 """PIL image of any mode; array [H, W, 3] or [H, W]; tensor [3, H, W] or [1, H, W]. Whole numbers are 0..255, floats 0..1."""
+TAIL = 0.05
+"""Of [0, 1], at either end: what soft labels keep for labels beyond those that training knows."""
 DISCRIMINATIVE_TIMESTEP = 999
 """The one-pass control is the same U-Net asked once, at the last timestep, with an all-zero label."""
 
@@ -269,10 +271,21 @@ class GSPipeline(DiffusionPipeline):
 
     def soft_labels(self, x_0: torch.Tensor) -> torch.Tensor:
         """x_0 -> soft labels in [0, 1]: of masks [B, 1, h, w] in about [-b, b] the map [B, h, w]; of VAE latents [B, C, h, w]
-        the decoded picture's mean over its colours, [B, H, W]."""
+        the decoded picture's mean over its colours, [B, H, W]. See `soften`."""
         labels = x_0 / self.config.label_scale
         pictures = decode_latents(self.vae, labels).float() if self.config.label == "vae" else labels
-        return ((pictures.mean(1) + 1) / 2).clamp(0, 1)
+        return soften(pictures.mean(1))
+
+
+def soften(labels: torch.Tensor) -> torch.Tensor:
+    """Labels, -1 outside and 1 inside but for the network's error, to soft labels in [0, 1], strictly increasing.
+
+    The paper's (x_0 + 1) / 2 would have to be clipped, and a seventh of all pixels would tie at 1 for more than one class.
+    So it is drawn together to [TAIL, 1 - TAIL], and what lies beyond comes nearer to 0 or 1 exponentially, without a kink.
+    """
+    room, inside = (0.5 - TAIL) / TAIL, labels.clamp(-1, 1)
+    tail = TAIL * (1 - torch.exp(-room * (labels - inside).abs()))
+    return 0.5 + (0.5 - TAIL) * inside + torch.where(labels < 0, -tail, tail)
 
 
 def _to_picture(image: Picture) -> Image.Image:

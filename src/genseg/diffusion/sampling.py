@@ -96,6 +96,8 @@ def sample_labels(
     noise left.
 
     `label_scale` is the b by which x_0 prediction multiplies the network's answer (see `objectives.target`).
+    Clipping keeps the steps stable; the last estimate is nobody's input, and what lies beyond the bounds still tells which
+    of two phrases a pixel belongs to.
     Guidance w = 1 costs one evaluation a step and phrase; any other w two: Eq. 10, uncond + w (cond - uncond). Outside
     `interval` w is 1 (Kynkaanniemi et al. 2024, arXiv 2404.07724).
 
@@ -115,11 +117,12 @@ def sample_labels(
             conditional, unconditional = answer.chunk(2)
             answer = unconditional + guidance * (conditional - unconditional)
         x_0 = estimate_x_0(prediction, answer.float(), x_t, alphas, t.expand(len(x_t)), label_scale)
-        if clip is not None:
+        last = position + 1 == len(scheduler.timesteps)
+        if clip is not None and not last:
             x_0 = x_0.clamp(-clip, clip)
         if observe is not None:
             observe(int(t), x_t, x_0)
-        if position + 1 == len(scheduler.timesteps):
+        if last:
             return x_0
         alpha, alpha_next = alphas[t], alphas[scheduler.timesteps[position + 1]]
         if rule == "ddpm":
