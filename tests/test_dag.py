@@ -179,11 +179,14 @@ def test_killed_snakemake_leaves_no_orphan_and_the_next_run_goes_on(tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     _wait(lambda: not job.exists())
-    assert {"data", "backbone", "latents for training"} == study.ran().keys()
+    before = study.ran().keys()
+    assert before >= {"data", "backbone"}
+    assert "latents" not in before
     study.call("snakemake", "--unlock")
     study.call("snakemake", "--cores", "2")
-    assert study.ran().keys() >= {"latents", "train gs", "tables"}
-    assert "data" not in study.ran()
+    after = study.ran().keys()
+    assert after >= {"latents", "train gs", "tables"}
+    assert not after & {"data", "backbone"}
 
 
 def _wait(condition):
