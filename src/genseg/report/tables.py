@@ -198,9 +198,9 @@ def table2(params: Params, study: StudyScores) -> Table:
         notes=[
             f"Measured on {where(params, study.main)}. {caution(params)}",
             *(f"{name}, overall: {'; '.join(filter(None, texts))}." for name, texts in facts.items()),
-            f"GS was sampled at {run['size']} × {run['size']} pixels with {run['steps']} steps and guidance "
-            f"{run['guidance']:g}: {run['evaluations']} evaluations per mask. {EVALUATION} Discriminative: a U-Net of the same "
-            "size, data and budget that predicts the mask in one pass. Cross-attention, DiffPNG and DiffSeg: "
+            f"GS was sampled at {run['size']} × {run['size']} pixels (steps: {run['steps']}, guidance: {run['guidance']:g}, "
+            f"evaluations per mask: {run['evaluations']}). {EVALUATION} Discriminative: a U-Net of the same size, "
+            "data and budget that predicts the mask in one pass. Cross-attention, DiffPNG and DiffSeg: "
             "reimplemented here, on the study's backbone; how DiffSeg takes phrases is our adaptation."
             + (f" Masks that another program made, scored here: {', '.join(imported)}." if imported else ""),
         ],
