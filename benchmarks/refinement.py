@@ -15,12 +15,11 @@ from genseg.diffusion.pipeline import load_pipeline
 from genseg.models.device import DTYPES, choose_device
 from genseg.models.text_to_image import TextToImage
 from genseg.refine.g4seg import passes, refine_predictions
-from genseg.refine.layout import test_images
 from genseg.training.prepare import chosen_backbone
 
 
 def refinement(study: Study, effort: Effort) -> list[Row]:
-    """All masks of a few of the refined images of test, seconds per image: G4Seg refines those of the study's GS, against GS
+    """All masks of a few images of test, seconds per image: G4Seg refines those of the study's GS, against GS
     makes them anew by the base cell. Each with the study's params, networks loaded, from the picture's file to native masks."""
     params = study.params
     sample, refine = params.sample, params.refine
@@ -31,8 +30,9 @@ def refinement(study: Study, effort: Effort) -> list[Row]:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.register_to_config(image_size=sample.base.size)
 
-    chosen = test_images(params, study.phrases)[: effort(effort.images, 1)]
-    rows = study.phrases[(study.phrases["split"] == "test") & study.phrases["image_id"].isin(chosen)].sort_values(KEY)
+    rows = study.phrases[study.phrases["split"] == "test"].sort_values(KEY)
+    chosen = sorted(rows["image_id"].unique())[: effort(effort.images, 1)]
+    rows = rows[rows["image_id"].isin(chosen)]
     coarse = read_predictions(find_baseline(params, "gs", study_baselines(params)).predictions(params))
 
     def refined(part: pd.DataFrame) -> None:
