@@ -470,3 +470,17 @@ def test_manifest_notices_changed_outputs(tmp_path):
     assert read_manifest(tmp_path / "m.json")["phase"] == "data"
     with pytest.raises(UserError, match="run the phase 'data' again"):
         read_manifest(tmp_path / "m.json", verify=True)
+
+
+@pytest.mark.parametrize("place", ["file/under", "folder", "x" * 300])
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        files.write_text(tmp_path / place, "new")
+    if place != "folder":  # a folder is what `atomic_directory` replaces
+        with pytest.raises(UserError, match="cannot write"), files.atomic_directory(tmp_path / place / "new") as folder:
+            (folder / "x").touch()
+    assert (tmp_path / "file").read_text() == "mine"
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "folder", "mine"}

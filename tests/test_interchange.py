@@ -275,6 +275,39 @@ def test_exported_results_load_in_pycocotools_and_come_back_as_they_were(tmp_pat
     pd.testing.assert_frame_equal(read_predictions(out), read_predictions(tmp_path / "p.parquet"))
 
 
+@pytest.mark.parametrize(
+    ("form", "options"), [("mmseg", ["--background", "none", "--probabilities"]), ("clip_es", ["--background", "power:2"])]
+)
+def test_what_is_no_probability_is_not_taken_for_one(tmp_path, voc, capsys, form, options):
+    for image, size in SIZES.items():
+        maps = np.full((3, *size), 2.5, "f4")
+        np.save(tmp_path / f"im_{image}.npy", maps if form == "mmseg" else {"keys": np.arange(3), "attn_highres": maps})
+    assert run_import(voc, tmp_path, form, *options)[0] == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"im_\d+\.npy: values from 0 to 2\.5, but --\w+.* is for values in \[0, 1\]", line), line
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"score": float("inf")}, [], "score inf is no number"),
+        ({"score": 5.0}, [], "score 5.0 is no number"),
+        ({"image_id": 4}, [], "is no phrase of the table"),
+        ({}, ["--background", "none"], "--background none: COCO results have no background"),
+    ],
+)
+def test_what_no_other_program_could_read_is_not_exported(tmp_path, voc, capsys, change, options, message):
+    predictions = random_predictions(read_phrases(voc), 5)
+    for name, value in change.items():
+        predictions.loc[0, name] = value
+    write_predictions(predictions, tmp_path / "p.parquet")
+    files = ["--predictions", str(tmp_path / "p.parquet"), "--phrases", str(voc), "--out", str(tmp_path / "r.json")]
+    assert main(["export", *files, "--format", "coco", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "r.json").exists()
+
+
 @pytest.mark.parametrize("rule", [None, "threshold:0.5", "constant:0.5"])
 @pytest.mark.parametrize("numbering", ["class_id", "position"])
 def test_instances_of_other_programs_are_painted_by_score(tmp_path, voc, rule, numbering):
@@ -354,6 +387,7 @@ def results(folder, *records):
 
 def index(folder, *lines):
     Image.fromarray(np.zeros((6, 9), "u1")).save(folder / "ok.png")
+    Image.fromarray(np.ones((6, 9), "u1")).save(folder / "faint.png")
     Image.fromarray(np.zeros((9, 6), "u1")).save(folder / "turned.png")
     Image.fromarray(np.zeros((6, 9, 3), "u1")).save(folder / "rgb.png")
     (folder / "i.csv").write_text("\n".join(["image_id,narrative_id,phrase_id,file,score", *lines]))
@@ -437,6 +471,19 @@ WRONG = {
     "no mask file": ("png_masks", lambda f: index(f, "3,class,1,no.png,"), r"line 2: .*no\.png: no such file"),
     "turned mask": ("png_masks", lambda f: index(f, "3,class,1,turned.png,"), r"line 2: turned\.png: 9 x 6 pixels"),
     "mask in colours": ("png_masks", lambda f: index(f, "3,class,1,rgb.png,"), r"rgb\.png: a mask has one value"),
+    "mask of 0 and 1": (
+        "png_masks",
+        lambda f: index(f, "3,class,1,faint.png,"),
+        r"line 2: .*faint\.png: its highest value is 1 of",
+    ),
+    "image without result": ("coco_results", results, r"r\.json: no result for picture im_11; .*--allow-missing"),
+    "whether an image": ("coco_results", lambda f: results(f, result(image_id=True)), r"result 1: image_id True is no whole"),
+    "brackets": ("coco_results", lambda f: text(f, "r.json", "[" * 200_000), r"r\.json: not valid JSON"),
+    "beyond single precision": (
+        "irn",
+        lambda f: cams(f, high_res=np.full((2, 8, 5), 1e300)),
+        r"im_11\.npy: .*single precision",
+    ),
     "rows missing": (
         "png_masks",
         lambda f: index(f, "3,class,1,ok.png,"),
@@ -464,6 +511,7 @@ def test_a_wrong_source_is_one_line_and_nothing_is_written(tmp_path, voc, capsys
     [
         (["--format", "index_masks", "--background", "none"], "--background: format index_masks has no such option"),
         (["--format", "irn", "--background", "constant:much"], "--background constant:much: give none, constant:V"),
+        (["--format", "irn", "--background", "power:-1"], "--background power:-1: give none, constant:V"),
         (["--format", "irn", "--source", "nowhere"], "nowhere: no such file or folder"),
         (["--format", "coco_results"], "no such file or folder; give --source what coco_results is: JSON"),
         (["--format", "png_masks", "--threshold", "2"], "--threshold 2.0: must lie"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genseg.errors import UserError
-from genseg.params import Cell, load_params, validate_params
+from genseg.params import Cell, load_params, read_document, validate_params
 from genseg.sampling.runs import cell_path, parse_cell
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -109,6 +109,14 @@ def test_files_that_are_no_params(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(UserError, match="mapping"):
         load_params(tmp_path / "list.yaml")
+    (tmp_path / "latin.yaml").write_bytes("study: mini  # é".encode("latin1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        load_params(tmp_path / "latin.yaml")
+    (tmp_path / "twice.yaml").write_text("a: {b: 1}\nc:\n  d: 1\n  e: 2\n  d: 3\n")
+    with pytest.raises(UserError, match=r"key d stands twice.*line 5"):
+        load_params(tmp_path / "twice.yaml")
+    (tmp_path / "merged.yaml").write_text("x: &x {b: 1, c: 2}\ny: &y {<<: *x, b: 3}\nz: {<<: *y, c: 4}\n")
+    assert read_document(tmp_path / "merged.yaml", "sweep")["z"] == {"b": 3, "c": 4}
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(UserError, match="YAML"):
         load_params(tmp_path / "bad.yaml")

@@ -262,6 +262,7 @@ def test_what_the_params_drop_is_removed_and_what_they_keep_is_kept(study_copy, 
         (["--predictions", "p.parquet"], "give --phrases, --out, too"),
         (["--shard", "2", "--shards", "2"], "--shard 2: there are 2 shards, counted from 0"),
         (["--tune-crf", "--gather"], "--tune-crf refines nothing; leave out --gather"),
+        (["--method", "alpha_zero"], "--method: only for one set of predictions; give --phrases"),
     ],
 )
 def test_mistakes_are_one_line(finished_study, monkeypatch, capsys, arguments, message):

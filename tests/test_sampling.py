@@ -132,6 +132,25 @@ def test_a_model_that_is_none_is_named(study_copy, monkeypatch, capsys):
     assert not (study_copy / "out").exists()
 
 
+def test_a_prediction_replaces_the_one_before_and_mistakes_cost_no_sampling(finished_study, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished_study)
+    picture, out = next((finished_study / "data/smoke/scenes/val2017").glob("*.jpg")), tmp_path / "out"
+    command = ["predict", str(picture), "--model", "results/smoke/model", "--steps", "1"]
+    assert main([*command, "--phrase", "the grass", "--phrase", "the star", "--out", str(out)]) == 0
+    (out / "mask_of_mine.png").touch()
+    assert main([*command, "--phrase", "the grass", "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"mask_0.png", "mask_of_mine.png", "overlay.png", "predictions.json"}
+    (tmp_path / "file").touch()
+    for options, message in (
+        (["--out", str(tmp_path / "file" / "sub")], "file is a file; give a folder"),
+        (["--out", str(out), "--steps", "1001"], "--steps 1001: the model has 1000 timesteps"),
+        (["--out", str(out), "--guidance", "inf"], "--guidance inf: must be a number of at least 1"),
+    ):
+        capsys.readouterr()
+        assert main([*command, "--phrase", "a", *options]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def frame_of(masks_of_phrases: list[np.ndarray], image_id: int = 1) -> pd.DataFrame:
     return pd.DataFrame(
         {

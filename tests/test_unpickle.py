@@ -196,3 +196,19 @@ def test_plain_arrays_and_archives(tmp_path):
         read_dict(tmp_path / "a.npy")
     with pytest.raises(UserError, match=r"none\.npy: no such file"):
         read_dict(tmp_path / "none.npy")
+
+
+def test_a_few_bytes_do_not_become_many(tmp_path):
+    nested = [0.0, 1.0]
+    for _ in range(60):
+        nested = [nested, nested]
+    save(tmp_path / "x.npy", {"keys": nested})
+    with pytest.raises(UserError, match="lists of other things"):
+        read_dict(tmp_path / "x.npy")
+    save(tmp_path / "x.npy", {"keys": {"more": np.zeros(1)}})
+    with pytest.raises(UserError, match="dict where an array belongs"):
+        read_dict(tmp_path / "x.npy")
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (12, 1000000, 1000000), }".ljust(117) + b"\n"
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + header + bytes(100))
+    with pytest.raises(UserError, match="not a NumPy array"):
+        read_array(tmp_path / "x.npy")

@@ -755,15 +755,30 @@ def load_params(path: str | Path) -> Params:
     return validate_params(read_document(path, "params"), origin=str(path))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as DVC takes it: a key that stands twice is a mistake, not the last one's victory."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
 def read_document(path: str | Path, kind: str) -> Any:
     """Parse a YAML file; raises UserError naming it and the option `--<kind>` that gives another."""
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the {kind} file ({error.strerror}); give one with --{kind} FILE") from None
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 

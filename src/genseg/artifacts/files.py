@@ -39,17 +39,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except Exception as error:
         raise _plain(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Like `atomic_path` for a whole directory: written beside `path`, swapped in when complete."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             shutil.rmtree(path)
@@ -71,6 +71,8 @@ def _plain(error: Exception, path: Path) -> Exception:
         return UserError(f"{path}: the disk is full; free some space and run again, finished work is kept")
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"{path}: cannot write ({error.strerror}); check the permissions")
+    if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        return UserError(f"{path}: cannot write ({error.strerror}); give another path")
     return error
 
 
@@ -98,7 +100,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad syntax or encoding, numbers of thousands of digits, endless brackets
         raise UserError(f"{path}: not valid JSON ({error}); the file may be truncated, fetch or make it again") from None
 
 

@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     phrases = read_phrases(args.phrases)
     rows = predicted(phrases, read_predictions(args.predictions), args.split, args.predictions)
     if args.format == "coco":
+        if args.background:
+            raise UserError(f"--background {args.background}: COCO results have no background; leave it out")
         export_coco(rows, out)
         print(f"{out}: {len(rows)} results")
     else:

@@ -33,13 +33,18 @@ def run(arguments: argparse.Namespace) -> None:
     if not all(phrase.strip() for phrase in arguments.phrase):
         raise UserError("--phrase: empty phrase; say what to segment")
     for flag, value in (("--steps", arguments.steps), ("--guidance", arguments.guidance)):
-        if value is not None and not value >= 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
+        if value is not None and not 1 <= value < float("inf"):
+            raise UserError(f"{flag} {value}: must be a number of at least 1")
     if not 0 <= arguments.threshold <= 1:
         raise UserError(f"--threshold {arguments.threshold}: must lie between 0 and 1")
+    out = Path(arguments.out)
+    if file := next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None):
+        raise UserError(f"--out {out}: {file} is a file; give a folder")
     image = load_image(arguments.image)
     device = choose_device(arguments.device)
     pipeline = load_pipeline(arguments.model, DTYPES[arguments.precision]).to(device)
+    if (arguments.steps or 1) > (most := pipeline.scheduler.config.num_train_timesteps):
+        raise UserError(f"--steps {arguments.steps}: the model has {most} timesteps; give at most that many")
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="predict")
     try:
         output = pipeline(
@@ -47,5 +52,5 @@ def run(arguments: argparse.Namespace) -> None:
         )
     except ValueError as error:  # what the arguments above let through: an answer that is not finite
         raise UserError(str(error)) from None
-    write_prediction(Path(arguments.out), image, arguments.phrase, output)
+    write_prediction(out, image, arguments.phrase, output)
     print(f"{len(output.masks)} masks in {arguments.out} (device {describe(device)})")

@@ -63,6 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
             pictures=arguments.pictures,
         )
         return
+    single = {"--model": arguments.model, "--images": arguments.images, "--pictures": arguments.pictures}
+    single["--method"] = arguments.method if arguments.method != "g4seg" else None
+    if given := [flag for flag, value in single.items() if value is not None]:
+        raise UserError(f"{', '.join(given)}: only for one set of predictions; give --phrases, --predictions and --out, too")
     from genseg.refine.gather import gather_refined
     from genseg.refine.shard import refine_shard
     from genseg.refine.trained_control import train_network

@@ -13,7 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
     parser.add_argument("--sweep", required=True, metavar="FILE", help="the variants, e.g. sweeps/objectives.yaml")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these variants, and what they hang on")
-    parser.add_argument("--cores", default="all", metavar="N", help="for Snakemake (default: %(default)s)")
+    parser.add_argument(
+        "--cores", default="all", type=_cores, metavar="N", help="for Snakemake: all or 1, 2, ... (default: all)"
+    )
+
+
+def _cores(text: str) -> str:
+    if text != "all" and not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: give all or a number of at least 1")
+    return text
 
 
 def run(arguments: argparse.Namespace) -> None:

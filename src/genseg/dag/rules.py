@@ -12,13 +12,15 @@ from genseg.artifacts.files import write_text
 from genseg.artifacts.manifest import code_hash
 from genseg.dag.phases import PHASES
 from genseg.errors import UserError
-from genseg.params import Params, canonical_json, digest, validate_params
+from genseg.params import Params, canonical_json, digest, read_document, validate_params
 
 
 def open_study(config: dict[str, Any], files: list[str | Path]) -> Study:
     """The study of a params document that was read from `files`; a user's mistake ends Snakemake with one line and exit
     code 2."""
     try:
+        for file in files:
+            read_document(os.path.relpath(file), "configfile")  # Snakemake's own reader lets a later of two equal keys win
         study = Study(validate_params(dict(config), ", ".join(os.path.relpath(file) for file in files)))
         study.write_params()
     except UserError as error:

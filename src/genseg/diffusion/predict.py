@@ -17,7 +17,11 @@ from genseg.diffusion.pipeline import GSOutput
 
 def write_prediction(folder: Path, image: Image.Image, phrases: Sequence[str], output: GSOutput) -> None:
     """Write `mask_<k>.png` (0 or 255), `overlay.png`, and `predictions.json` (RLE `counts`, score: mean of the soft map
-    inside the mask)."""
+    inside the mask). An earlier prediction in the folder is replaced, the JSON last: without it the folder is not done."""
+    (folder / "predictions.json").unlink(missing_ok=True)
+    for old in folder.glob("mask_*.png"):
+        if old.stem.removeprefix("mask_").isdigit():
+            old.unlink()
     overlay = np.asarray(image, np.float32)
     entries = []
     for number, (phrase, mask, soft) in enumerate(zip(phrases, output.masks, output.maps, strict=True)):

@@ -29,8 +29,21 @@ def predicted(phrases: pd.DataFrame, predictions: pd.DataFrame, split: str, orig
     """Predictions of a split beside their phrases, by key; `mask` is the prediction's, `predicted_row` its place.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, one is for an unknown phrase, or a score is none.
     """
+    keys = pd.MultiIndex.from_frame(predictions[KEY])
+    unknown = ~keys.isin(pd.MultiIndex.from_frame(phrases[KEY]))
+    if unknown.any():
+        raise UserError(
+            f"{origin}: {keys[unknown][0]} (image_id, narrative_id, phrase_id) is no phrase of the table; give the one that"
+            " they were made for"
+        )
+    strange = ~predictions["score"].between(0, 1)
+    if strange.any():
+        row = int(np.flatnonzero(strange)[0])
+        raise UserError(
+            f"{origin}: row {row}: score {predictions['score'].iloc[row]} is no number in [0, 1]; give a confidence"
+        )
     chosen = phrases[phrases["split"] == split].drop(columns="mask")
     numbered = predictions.assign(predicted_row=np.arange(len(predictions)))
     joined = chosen.merge(numbered, on=KEY).sort_values(KEY, ignore_index=True)

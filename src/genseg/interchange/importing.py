@@ -73,6 +73,8 @@ _OPTIONS = {
     "predictions": set(),
 }
 _FILES = ("coco_results", "png_masks", "predictions")
+ROUNDING = 1e-3
+"""By which a producer's probabilities in half precision may leave [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def import_predictions(recipe: Recipe, source: Path, phrases: Target, class_phra
         applied["threshold"] = 0.5 if recipe.threshold is None else recipe.threshold
         rows = _png_masks(source, applied["threshold"], every, chosen, counts)
     elif recipe.format == "coco_results":
-        rows = _coco_results(recipe, source, every, classes, str(class_phrases.table), counts, applied)
+        rows = _coco_results(recipe, source, every, classes, str(class_phrases.table), absent, counts, applied)
     else:
         rows = _class_maps(recipe, source, classes, str(class_phrases.table), absent, applied)
     found = pd.DataFrame(list(rows), columns=[*KEY, "mask", "score"])
@@ -213,6 +215,8 @@ def _cams(
     if len(np.unique(keys)) != len(keys):
         raise UserError(f"{path}: a class stands twice in keys {keys.tolist()}; keep one map a class")
     maps = _native(path, maps, height, width)
+    if rule.kind == "power":
+        _check_range(path, maps, f"--background {rule}")
     return _owners(rule, maps, [classes.foreground[index] for index in keys], classes.background)
 
 
@@ -224,7 +228,9 @@ def _logits(path: Path, recipe: Recipe, classes: ClassList, height: int, width: 
             f" [{count + 1}, ...] with background first"
         )
     maps = _native(path, maps, height, width).astype(np.float32, copy=False)
-    if not recipe.probabilities:
+    if recipe.probabilities:
+        _check_range(path, maps, "--probabilities")
+    else:
         maps = np.exp(maps - maps.max(0))
         maps /= maps.sum(0)
     rest = NOTHING if classes.background is None else classes.background
@@ -237,6 +243,14 @@ def _logits(path: Path, recipe: Recipe, classes: ClassList, height: int, width: 
             f"{path}: has no channel of background; name the producer's rule with --background, or --background none"
         )
     return _owners(recipe.background, maps, classes.foreground, classes.background)
+
+
+def _check_range(path: Path, maps: NDArray[np.floating], option: str) -> None:
+    low, high = float(maps.min(initial=0)), float(maps.max(initial=0))
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise UserError(
+            f"{path}: values from {low:g} to {high:g}, but {option} is for values in [0, 1]; leave it out or scale them"
+        )
 
 
 def _owners(
@@ -252,8 +266,10 @@ def _native(path: Path, maps: NDArray[Any], height: int, width: int) -> NDArray[
     """Maps at native size; those that have it keep their precision, so that ties fall as at their producer."""
     if maps.dtype.kind != "f":
         raise UserError(f"{path}: maps of {maps.dtype}, expected floating-point numbers")
-    if not np.isfinite(maps).all():
-        raise UserError(f"{path}: has values that are no finite numbers (NaN or infinite); make it again")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(maps.astype(np.float32, copy=False)).all()
+    if not finite:
+        raise UserError(f"{path}: has values that are no finite numbers in single precision (NaN or infinite); make it again")
     if maps.shape[1:] == (height, width):
         return maps
     if maps.shape[1:] == (width, height) or 0 in maps.shape[1:]:
@@ -289,6 +305,7 @@ def _coco_results(
     every: pd.DataFrame,
     class_phrases: pd.DataFrame,
     origin: str,
+    absent: list[str],
     counts: Counter[str],
     applied: dict[str, Any],
 ) -> Iterator[Row]:
@@ -336,8 +353,10 @@ def _coco_results(
     applied |= {"background": str(rule), "numbering": numbering}
     places = {classes.number(place, numbering): place for place in range(len(classes.ids))}
     rest = NOTHING if classes.background is None else classes.background
-    for image_id, _, height, width, rows in images(class_phrases):
+    for image_id, name, height, width, rows in images(class_phrases):
         found = by_image[image_id]
+        if not found:
+            absent.append(f"result for picture {name}")
         for number, record in found:
             if record["category_id"] not in places:
                 raise UserError(
@@ -364,7 +383,7 @@ def _check_key(where: str, key: Key, known: set[Key], seen: set[Key]) -> None:
 
 def _check_ids(where: str, record: dict[str, Any]) -> None:
     for name in ("image_id", "category_id", "phrase_id"):
-        if not isinstance(record.get(name, 0), int):
+        if not isinstance(record.get(name, 0), int) or isinstance(record.get(name), bool):
             raise UserError(f"{where}: {name} {record[name]!r} is no whole number; make it again")
     if not isinstance(record.get("narrative_id", ""), str):
         raise UserError(f"{where}: narrative_id {record['narrative_id']!r} is no text; write it as the phrase table does")
@@ -435,7 +454,13 @@ def _soft_mask(path: Path, where: str) -> NDArray[np.float32]:
         raise BadImage(
             "mask in colours", f"{path}: a mask has one value a pixel, this one has mode {picture.mode}; save it as grey"
         )
-    return np.asarray(picture, np.float32) / np.float32(255 if picture.mode == "L" else 65535)
+    values, full = np.asarray(picture, np.float32), 255 if picture.mode == "L" else 65535
+    highest = values.max(initial=0)
+    if 0 < highest <= (1 if full == 255 else 255):
+        raise UserError(
+            f"{where}: {path}: its highest value is {highest:g} of {full}, so it would be empty; save foreground as {full}"
+        )
+    return values / np.float32(full)
 
 
 # ------------------------------------------------------------------------------------------------------------- predictions

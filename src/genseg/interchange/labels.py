@@ -89,7 +89,11 @@ class Background:
         try:
             if kind == "none" and not value:
                 return cls("none")
-            if kind in ("constant", "power", "threshold") and np.isfinite(float(value)):
+            if (
+                kind in ("constant", "power", "threshold")
+                and np.isfinite(float(value))
+                and (kind != "power" or float(value) > 0)
+            ):
                 return cls(kind, float(value))  # type: ignore[arg-type]
         except ValueError:
             pass

@@ -39,7 +39,7 @@ def read_array(path: Path) -> Array:
             return np.asarray(loaded[loaded.files[0]])
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a NumPy array ({_line(error)}); save it as numbers, without pickle") from None
 
 
@@ -184,16 +184,17 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-def _plain(value: Any) -> Any:
-    """Arrays for whatever holds numbers, dicts of them as they are."""
+def _plain(value: Any, top: bool = True) -> Any:
+    """Arrays for whatever holds numbers, and at the `top` a dict of them."""
     if isinstance(value, _Array):
-        return _plain(value.value[0]) if isinstance(value.value, list) and len(value.value) == 1 else _plain(value.value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        single = isinstance(value.value, list) and len(value.value) == 1
+        return _plain(value.value[0] if single else value.value, top)
+    if isinstance(value, dict) and top:
+        return {key: _plain(item, top=False) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return value
-    if isinstance(value, (list, tuple)):
-        value = [_plain(item) for item in value]
+    if isinstance(value, (list, tuple)) and not all(isinstance(item, (int, float, np.ndarray)) for item in value):
+        raise pickle.UnpicklingError("its pickle holds lists of other things than numbers")  # nested, a few bytes are many
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise pickle.UnpicklingError(f"its pickle holds a {type(value).__name__} where an array belongs")
