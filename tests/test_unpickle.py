@@ -198,6 +198,14 @@ def test_plain_arrays_and_archives(tmp_path):
         read_dict(tmp_path / "none.npy")
 
 
+def test_a_list_of_arrays_is_one_array(tmp_path):
+    maps = np.arange(12, dtype="f4").reshape(2, 3, 2)
+    save(tmp_path / "x.npy", {"high_res": list(maps), "keys": list(np.array([4, 7]))})
+    found = read_dict(tmp_path / "x.npy")
+    np.testing.assert_array_equal(found["high_res"], maps)
+    np.testing.assert_array_equal(found["keys"], [4, 7])
+
+
 def test_a_few_bytes_do_not_become_many(tmp_path):
     nested = [0.0, 1.0]
     for _ in range(60):

@@ -193,8 +193,10 @@ def _plain(value: Any, top: bool = True) -> Any:
         return {key: _plain(item, top=False) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return value
-    if isinstance(value, (list, tuple)) and not all(isinstance(item, (int, float, np.ndarray)) for item in value):
-        raise pickle.UnpicklingError("its pickle holds lists of other things than numbers")  # nested, a few bytes are many
+    if isinstance(value, (list, tuple)):
+        value = [item.value if isinstance(item, _Array) else item for item in value]
+        if not all(isinstance(item, (int, float, np.ndarray)) for item in value):  # lists of lists: a few bytes are many
+            raise pickle.UnpicklingError("its pickle holds lists of other things than numbers and arrays")
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise pickle.UnpicklingError(f"its pickle holds a {type(value).__name__} where an array belongs")
