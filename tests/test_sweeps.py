@@ -119,6 +119,27 @@ def test_stages_are_part_of_the_budget(tmp_path):
     assert budget(sweep.variants["task"]) == budget(SMOKE)
 
 
+@given(st.integers(1, 12), st.sampled_from([1, 2, 4, 8, 16]), st.booleans())
+def test_left_out_steps_are_what_stages_leave_of_the_budget(tmp_path_factory, steps, batch, two):
+    stage = {"objective": "task", "steps": steps, "lr_factor": 1.0, "guidance": None}
+    params = {"train.batch": batch, "train.micro_batch": 1, "train.stages": [stage] * (1 + two)}
+    left = 64 - batch * steps * (1 + two)  # samples; smoke trains 8 steps of 8
+    folder = tmp_path_factory.mktemp("sweep")
+    if left < batch:
+        with pytest.raises(UserError, match=f"variant task: its stages take {64 - left} of the 64 samples"):
+            sweep_of(folder, {"task": {"evaluations": 2, "params": params}})
+    else:
+        sweep = sweep_of(folder, {"task": {"evaluations": 2, "params": params}})
+        assert sweep.variants["task"].train.steps * batch == left
+
+
+@pytest.mark.parametrize("params", ["params.yaml", "params/camvid.yaml", "params/coco_narrated.yaml"])
+def test_the_shipped_sweep_is_one_of_every_shipped_study(params):
+    study = load_params(ROOT / params)
+    sweep = load_sweep(ROOT / "sweeps/objectives.yaml", study)
+    assert {budget(variant) for variant in sweep.variants.values()} == {budget(study)}
+
+
 # -------------------------------------------------------------------------------------------------------------- choice
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1), st.integers(1, 9))
 def test_choice_is_the_argmax_of_val_among_the_affordable(points, most):

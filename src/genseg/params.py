@@ -43,6 +43,11 @@ class Section(BaseModel):
 Document = TypeVar("Document", bound=Section)
 
 
+def _has_one(template: str, place: str) -> bool:
+    """Whether `place` (`{name}`) stands in a template, once, and nothing else in braces."""
+    return template.count(place) == 1 and not set(template.replace(place, "")) & {"{", "}"}
+
+
 # ------------------------------------------------------------------------------------------------------- data
 class Scenes(Section):
     """The embedded data set, generated from a seed and written as COCO panoptic + PNG narratives."""
@@ -61,6 +66,21 @@ class Scenes(Section):
     most_things: Positive
     hold_back: bool
     """Keep some (colour, shape) pairs out of the training scenes: what only the test scenes show is the compositional part."""
+
+    @field_validator("shapes", "colours", "surfaces")
+    @classmethod
+    def each_once(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("name each once")
+        return value
+
+    @field_validator("radii")
+    @classmethod
+    def small_is_under_large(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        bounds = [0.0, *value.get("small", ()), *value.get("large", ()), 0.5]
+        if len(bounds) < 6 or bounds != sorted(bounds) or bounds[1] == 0 or bounds[2] == bounds[3]:
+            raise ValueError("give small: [from, to] and large: [from, to], ascending, over 0, at most 0.5, a gap between them")
+        return value
 
 
 class Png(Section):
@@ -120,8 +140,8 @@ class Data(Section):
         if getattr(self, self.source) is None:
             raise ValueError(f"data.source is {self.source}, so data.{self.source} must not be null")
         for template in [*self.phrase_templates, self.class_template]:
-            if "{name}" not in template:
-                raise ValueError(f"template {template!r} has no {{name}}")
+            if not _has_one(template, "{name}"):
+                raise ValueError(f"template {template!r}: write {{name}} where the class name goes, once, and no other braces")
         return self
 
 
@@ -350,7 +370,7 @@ class Baselines(Section):
     @field_validator("prompt")
     @classmethod
     def prompt_has_a_phrase(cls, value: str) -> str:
-        if "{phrase}" not in value or set(value.replace("{phrase}", "", 1)) & {"{", "}"}:
+        if not _has_one(value, "{phrase}"):
             raise ValueError("write {phrase} where the phrase goes, once")
         return value
 
@@ -624,7 +644,7 @@ class Refine(Section):
     @field_validator("prompt")
     @classmethod
     def prompt_has_a_phrase(cls, value: str) -> str:
-        if value.count("{phrase}") != 1 or set(value.replace("{phrase}", "")) & {"{", "}"}:
+        if not _has_one(value, "{phrase}"):
             raise ValueError("write {phrase} where the phrase goes, once")
         return value
 
@@ -793,9 +813,25 @@ def validate(schema: type[Document], document: Any, origin: str) -> Document:
     if not isinstance(document, dict):
         raise UserError(f"{origin}: expected a mapping at the top level, got {type(document).__name__}")
     try:
-        return schema.model_validate(document)
+        valid = schema.model_validate(document)
     except ValidationError as error:
         raise UserError(f"{origin}: " + "; ".join(_explain(item, schema) for item in error.errors())) from None
+    if key := _truth_as_number(document, valid.model_dump(mode="json")):
+        raise UserError(f"{origin}: {key}: true and false are no numbers")
+    return valid
+
+
+def _truth_as_number(given: Any, taken: Any, key: str = "") -> str | None:
+    """The first key where `true` or `false` was given and 1 or 0 was taken, as pydantic does."""
+    if isinstance(given, bool):
+        return key if not isinstance(taken, bool) else None
+    if isinstance(given, dict) and isinstance(taken, dict):
+        children = [(str(name), value, taken.get(str(name))) for name, value in given.items()]
+    elif isinstance(given, list) and isinstance(taken, list):
+        children = [(str(index), *both) for index, both in enumerate(zip(given, taken, strict=True))]
+    else:
+        return None
+    return next(filter(None, (_truth_as_number(a, b, f"{key}.{name}".lstrip(".")) for name, a, b in children)), None)
 
 
 def _explain(item: Any, schema: type[Section]) -> str:

@@ -24,7 +24,8 @@ _CHOSEN = ("study", "sample.runs", "sample.main", "sample.threshold")
 
 class Variant(Section):
     params: dict[str, Any]
-    """Dotted keys of the study's params, and what the variant has there."""
+    """Dotted keys of the study's params, and what the variant has there. With `train.stages` but no `train.steps`, the steps
+    are what these stages leave of the study's budget."""
     evaluations: Positive
     """Most evaluations per mask of the operating point that val chooses among `sample.points`; dearer points are left out."""
     group: str | None = None
@@ -89,6 +90,8 @@ class Sweep:
         document = copy.deepcopy(self.study.model_dump(mode="json"))
         for key, value in entry.params.items():
             _set(document, key, value, origin)
+        if "train.stages" in entry.params and "train.steps" not in entry.params and self.study.train.steps:
+            document["train"]["steps"] = self._left_by_stages(validate_params(document, origin), origin)
         valid = validate_params(document, origin)
         points = [point for point in valid.sample.points if point.evaluations <= entry.evaluations]
         if not points:
@@ -102,6 +105,18 @@ class Sweep:
             "threshold": choice.threshold if choice else valid.sample.threshold,
         }
         return validate_params(document, origin)
+
+    def _left_by_stages(self, variant: Params, origin: str) -> int:
+        """The `train.steps` that a variant's stages leave of the study's budget."""
+        train, (_, samples) = variant.train, budget(self.study)
+        taken = train.batch * sum(stage.steps for stage in train.stages)
+        left, rest = divmod(samples - taken, train.batch)
+        if left < 1 or rest:
+            raise UserError(
+                f"{origin}: its stages take {taken} of the {samples} samples that study {self.study.study} trains on, "
+                f"which leaves no whole number of steps of {train.batch}; give train.steps and fewer steps in train.stages"
+            )
+        return left
 
     def groups(self) -> dict[str, list[str]]:
         """Variants that compete, by their group; one without is a group of its own."""
