@@ -19,6 +19,7 @@ from genseg.diffusion.pipeline import TAIL, GSPipeline
 from genseg.diffusion.sampling import draw_noise, phrase_generator
 from genseg.metrics.recall import average_recall
 from genseg.models.backbone import TextEncoders
+from genseg.models.device import DTYPES
 from genseg.models.text import encode_phrases
 from genseg.models.unet import run_unet
 from genseg.models.vae import encode_images, image_tensor, vae_factor
@@ -56,6 +57,7 @@ def sampling(study: Study, effort: Effort) -> list[Row]:
     """A narrative's masks, seconds per mask: ours through `GSPipeline`, which encodes the image once and denoises all phrases
     and both branches of the guidance together, against a plain diffusers loop of the base cell."""
     pipeline, rows = study.pipeline(), study.narrative()
+    pipeline.sample_by("trailing", clip_x_0=False)  # diffusers keeps the noise of the estimate before it is clipped
     picture, phrases = rows["file_name"].iloc[0], rows["phrase"].tolist()
     sample = study.params.sample
     base, main, repeats = sample.base, sample.main, effort(3, 1)
@@ -100,8 +102,10 @@ POINTS = ((1, 1.0), (1, 2.0), (2, 1.0), (2, 2.0), (4, 1.0), (4, 2.0), (10, 2.0),
 
 def accuracy(study: Study, effort: Effort) -> list[Row]:
     """AR (native protocol) on phrases of val against network evaluations per mask; val, because such a curve is there to choose
-    an operating point by."""
-    pipeline = study.pipeline()
+    an operating point by. Sampled and read out as the study's params say."""
+    sample = study.params.sample
+    pipeline = study.pipeline().to(DTYPES[sample.precision])
+    pipeline.sample_by(sample.spacing, sample.clip_x_0)
     parts = study.part("val", effort(48, 6))
     images = [load_image(rows["file_name"].iloc[0]) for rows in parts]
     phrases = [rows["phrase"].tolist() for rows in parts]
@@ -110,13 +114,11 @@ def accuracy(study: Study, effort: Effort) -> list[Row]:
     for steps, guidance in POINTS[: effort(len(POINTS), 3)]:
         masks: list[Any] = []
 
-        def sample(steps: int = steps, guidance: float = guidance, masks: list[Any] = masks) -> None:
-            found_masks, _ = pipeline(
-                images, phrases, steps, guidance, threshold=study.params.sample.threshold, return_dict=False
-            )
+        def segment(steps: int = steps, guidance: float = guidance, masks: list[Any] = masks) -> None:
+            found_masks, _ = pipeline(images, phrases, steps, guidance, threshold=sample.threshold, return_dict=False)
             masks.extend(mask for part in found_masks for mask in part)
 
-        (seconds,) = interleaved({"": sample}, 1)[""]
+        (seconds,) = interleaved({"": segment}, 1)[""]
         truth, predicted, common = compare(truths, [encode(mask) for mask in masks])
         union = truth.foreground + predicted.foreground - common
         iou = np.divide(common, union, out=np.zeros(len(union)), where=union > 0)

@@ -14,10 +14,11 @@ from genseg.artifacts import masks
 from genseg.baselines.attend import METHODS, Attended
 from genseg.models import sdxl, stable_diffusion
 from genseg.models.flops import meta_inputs, meta_unet
-from genseg.models.memory import LiveBytes, activation_bytes, attention_maps, generator_bytes
+from genseg.models.memory import LiveBytes, activation_bytes, attention_maps, decoding_bytes, generator_bytes
 from genseg.models.miniature import learn_tokenizer
 from genseg.models.text_to_image import TextToImage
 from genseg.models.unet import run_unet
+from genseg.models.vae import decode_latents, vae_factor
 from genseg.params import Inversion, load_params
 from genseg.plan.generator import Generator, attention_bytes, refinement_bytes
 from genseg.refine.g4seg import refine_predictions
@@ -198,3 +199,18 @@ def test_a_pass_of_the_generator_holds_what_is_counted_without_memory(pipeline, 
         if gradient:
             torch.autograd.grad(answer.square().mean(), tokens)
     assert generator_bytes(TINY, 16, 77, 4, "fp32", gradient=gradient) == pytest.approx(live.peak, rel=0.1)
+
+
+def test_decoding_some_images_at_a_time_bounds_its_memory_and_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(32, 32), latent_channels=4, **blocks).eval()
+    latents = torch.randn(5, 4, 8, 8)
+    together, size = decode_latents(vae, latents), 8 * vae_factor(vae)
+    one, five = (decoding_bytes(vae.config, size, batch, "fp32") for batch in (1, 5))
+    assert five == pytest.approx(5 * one, rel=0.1)
+    monkeypatch.setattr("genseg.models.vae.DECODED_PIXELS", size**2)
+    assert torch.allclose(decode_latents(vae, latents), together, atol=1e-5)
+    images = 5 * 3 * size**2 * 4  # of the parts, and of the batch that they become
+    assert one < decoding_bytes(vae.config, size, 5, "fp32") <= one + 2 * images
+    assert decoding_bytes(vae.config, size, 5, "fp16") == decoding_bytes(vae.config, size, 5, "fp32")

@@ -96,6 +96,15 @@ def test_paper_is_the_paper():
         (lambda d: d["train"].update(stages=[stage("task", 2.0)]), "guidance belongs to objective distill"),
         (lambda d: d["train"].update(NOISE, stages=[stage("task", None)]), "objective task needs an estimate"),
         (lambda d: d["train"].update(NOISE, p_last=0.3), "train.p_last needs train.zero_terminal_snr"),
+        (lambda d: d["sample"].update(spacing="leading"), "leading never asks at the last timestep"),
+        (
+            lambda d: (
+                d["train"].update(NOISE, p_last=0.0),
+                d["sample"].update(spacing="leading"),
+                d["sample"]["points"].append({"steps": 1000, "guidance": 1.0}),
+            ),
+            "no grid of 1000 steps",
+        ),
         (lambda d: d["train"].update(label="vae"), "BCE + Dice"),
         (lambda d: d["train"].update(label="vae", task_weight=0.0), "sample.clip_x_0 must be false"),
         (lambda d: d["resources"].pop("score"), "score"),

@@ -1,5 +1,6 @@
 """`GSPipeline` as diffusers users hold it: inputs, outputs, dtype, offload, files."""
 
+import itertools
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 from genseg.diffusion.pipeline import GSPipeline
 from genseg.models.adapter import TextAdapter
-from genseg.models.vae import decode_latents, encode_images
+from genseg.models.text import encode_phrases
+from genseg.models.vae import decode_latents, encode_images, image_tensor
 from test_models import backbone, encoders, pipeline  # noqa: F401  (fixtures)
 
 PHRASES = ["a star", "the grass", "two small red circles"]
@@ -87,6 +89,23 @@ def test_outputs(pipeline):  # noqa: F811
     assert [picture.mode for picture in pictures] == ["L"] * 3
     assert np.array_equal(np.stack(pictures) == 255, masks)
     assert pipeline(PIXELS, PHRASES, threshold=0.0).masks.all()
+
+
+def test_every_way_of_sampling_is_an_argument(pipeline, encoders, saved):  # noqa: F811
+    texts = encode_phrases(encoders, PHRASES)
+    latent = encode_images(pipeline.vae, image_tensor(Image.fromarray(PIXELS), 64)[None])
+    keys = [("image", "predict", k) for k in range(len(PHRASES))]
+    seen = [pipeline(PIXELS, PHRASES, 4, 2.0).maps]
+    for rule, interval, ensemble in (("dpmpp", None, 1), ("ddpm", None, 1), ("ddim", (0.0, 0.6), 1), ("ddim", None, 2)):
+        seen.append(pipeline(PIXELS, PHRASES, 4, 2.0, rule=rule, guidance_interval=interval, ensemble=ensemble).maps)
+        expected = pipeline.label_maps(
+            latent.repeat(3, 1, 1, 1), texts, keys, 64, 4, 2.0, rule=rule, interval=interval, ensemble=ensemble
+        )
+        assert np.array_equal(seen[-1], expected.numpy())
+    clipped = GSPipeline.from_pretrained(saved)
+    clipped.sample_by("trailing", True)
+    seen.append(clipped(PIXELS, PHRASES, 4, 2.0).maps)
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.combinations(seen, 2))
 
 
 def test_generator_draws_the_seed(pipeline):  # noqa: F811
@@ -180,6 +199,9 @@ def test_model_offload_gives_the_same_masks(saved):
         ({"num_inference_steps": 0}, "at least 1"),
         ({"guidance_scale": 0.5}, "at least 1"),
         ({"output_type": "latent"}, "np, pt or pil"),
+        ({"rule": "euler"}, "must be one of ddim, ddpm, dpmpp"),
+        ({"guidance_interval": (0.8, 0.2)}, "must ascend"),
+        ({"ensemble": 0}, "ensemble must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_told(pipeline, arguments, message):  # noqa: F811

@@ -172,6 +172,12 @@ def test_more_gpus_take_less_time_and_shards_less_memory(clone, capsys):
     assert {"replicate", "FSDP over 2", "FSDP over 16"} <= rows.keys()
     for name in ("weights", "gradients", "moments", "average", "teacher"):
         assert rows["FSDP over 16"][name] == rows["replicate"][name] // 16
+    trained = rows["replicate"]["weights"] // 4
+    for sharding in rows:  # without recomputation autograd keeps the 16-bit weights, sharded or not
+        copies = {row["checkpointing"]: row["copies"] for row in many["memory"]["training"] if row["sharding"] == sharding}
+        recomputed, kept = copies[True], copies[False]
+        assert kept - recomputed == 2 * trained
+        assert 0 < recomputed < 2 * trained
 
 
 def test_a_stage_and_labels_of_the_vae_are_planned(clone, capsys):

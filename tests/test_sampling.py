@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +20,7 @@ from genseg.artifacts.predictions import read_maps, read_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.baselines.colour import fit_colours, predict_colours
 from genseg.cli import main
+from genseg.diffusion.pipeline import GSPipeline
 from genseg.params import load_params
 from genseg.sampling.readout import nearest, quantise, read_mask
 from genseg.sampling.runs import permute_texts, study_runs
@@ -149,6 +151,31 @@ def test_a_prediction_replaces_the_one_before_and_mistakes_cost_no_sampling(fini
         capsys.readouterr()
         assert main([*command, "--phrase", "a", *options]) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_with_params_a_prediction_is_sampled_as_the_main_row(study_copy, monkeypatch, capsys):
+    monkeypatch.chdir(study_copy)
+    document = yaml.safe_load(Path("params/smoke.yaml").read_text())
+    main_row = {"size": 64, "steps": 3, "guidance": 2.0, "rule": "dpmpp", "guidance_interval": [0.4, 1.0], "ensemble": 2}
+    document["sample"] |= {"main": main_row, "threshold": 0.3, "clip_x_0": False, "precision": "fp32"}
+    Path("some.yaml").write_text(yaml.safe_dump(document))
+    picture = next(Path("data/smoke/scenes/val2017").glob("*.jpg"))
+    command = ["predict", str(picture), "--phrase", "the grass", "--phrase", "the star", "--params", "some.yaml", "--out"]
+    assert main([*command, "out"]) == 0
+    pipe = GSPipeline.from_pretrained("results/smoke/model")
+    pipe.sample_by("trailing", False)
+    options = {"rule": "dpmpp", "guidance_interval": (0.4, 1.0), "ensemble": 2, "threshold": 0.3}
+    expected = pipe(Image.open(picture), ["the grass", "the star"], 3, 2.0, **options)
+    for k, mask in enumerate(expected.masks):
+        assert np.array_equal(np.asarray(Image.open(f"out/mask_{k}.png")) == 255, mask)
+    assert main([*command, "cheap", "--steps", "1", "--guidance", "1", "--threshold", "0"]) == 0
+    assert np.asarray(Image.open("cheap/mask_0.png")).all()
+    document["sample"]["readout"] = "nearest"
+    Path("some.yaml").write_text(yaml.safe_dump(document))
+    assert main([*command, "out"]) == 2
+    assert "sample.readout is nearest" in capsys.readouterr().err
+    assert main(["predict", str(picture), "--phrase", "a", "--out", "out"]) == 2
+    assert "--model DIR: name a trained model" in capsys.readouterr().err
 
 
 def frame_of(masks_of_phrases: list[np.ndarray], image_id: int = 1) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from conftest import PROJECT
+from conftest import PROJECT, run
 from genseg.artifacts.manifest import read_manifest
 from genseg.artifacts.predictions import read_predictions
 from genseg.cli import main
@@ -176,6 +176,32 @@ def test_it_trains_saves_loads_and_predicts_through_the_same_commands(study, che
     entries = json.loads(Path("out/predictions.json").read_text())
     assert [entry["phrase"] for entry in entries] == ["the star", "a cat"]
     assert np.asarray(Image.open("out/mask_0.png")).shape == (64, 64)
+
+
+def test_a_hub_id_in_the_cache_serves_jobs_without_a_network_and_names_its_commit(study, checkpoint):
+    """The hub's cache as a login node leaves it; the jobs run where nothing can be reached."""
+    commit, hub = "0123456789abcdef" * 2 + "01234567", study / "hub/models--lab--tiny-sdxl"
+    shutil.copytree(checkpoint, hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs/main").write_text(commit)
+    params = yaml.safe_load(Path("sdxl.yaml").read_text())
+    params["backbone"]["init"] = "lab/tiny-sdxl"
+    Path("sdxl.yaml").write_text(yaml.safe_dump(params))
+    assert main(["data", "--params", "sdxl.yaml"]) == 0
+    offline = {"HF_HUB_CACHE": str(study / "hub"), "HF_HUB_OFFLINE": "1"}
+    told = run("genseg", "backbone", "--params", "sdxl.yaml", cwd=study, **offline)
+    assert f"taking the cached commit {commit}" in told.stdout
+    manifest = read_manifest("results/sdxl/backbone/manifest.json")
+    assert (manifest["pipeline"], manifest["revision"]) == ("lab/tiny-sdxl", commit)
+    (hub / "refs/main").unlink()  # as if main had moved on: what is named is the commit
+    for command in (["latents"], ["train"], ["train", "--model", "discriminative"]):
+        run("genseg", *command, "--params", "sdxl.yaml", cwd=study, **offline)
+    assert GSPipeline.from_pretrained("results/sdxl/model").unet.config.in_channels == 5
+    params["backbone"]["init"] = "lab/another"
+    Path("sdxl.yaml").write_text(yaml.safe_dump(params))
+    failed = run("genseg", "backbone", "--params", "sdxl.yaml", cwd=study, check=False, **offline)
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1].startswith("genseg backbone: error: lab/another: the hub does not tell")
 
 
 @pytest.mark.parametrize("columns", ["masked_image", "latent"])

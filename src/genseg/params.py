@@ -307,7 +307,7 @@ Timestep = Annotated[int, Field(ge=0, lt=1000)]
 class Inversion(Section):
     """Null-text inversion (Mokady et al. 2023)."""
 
-    steps: Steps
+    steps: Annotated[int, Field(gt=0, lt=1000)]
     guidance: Guidance
     inner_steps: NonNegative
     """Most Adam steps on the null text at each denoising step."""
@@ -711,6 +711,18 @@ class Params(Section):
         if missing:
             raise ValueError(f"resources lacks {', '.join(missing)}")
         return value
+
+    @model_validator(mode="after")
+    def spacing_fits_the_schedule(self) -> Params:
+        if self.sample.spacing == "leading" and self.train.zero_terminal_snr:
+            raise ValueError(
+                "sample.spacing leading never asks at the last timestep, where train.zero_terminal_snr starts from pure noise; "
+                "use trailing"
+            )
+        cells = [self.sample.main, *self.sample.cells(), *self.sample.operating_points()]
+        if self.sample.spacing == "leading" and any(cell.steps == 1000 for cell in cells):
+            raise ValueError("sample.spacing leading has no grid of 1000 steps; use trailing or at most 999")
+        return self
 
     @model_validator(mode="after")
     def sampling_fits_the_label(self) -> Params:

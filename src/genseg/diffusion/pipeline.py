@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from genseg.artifacts.resample import bilinear
 from genseg.data.images import to_rgb
 from genseg.diffusion.sampling import Observe, draw_noise, phrase_generator, sample_labels
+from genseg.diffusion.schedule import sampled
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import use_injected_attention
@@ -107,6 +108,11 @@ class GSPipeline(DiffusionPipeline):
         )
         use_injected_attention(unet)
 
+    def sample_by(self, spacing: Literal["trailing", "leading"], clip_x_0: bool) -> None:
+        """Choose the timesteps' spacing, and whether every step's estimate of x_0 is bounded by the label scale."""
+        clip = self.config.label_scale if clip_x_0 else None
+        self.register_modules(scheduler=sampled(self.scheduler, spacing, clip))
+
     @torch.no_grad()
     def __call__(
         self,
@@ -116,6 +122,9 @@ class GSPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         seed: int = 0,
         generator: torch.Generator | None = None,
+        rule: Rule = "ddim",
+        guidance_interval: Interval | None = None,
+        ensemble: int = 1,
         threshold: float = 0.5,
         batch_size: int = 16,
         output_type: Literal["np", "pt", "pil"] = "np",
@@ -130,6 +139,9 @@ class GSPipeline(DiffusionPipeline):
             seed: of the initial noise. A phrase's mask depends on it and on the phrase's position among those of its
                 image, not on `batch_size` or on other images.
             generator: draws the seed instead.
+            rule: of the steps: "ddim", "ddpm", or "dpmpp", DPM-Solver++(2M).
+            guidance_interval: part of the schedule that is guided, (from, to) with 1 pure noise; None is all of it.
+            ensemble: samples of different seeds whose maps are averaged.
             threshold: of the soft map after bilinear up-sampling.
             batch_size: phrases denoised together, of whichever images.
 
@@ -147,6 +159,7 @@ class GSPipeline(DiffusionPipeline):
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
         guidance = self.config.guidance if guidance_scale is None else guidance_scale
         self._check_inputs(pictures, texts_of, steps, guidance, batch_size, output_type)
+        self._check_rule(rule, guidance_interval, ensemble)
         if generator is not None:
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
 
@@ -173,6 +186,9 @@ class GSPipeline(DiffusionPipeline):
                     guidance,
                     seed,
                     observe=lambda t, x_t, x_0: bar.update(),
+                    rule=rule,
+                    interval=guidance_interval,
+                    ensemble=ensemble,
                 )
                 if self.config.prediction == "logits":
                     bar.update()
@@ -208,6 +224,14 @@ class GSPipeline(DiffusionPipeline):
             raise ValueError(f"output_type {output_type!r}: must be np, pt or pil")
         if not isinstance(self.scheduler, DDIMScheduler):
             raise ValueError(f"{type(self.scheduler).__name__}: the sampler takes steps of its own over a DDIMScheduler only")
+
+    def _check_rule(self, rule: str, interval: Interval | None, ensemble: int) -> None:
+        if rule not in get_args(Rule):
+            raise ValueError(f"rule {rule!r}: must be one of {', '.join(get_args(Rule))}")
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval {interval}: must ascend and lie between 0 and 1")
+        if ensemble < 1:
+            raise ValueError("ensemble must be at least 1")
 
     @torch.no_grad()
     def label_maps(

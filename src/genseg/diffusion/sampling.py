@@ -106,25 +106,26 @@ def sample_labels(
         interval: see `params.step_is_guided`; None guides every step.
     """
     scheduler.set_timesteps(steps, device=x_t.device)
+    timesteps = scheduler.timesteps[:steps]  # the trailing grid has t = -1 as one more where rounding lets it, as for 61 steps
     alphas = scheduler.alphas_cumprod.to(x_t.device)
     clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
     prediction = PREDICTIONS[scheduler.config.prediction_type]
     previous: tuple[torch.Tensor, torch.Tensor] | None = None
-    for position, t in enumerate(scheduler.timesteps):
+    for position, t in enumerate(timesteps):
         guided = step_is_guided(position, steps, guidance, interval)
         answer = denoise(x_t, t, guided)
         if guided:
             conditional, unconditional = answer.chunk(2)
             answer = unconditional + guidance * (conditional - unconditional)
         x_0 = estimate_x_0(prediction, answer.float(), x_t, alphas, t.expand(len(x_t)), label_scale)
-        last = position + 1 == len(scheduler.timesteps)
+        last = position + 1 == steps
         if clip is not None and not last:
             x_0 = x_0.clamp(-clip, clip)
         if observe is not None:
             observe(int(t), x_t, x_0)
         if last:
             return x_0
-        alpha, alpha_next = alphas[t], alphas[scheduler.timesteps[position + 1]]
+        alpha, alpha_next = alphas[t], alphas[timesteps[position + 1]]
         if rule == "ddpm":
             x_t = ddpm_step(x_t, x_0, alpha, alpha_next, draw_noise(generators, x_t.shape[1:]).to(x_t.device))
         elif rule == "dpmpp":

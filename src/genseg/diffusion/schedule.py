@@ -28,13 +28,23 @@ def make_scheduler(
         zero_terminal_snr: rescale so that nothing of x_0 is left at the last timestep (Lin et al. 2024, Alg. 1).
         clip: bound |x_0| by this in every step; None leaves the estimate as it is.
     """
-    options = {"steps_offset": 1} if spacing == "leading" else {}
     return DDIMScheduler(
         **betas,
-        **options,
         prediction_type=PREDICTION_TYPES[prediction],
         rescale_betas_zero_snr=zero_terminal_snr,
-        timestep_spacing=spacing,
-        clip_sample=clip is not None,
-        clip_sample_range=clip or 1.0,
+        **_sampling(spacing, clip),
     )
+
+
+def sampled(scheduler: Scheduler, spacing: Literal["trailing", "leading"], clip: float | None) -> Scheduler:
+    """The same schedule with other timesteps and clipping (see `make_scheduler`)."""
+    return DDIMScheduler.from_config(scheduler.config, **_sampling(spacing, clip))
+
+
+def _sampling(spacing: str, clip: float | None) -> dict[str, Any]:
+    return {
+        "timestep_spacing": spacing,
+        "steps_offset": int(spacing == "leading"),
+        "clip_sample": clip is not None,
+        "clip_sample_range": clip or 1.0,
+    }

@@ -22,6 +22,7 @@ from genseg.models.attention_control import AttentionControl, Kind, MaskInjectio
 from genseg.models.device import DTYPES
 from genseg.models.flops import meta_inputs, meta_unet
 from genseg.models.unet import run_unet, size_ids
+from genseg.models.vae import decode_latents, vae_factor
 from genseg.params import canonical_json
 
 
@@ -171,16 +172,32 @@ def meta_injection(batch: int, grid: int, tokens: int, kinds: Sequence[Kind]) ->
 
 def encoding_bytes(config: Mapping[str, Any], size: int, precision: str) -> int:
     """Peak bytes beside weights while an `AutoencoderKL` of this config encodes one `size` x `size` image."""
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(config))
-        image = torch.empty(1, 3, size, size, dtype=DTYPES[precision])
-    nn.Module.to(vae, DTYPES[precision])
-    for module in vae.modules():
-        if isinstance(module, Attention):  # fused on a GPU, and at the coarsest grid: nothing beside the first convolutions
-            module.forward = lambda hidden_states, **_: hidden_states
+    vae = _meta_vae(config, precision)
+    image = torch.empty(1, 3, size, size, dtype=vae.dtype, device="meta")
     with torch.no_grad(), LiveBytes([*vae.parameters(), *vae.buffers()]) as live:
         vae.encode(image)
     return live.peak
+
+
+def decoding_bytes(config: Mapping[str, Any], size: int, batch: int, precision: str) -> int:
+    """Peak bytes beside weights while `models.vae.decode_latents` decodes `batch` images of `size` x `size`."""
+    vae = _meta_vae(config, precision)
+    side = size // vae_factor(vae)
+    latents = torch.empty(batch, vae.config.latent_channels, side, side, dtype=vae.dtype, device="meta")
+    with LiveBytes([*vae.parameters(), *vae.buffers()]) as live:
+        decode_latents(vae, latents)
+    return live.peak
+
+
+def _meta_vae(config: Mapping[str, Any], precision: str) -> AutoencoderKL:
+    """In the type that it works in: fp16 is raised to fp32 (see `models.vae`)."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+    nn.Module.to(vae, torch.float32 if precision == "fp16" else DTYPES[precision])
+    for module in vae.modules():
+        if isinstance(module, Attention):  # fused on a GPU, and at the coarsest grid: nothing beside the first convolutions
+            module.forward = lambda hidden_states, **_: hidden_states
+    return vae
 
 
 @dataclass(frozen=True)

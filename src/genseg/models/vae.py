@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+DECODED_PIXELS = 1024**2
+
 
 def image_tensor(image: Image.Image, size: int) -> torch.Tensor:
     """RGB image -> tensor [3, size, size] in [-1, 1]; the sides are stretched to a square, as the paper's 1024 x 1024."""
@@ -50,10 +52,16 @@ def encode_masks(vae: AutoencoderKL, masks: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Latents [B, C, h, w] in unit scale -> images [B, 3, H, W] in [-1, 1]."""
+    """Latents [B, C, h, w] in unit scale -> images [B, 3, H, W] in [-1, 1], some at a time: see `decoded_at_once`."""
+    at_once = decoded_at_once(latents.shape[-1] * vae_factor(vae))
     with _without_overflow(vae):
         raw = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        return vae.decode(raw).sample.clamp(-1, 1)
+        return torch.cat([vae.decode(part).sample.clamp(-1, 1) for part in raw.split(at_once)])
+
+
+def decoded_at_once(size: int) -> int:
+    """Images of a `size` x `size` decoding: a megapixel's activations, 1.6 GB in bf16, keep any GPU busy."""
+    return max(1, DECODED_PIXELS // size**2)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from genseg.latents import PSNR_IMAGES, image_store, text_store
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import self_attention_widths
 from genseg.models.flops import GPUS, Gpu, meta_text_encoder, meta_unet, text_flops, training_flops, unet_flops, vae_flops
-from genseg.models.memory import activation_bytes
+from genseg.models.memory import activation_bytes, decoding_bytes
 from genseg.models.miniature import build_miniature
 from genseg.params import Params
 from genseg.plan.counts import TABLES, Counts, count_data
@@ -170,9 +170,12 @@ def plan_memory(study: Params, networks: Networks, gpu: Gpu, gpus: int) -> dict[
             "moments": 8 * trained // shards,
             "average": 4 * trained // shards if train.ema else 0,
             "teacher": 4 * trained // shards if distils else 0,
-            "copies": 2 * trained * half if shards == 1 else (2 * (2 if half else 4) + 4) * networks.largest_unit,
         }
         for checkpointing, held in activations.items():
+            # Autograd keeps the 16-bit weights of all layers for the way back, unless these are computed again. Sharded, one
+            # unit at a time is whole and the next under way.
+            unit = 2 * half if shards == 1 else 2 * (2 if half else 4) + 4
+            state["copies"] = 2 * trained * half * (not checkpointing) + unit * networks.largest_unit
             total = sum(state.values()) + held
             training.append(
                 {
@@ -188,6 +191,8 @@ def plan_memory(study: Params, networks: Networks, gpu: Gpu, gpus: int) -> dict[
     rows = sample.batch * (1 if sample.main.guidance == sample.base.guidance == 1 else 2)
     weights = BYTES[sample.precision] * sum(networks.parameters.values())
     held = networks.activations(max(sample.sizes()), rows, sample.precision, training=False)
+    if train.label == "vae" or any(run.readout == "vae" for run in study_runs(study)):
+        held = max(held, decoding_bytes(networks.vae, max(sample.sizes()), sample.batch, sample.precision))
     return {
         "training": training,
         "micro_batch": train.micro_batch,

@@ -21,13 +21,12 @@ from safetensors.numpy import save_file
 from genseg.artifacts import masks
 from genseg.artifacts.files import atomic_path, file_sha256, read_json, write_json
 from genseg.artifacts.latents import LatentStore
-from genseg.artifacts.manifest import code_hash, read_manifest
+from genseg.artifacts.manifest import code_hash
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import maps_path, read_maps, read_predictions, write_maps, write_predictions
 from genseg.baselines.colour import choose_threshold, fit_colours, predict_colours
 from genseg.diffusion.pipeline import GSPipeline, load_pipeline
-from genseg.diffusion.schedule import make_scheduler
 from genseg.errors import UserError
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.device import DTYPES, choose_device, describe
@@ -148,12 +147,7 @@ class Sampler:
             folder = self.study.results_dir / ("control" if method == "discriminative" else "model")
             sample = self.study.sample
             pipeline = load_pipeline(folder, DTYPES[sample.precision])
-            if method == "gs":
-                betas = read_manifest(self.study.results_dir / "backbone" / "manifest.json")["betas"]
-                clip = pipeline.config.label_scale if sample.clip_x_0 else None
-                pipeline.scheduler = make_scheduler(
-                    betas, self.study.train.prediction, self.study.train.zero_terminal_snr, sample.spacing, clip
-                )
+            pipeline.sample_by(sample.spacing, sample.clip_x_0)
             self._pipelines[method] = pipeline.to(self.device)
         return self._pipelines[method]
 

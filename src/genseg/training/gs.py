@@ -150,7 +150,10 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
     data = PhraseData(phrases[phrases["split"] == "train"], images, texts, train.task_size, vae)
     val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts, train.task_size, vae)
     prediction = train.prediction if kind == "gs" else "logits"
-    scheduler = make_scheduler(backbone["betas"], train.prediction, train.zero_terminal_snr)
+    bounded = train.label == "mask" and train.prediction != "noise"  # as the default operating points take it; see `_save`
+    scheduler = make_scheduler(
+        backbone["betas"], train.prediction, train.zero_terminal_snr, clip=train.label_scale if bounded else None
+    )
     objective = Objective(kind, study, scheduler.alphas_cumprod.to(device), vae)
 
     def fresh() -> Networks:
@@ -323,7 +326,7 @@ def sample_flops(networks: Networks, data: PhraseData, train: Train, part: Part)
 
 def _autocast(train: Train, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Mixed precision: fp32 master weights, arithmetic in `train.precision`. Each weight is used once a pass, so its cast is
-    not kept (under FSDP it would be a whole copy in every process)."""
+    not cached (under FSDP with gradient checkpointing, which else keeps none, that would be a whole copy in every process)."""
     if train.precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[train.precision], cache_enabled=False)
@@ -403,6 +406,7 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
     """Write the pipeline: trained U-Net and adapter, the backbone's VAE and text encoders."""
     source, revision = backbone["pipeline"], backbone["revision"]
     encoders = load_text_encoders(source, revision)
+    distilled = any(stage.objective == "distill" for stage in study.train.stages)
     pipeline = GSPipeline(
         vae=load_vae(source, revision),
         text_encoder=encoders.models[0],
@@ -417,9 +421,9 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         image_size=study.train.size,
         label="mask" if prediction == "logits" else study.train.label,
         # The paper's operating point for its objective; v and x_0 give a usable estimate in the first step already, and
-        # guidance gains them little.
+        # guidance gains them little. What was distilled has its guidance in the weights.
         steps=50 if prediction == "noise" else 1,
-        guidance=7.5 if prediction == "noise" else 1.0,
+        guidance=7.5 if prediction == "noise" and not distilled else 1.0,
     )
     with atomic_directory(folder) as temporary:
         pipeline.save_pretrained(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def prepare_backbone(study: Params) -> None:
         facts = _train(study, folder / "pipeline", device)
         source, revision = str(folder / "pipeline"), None
     else:
-        source, revision = backbone.init, backbone.revision
+        source, revision = backbone.init, find_commit(backbone.init, backbone.revision)
     unet_config = load_unet_config(source, revision)
     if unet_config["in_channels"] != 9:
         raise UserError(
@@ -75,25 +76,50 @@ def load_unet_config(source: str, revision: str | None) -> dict[str, Any]:
         raise UserError(f"{source}: no U-Net in diffusers format there ({' '.join(str(error).split())[:200]})") from error
 
 
+def find_commit(source: str, revision: str | None) -> str | None:
+    """The commit that a revision of a hub id stands for today, so that all jobs load the same; None for a local directory.
+
+    Where the hub cannot be asked, as on many compute nodes, it is that of the copy in the hub's cache, which is said.
+
+    Raises:
+        UserError: the hub does not answer and nothing is cached.
+    """
+    if Path(source).is_dir():
+        return None
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return HfApi().model_info(source, revision=revision).sha
+    except Exception as error:  # httpx and the hub raise a dozen kinds
+        reason = " ".join(str(error).split())[:200]
+    try:
+        cached = try_to_load_from_cache(source, "model_index.json", revision=revision)
+    except ValueError:  # no hub id
+        cached = None
+    if not isinstance(cached, str):
+        raise UserError(f"{source}: the hub does not tell its commit ({reason}), and its cache has no copy")
+    commit = Path(cached).parent.name
+    print(f"{source}: the hub does not answer ({reason}); taking the cached commit {commit}", flush=True)
+    return commit
+
+
 def weights_hash(source: str, revision: str | None) -> str:
-    """What identifies the pipeline's weights: hashes of its files, or the hub id and its resolved commit."""
+    """What identifies the pipeline's weights: hashes of its files, or the hub id and its commit (see `find_commit`)."""
     folder = Path(source)
     if folder.is_dir():
         return digest(
             {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
         )
-    from huggingface_hub import HfApi
-
-    try:
-        return digest([source, HfApi().model_info(source, revision=revision).sha])
-    except Exception as error:
-        raise UserError(f"{source}: the hub does not tell its commit ({' '.join(str(error).split())[:200]})") from error
+    return digest([source, revision])
 
 
 def chosen_backbone(study: Params, phase: Baselines | Refine) -> tuple[str, str | None, str]:
     """Source, revision and hash of the weights of the pipeline that a phase works with: its own, else the study's."""
     if phase.backbone is not None:
-        return phase.backbone, phase.revision, weights_hash(phase.backbone, phase.revision)
+        commit = find_commit(phase.backbone, phase.revision)
+        return phase.backbone, commit, weights_hash(phase.backbone, commit)
     manifest = read_manifest(study.results_dir / "backbone" / "manifest.json")
     return manifest["pipeline"], manifest["revision"], manifest["weights"]
 
