@@ -4,7 +4,8 @@
     python -m benchmarks.gpu --tiny              the same code with tiny shapes, anywhere
 
 Five phrases an image. Batch sizes first, then attention backends at the best one, then compilation with the best backend; the
-best of all is what the number of evaluations is varied with.
+best of all is what the number of evaluations is varied with. The report is written after every row, so that a run which is cut
+short keeps what it measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def build(tiny: bool, device: torch.device, size: int) -> GSPipeline:
         if isinstance(module, torch.nn.Module):
             module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, torch.bfloat16)
+    return pipeline.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)  # attends in bf16 by itself on a CPU
 
 
 def pictures(count: int, size: int) -> list[Image.Image]:
@@ -121,9 +122,10 @@ def prepared(unet: UNet2DConditionModel, variant: Variant, tiny: bool) -> Iterat
 class Bench:
     """The pipeline and how it is timed."""
 
-    def __init__(self, tiny: bool, device: torch.device, peak: float | None) -> None:
-        self.tiny, self.device, self.effort = tiny, device, Effort(tiny)
-        self.size = self.effort(1024, 64)
+    def __init__(
+        self, tiny: bool, device: torch.device, peak: float | None, size: int, keep: Callable[[str, Row], None]
+    ) -> None:
+        self.tiny, self.device, self.effort, self.size, self.keep = tiny, device, Effort(tiny), size, keep
         self.pipeline = build(tiny, device, self.size)
         tokens = max(len(self.pipeline.tokenizer(phrase).input_ids) for phrase in PHRASES)
         self.latent = self.size // 8
@@ -131,7 +133,26 @@ class Bench:
         self.evaluation = unet_flops(self.config, self.latent, tokens, inject=True)
         self.tokens, self.peak = tokens, peak
 
-    def rate(self, variant: Variant, steps: int, guidance: float, phrases: tuple[str, ...] = PHRASES) -> Row:
+    def rates(
+        self, section: str, variant: Variant, points: Sequence[tuple[int, float]], phrases: tuple[str, ...] = PHRASES
+    ) -> list[Row]:
+        """A row for each (steps, guidance), the variant prepared once."""
+        rows = []
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(prepared(self.pipeline.unet, variant, self.tiny))
+                impossible = None
+            except Exception as error:  # a backend that is not installed
+                impossible = error
+            for steps, guidance in points:
+                rows.append(self.rate(variant, steps, guidance, phrases, impossible))
+                print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), file=sys.stderr, flush=True)
+                self.keep(section, rows[-1])
+        return rows
+
+    def rate(
+        self, variant: Variant, steps: int, guidance: float, phrases: tuple[str, ...], impossible: Exception | None
+    ) -> Row:
         """Masks per second through `GSPipeline`, from pictures to bool masks on the host; where the time goes; MFU of the
         U-Net; peak memory. What a variant cannot do on this machine is said in `unavailable`."""
         steps = min(steps, self.effort(steps, 3))
@@ -148,16 +169,18 @@ class Bench:
             self.pipeline(images, texts, steps, guidance, batch_size=variant.batch)
 
         try:
-            with prepared(self.pipeline.unet, variant, self.tiny):
-                begun = time.perf_counter()
-                self.pipeline(images, texts, 1, guidance, batch_size=variant.batch)
-                first = time.perf_counter() - begun
-                if cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                seconds = interleaved({"": sample}, self.effort(3 if steps < 10 else 1, 1))[""]
-                memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-                shares = stage_shares(self.pipeline, images, texts, steps, guidance, variant.batch)
-        except Exception as error:  # a backend that is not installed, or takes no mask: any of a dozen kinds
+            if impossible:
+                raise impossible
+            begun = time.perf_counter()
+            self.pipeline(images, texts, 1, guidance, batch_size=variant.batch)
+            synchronize()
+            first = time.perf_counter() - begun
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            seconds = interleaved({"": sample}, self.effort(5 if steps < 10 else 1, 1))[""]
+            memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+            shares = stage_shares(self.pipeline, images, texts, steps, guidance, variant.batch)
+        except Exception as error:  # a backend that takes no mask, or no memory left: any of a dozen kinds
             return row | {"unavailable": f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"}
         rate = masks / float(np.median(seconds))
         flops = self.evaluation * evaluations / (shares["U-Net"] * shares["s_per_mask"])
@@ -165,25 +188,37 @@ class Bench:
         row |= {name: shares[name] for name in ("text", "VAE", "U-Net", "read-out", "rest")}
         return row | {"peak_gb": memory, "first_call_s": first, "unavailable": None}
 
-    def sweep(self) -> tuple[list[Row], Variant]:
-        """One evaluation a mask under every variant, and the fastest one."""
+    def fastest(
+        self, section: str, variants: Sequence[Variant], rows: list[Row], phrases: tuple[str, ...] = PHRASES
+    ) -> Variant:
+        """One evaluation a mask under each variant; of these and those in `rows`, which they join, the fastest one."""
+        for variant in variants:
+            rows += self.rates(section, variant, [(1, 1.0)], phrases)
+        ran = [row for row in rows if row["unavailable"] is None]
+        if not ran:
+            raise RuntimeError(f"no variant runs here: {rows}")
+        top = max(ran, key=lambda row: row["masks_per_s"])
+        return Variant(top["batch"], top["backend"], top["mode"])
+
+    def sweep(self) -> Variant:
+        """The fastest variant, found one choice at a time."""
         rows: list[Row] = []
-        best = Variant(5)
-
-        def fastest(variants: list[Variant], best: Variant) -> Variant:
-            for variant in variants:
-                rows.append(self.rate(variant, 1, 1.0))
-                print(" ".join(f"{name} {value}" for name, value in rows[-1].items()), file=sys.stderr, flush=True)
-            ran = [row for row in rows if row["unavailable"] is None]
-            if not ran:
-                raise RuntimeError(f"no variant runs here: {rows}")
-            top = max(ran, key=lambda row: row["masks_per_s"])
-            return Variant(top["batch"], top["backend"], top["mode"])
-
-        best = fastest([Variant(size) for size in ((5, 10, 20, 40, 80) if not self.tiny else (2, 5))], best)
-        best = fastest([replace(best, backend=name) for name in BACKENDS[1 : self.effort(len(BACKENDS), 3)]], best)
+        best = self.fastest("variants", [Variant(size) for size in ((5, 10, 20, 40, 80) if not self.tiny else (2, 5))], rows)
+        best = self.fastest("variants", [replace(best, backend=name) for name in self.backends()[1:]], rows)
         modes = ("channels last", "compiled blocks", "compiled")
-        return rows, fastest([replace(best, mode=mode) for mode in modes], best)
+        return self.fastest("variants", [replace(best, mode=mode) for mode in modes], rows)
+
+    def equal_lengths(self, best: Variant) -> None:
+        """Phrases of one token length, whose attention needs no mask: flash attention takes none. Every backend in eager mode,
+        the fastest in the best mode, too."""
+        phrases, rows = PHRASES[1:2] * len(PHRASES), list[Row]()
+        eager = [replace(best, backend=name, mode="eager") for name in self.backends()]
+        winner = self.fastest("equal lengths", eager, rows, phrases)
+        if best.mode != "eager":
+            self.rates("equal lengths", replace(winner, mode=best.mode), [(1, 1.0)], phrases)
+
+    def backends(self) -> tuple[str, ...]:
+        return BACKENDS[: self.effort(len(BACKENDS), 3)]
 
     def operators(self, variant: Variant) -> list[Row]:
         """Device time of one U-Net evaluation of a batch by kind of operator, in eager mode, and the rate where operations are
@@ -221,6 +256,8 @@ class Bench:
                 spent = event.self_device_time_total if cuda else event.self_cpu_time_total
                 times[kind_of(event.key)] = times.get(kind_of(event.key), 0) + spent / 1e6
         total = sum(times.values())
+        if not total:
+            return [{"operator": "unavailable: the profiler tells no times here", "ms": None, "share": None}]
         rows = []
         for kind, seconds in sorted(times.items(), key=lambda item: -item[1]):
             done = flops.get(kind)
@@ -246,7 +283,7 @@ def kind_of(operator: str) -> str:
     other products are not batched."""
     name = operator.replace("aten::", "").replace("aten.", "").split(".")[0]
     kinds = {
-        "attention": ("scaled_dot_product", "flash_attention", "efficient_attention", "bmm"),
+        "attention": ("scaled_dot_product", "attention_forward", "flash_attention", "efficient_attention", "bmm"),
         "convolution": ("conv",),
         "matrix product": ("mm", "matmul", "linear"),
         "norm": ("norm",),
@@ -275,26 +312,40 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = find_gpu(torch.cuda.get_device_name()) if device.type == "cuda" else None
     peak = arguments.peak * 1e12 if arguments.peak else gpu.half if gpu else None
-    bench = Bench(arguments.tiny, device, peak)
-    sweep, best = bench.sweep()
-    points = [bench.rate(best, steps, guidance) for steps, guidance in POINTS]
-    equal = bench.rate(best, 1, 1.0, PHRASES[1:2] * len(PHRASES))
-    found = {
-        "evaluations": ("Masks/s against evaluations, all stages, with the fastest variant.", points),
-        "variants": ("One evaluation a mask, all stages. MFU counts the U-Net's operations over its time.", sweep),
-        "equal lengths": ("The fastest variant, phrases of one token length: attention then needs no mask.", [equal]),
-        "operators": ("One U-Net evaluation of a batch, eager mode.", bench.operators(best)),
-        "operations": ("Operations of one mask, two per multiply-add.", bench.stages()),
+    what = {
+        "evaluations": "Masks/s against evaluations, all stages, with the fastest variant.",
+        "variants": "One evaluation a mask, all stages. MFU counts the U-Net's operations over its time.",
+        "equal lengths": "Phrases of one token length: attention then needs no mask.",
+        "operators": "One U-Net evaluation of a batch, eager mode.",
+        "operations": "Operations of one mask, two per multiply-add.",
     }
+    found: dict[str, dict[str, Any]] = {name: {"what": text, "rows": []} for name, text in what.items()}
+    effort = Effort(arguments.tiny)
+    rate = matmul_tflops(device, effort(8192, 64))
+    size = effort(1024, 64)
     document = {
-        "title": f"GPU benchmark, {bench.size} x {bench.size}, bf16, random weights",
+        "title": f"GPU benchmark, {size} x {size}, bf16, random weights",
         "tiny": arguments.tiny,
-        "machine": machine()
-        | {"peak_tflops": peak and peak / 1e12, "matmul_tflops": matmul_tflops(device, bench.effort(8192, 64))},
+        "machine": machine(device) | {"peak_tflops": peak and peak / 1e12, "matmul_tflops": rate},
         "wanted": {"masks_per_s": 40, "unet_mfu": 0.4},
-        "benchmarks": {name: {"what": what, "rows": rows} for name, (what, rows) in found.items()},
+        "benchmarks": found,
     }
-    report(document, Path(arguments.json))
+    text = ""
+
+    def keep(section: str, row: Row) -> None:
+        nonlocal text
+        found[section]["rows"].append(row)
+        text = report(document, Path(arguments.json))
+
+    bench = Bench(arguments.tiny, device, peak, size, keep)
+    for row in bench.stages():
+        keep("operations", row)
+    best = bench.sweep()
+    bench.rates("evaluations", best, POINTS)
+    for row in bench.operators(best):
+        keep("operators", row)
+    bench.equal_lengths(best)
+    print(text, flush=True)
     return 0
 
 

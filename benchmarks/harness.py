@@ -144,11 +144,11 @@ class Study:
         return taken
 
 
-def machine() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
+def machine(device: torch.device) -> dict[str, Any]:
+    cuda = device.type == "cuda"
     return {
-        "processor": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "device": "cuda" if cuda else "cpu",
+        "processor": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -171,12 +171,16 @@ def _shown(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def report(document: dict[str, Any], path: Path) -> None:
-    """Write the document as JSON to `path` and its tables as Markdown beside it, and print them."""
+def report(document: dict[str, Any], path: Path) -> str:
+    """Write the document as JSON to `path` and its tables as Markdown beside it; returns the latter."""
     parts = [f"# {document['title']}", ", ".join(f"{name}: {value}" for name, value in document["machine"].items())]
     for name, found in document["benchmarks"].items():
-        parts += [f"## {name}", found["what"], markdown(found["rows"]) if found.get("rows") else found["skipped"]]
+        parts += [
+            f"## {name}",
+            found["what"],
+            markdown(found["rows"]) if found.get("rows") else found.get("skipped", "Not reached."),
+        ]
     text = "\n\n".join(parts) + "\n"
     write_json(path, document)
     path.with_suffix(".md").write_text(text)
-    print(f"{text}\n{path} and {path.with_suffix('.md')}", flush=True)
+    return f"{text}\n{path} and {path.with_suffix('.md')}"

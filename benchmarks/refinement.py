@@ -51,5 +51,5 @@ def refinement(study: Study, effort: Effort) -> list[Row]:
             seconds[name] += found
     evaluations, each = sample.base.evaluations, passes(refine)
     case = f"G4Seg, {each} passes a mask, against GS, {evaluations} evaluations a mask"
-    facts = {"images": len(chosen), "masks": len(rows), "evaluations": evaluations, "passes": each}
+    facts = {"device": device.type, "images": len(chosen), "masks": len(rows), "evaluations": evaluations, "passes": each}
     return [versus(case, seconds["refined"], seconds["generated"], 1, 1.0, **facts)]

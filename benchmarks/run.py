@@ -3,7 +3,7 @@
     python -m benchmarks.run [--only NAME ...] [--images N] [--params params.yaml] [--json FILE]
 
 They run on the study of the params, which must be finished up to training, for `refinement` up to sampling; `scoring` needs
-none.
+none. All of them run on the CPU, `refinement` on the device of the params.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+import torch
 
 from benchmarks.harness import Effort, Study, machine, report
 from benchmarks.refinement import refinement
@@ -43,7 +45,13 @@ def main() -> int:
     if arguments.images < 1:
         parser.error(f"--images {arguments.images}: must be at least 1")
     effort = Effort(arguments.tiny, arguments.images)
-    found = {}
+    found: dict[str, dict] = {}
+    document = {
+        "title": "Benchmarks",
+        "tiny": arguments.tiny,
+        "machine": machine(torch.device("cpu")),
+        "benchmarks": found,
+    }
     params = arguments.params
     for name in arguments.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -54,8 +62,8 @@ def main() -> int:
         except UserError as error:
             entry["skipped"] = f"skipped: {error}"
         found[name] = entry
-    document = {"title": "Benchmarks", "tiny": arguments.tiny, "machine": machine(), "benchmarks": found}
-    report(document, Path(arguments.json))
+        text = report(document, Path(arguments.json))  # after each: what was measured is not lost with the rest
+    print(text, flush=True)
     return 0
 
 

@@ -12,7 +12,7 @@ from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import InjectedAttnProcessor, _explicit_attention, self_attention_widths
 from genseg.models.backbone import TextEncoders, load_component, load_unet
-from genseg.models.device import choose_device
+from genseg.models.device import choose_device, exactly
 from genseg.models.miniature import build_miniature
 from genseg.models.text import encode_phrases
 from genseg.models.unet import label_unet, run_unet
@@ -247,6 +247,28 @@ def test_cuda_without_a_gpu_is_an_error():
         with pytest.raises(UserError, match="cuda"):
             choose_device("cuda")
     assert choose_device("cpu").type == "cpu"
+
+
+def test_training_insists_on_deterministic_algorithms_and_says_where_there_are_none(capsys):
+    """`put_` has none on any device."""
+
+    def put():
+        return torch.zeros(3).put_(torch.tensor([1]), torch.tensor([5.0]))[1].item()
+
+    try:
+        choose_device("cpu", exact=True)
+        assert exactly(lambda: 7) == 7
+        with pytest.raises(RuntimeError, match="deterministic"):
+            put()
+        assert capsys.readouterr().out == ""
+        assert exactly(put) == 5
+        assert "put_ does not have a deterministic implementation" in capsys.readouterr().out
+        assert exactly(put) == put() == 5, "said once"
+        assert capsys.readouterr().out == ""
+        with pytest.raises(RuntimeError, match="another"):
+            exactly(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+    finally:
+        choose_device("cpu")
 
 
 def test_a_missing_backbone_is_one_line(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -182,6 +183,19 @@ def test_model_offload_gives_the_same_masks(saved):
     assert hooked == {"text_encoder", "text_encoder_2", "vae", "unet"}
     order = pipe.model_cpu_offload_seq.split("->")
     assert set(order) == hooked
+    for _ in range(2):
+        assert np.array_equal(pipe(PIXELS, PHRASES).maps, expected)
+
+
+def test_sequential_offload_gives_the_same_masks(saved):
+    """Weights lie on the meta device until their layer is called. As `enable_sequential_cpu_offload` does it, but for its
+    device, cpu:0, which accelerate takes for another one than cpu."""
+    expected = GSPipeline.from_pretrained(saved)(PIXELS, PHRASES).maps
+    pipe = GSPipeline.from_pretrained(saved)
+    for name in set(pipe.components) - set(pipe._exclude_from_cpu_offload):
+        if isinstance(module := getattr(pipe, name), torch.nn.Module):
+            accelerate.cpu_offload(module, torch.device("cpu"))
+    assert pipe.unet.conv_in.weight.is_meta
     for _ in range(2):
         assert np.array_equal(pipe(PIXELS, PHRASES).maps, expected)
 

@@ -172,8 +172,9 @@ def test_killed_training_ends_with_the_same_bytes(study_copy, monkeypatch):
     rows = list(csv.DictReader(expected["log.csv"].decode().splitlines()))
     with open(next((study_copy / "work/smoke/train").glob("*/log.csv")), newline="") as handle:
         assert [row for row in csv.DictReader(handle) if int(row["step"]) % 2 == 0] == rows
-    curve = next((study_copy / "work/smoke/train").glob("*/curves/plots/metrics/loss.tsv")).read_text().splitlines()[1:]
-    assert [int(line.split("\t")[0]) for line in curve] == list(range(1, 9))
+    for name in ("loss", "samples_per_s", "data_wait_percent", "memory_gib"):
+        curve = next((study_copy / "work/smoke/train").glob(f"*/curves/plots/metrics/{name}.tsv")).read_text().splitlines()[1:]
+        assert [int(line.split("\t")[0]) for line in curve] == list(range(1, 9)), name
 
 
 def logged(study: Path) -> list[int]:

@@ -154,7 +154,7 @@ def _encode_images(
             rate = min(made, done) / max(time.monotonic() - begun, 1e-9)
             print(f"latents: size {size}: {done}/{len(files)} images, {rate:.1f} images/s", flush=True)
         some = list(files.values())[:: max(1, len(files) // PSNR_IMAGES)][:PSNR_IMAGES]
-        values = [psnr(vae, image_tensor(load_image(path), size)[None].to(device)).item() for path in some]
+        values = [psnr(vae, image_tensor(load_image(path), size, device)[None]).item() for path in some]
         psnrs[str(size)] = sum(values) / len(values)
         counts[str(size)] = len(files)
         print(f"latents: size {size}: the VAE restores {len(some)} of the images at {psnrs[str(size)]:.2f} dB PSNR", flush=True)

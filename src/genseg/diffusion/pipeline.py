@@ -166,8 +166,8 @@ class GSPipeline(DiffusionPipeline):
         # 2. Every image and every phrase is encoded once.
         size, device = self.config.image_size, self._execution_device
         encoders = TextEncoders((self.tokenizer, self.tokenizer_2), (self.text_encoder, self.text_encoder_2))
-        embeddings = encode_phrases(encoders, [phrase for texts in texts_of for phrase in texts])
-        latents = [encode_images(self.vae, image_tensor(picture, size)[None].to(device))[0] for picture in pictures]
+        embeddings = encode_phrases(encoders, [phrase for texts in texts_of for phrase in texts], device=device)
+        latents = [encode_images(self.vae, image_tensor(picture, size, device)[None])[0] for picture in pictures]
 
         # 3. Labels are denoised in batches of phrases. (B, h, w)
         places = [(number, k) for number, texts in enumerate(texts_of) for k in range(len(texts))]

@@ -21,8 +21,12 @@ class TextEmbedding:
 
 
 @torch.no_grad()
-def encode_phrases(encoders: TextEncoders, phrases: Sequence[str], batch: int = 64) -> list[TextEmbedding]:
+def encode_phrases(
+    encoders: TextEncoders, phrases: Sequence[str], batch: int = 64, device: torch.device | None = None
+) -> list[TextEmbedding]:
     """Encode phrases as SDXL does: penultimate hidden states of both encoders side by side, pooled from the second.
+
+    Runs on `device`, for encoders whose weights lie elsewhere until they are called (offload), else where these are.
 
     CLIP's attention is causal, so a phrase's embedding does not depend on what it was padded with; phrases of equal
     length are batched together and nothing is padded.
@@ -31,7 +35,7 @@ def encode_phrases(encoders: TextEncoders, phrases: Sequence[str], batch: int = 
     ids = [[token_ids(tokenizer, phrase, limit) for phrase in phrases] for tokenizer in encoders.tokenizers]
     found: dict[int, TextEmbedding] = {}
     lengths = [len(row) for row, _ in ids[0]]
-    device = next(encoders.models[0].parameters()).device
+    device = device or next(encoders.models[0].parameters()).device
     for length in sorted(set(lengths)):
         members = [i for i, item in enumerate(lengths) if item == length]
         for start in range(0, len(members), batch):

@@ -13,10 +13,11 @@ from PIL import Image
 DECODED_PIXELS = 1024**2
 
 
-def image_tensor(image: Image.Image, size: int) -> torch.Tensor:
+def image_tensor(image: Image.Image, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """RGB image -> tensor [3, size, size] in [-1, 1]; the sides are stretched to a square, as the paper's 1024 x 1024."""
     resized = image if image.size == (size, size) else image.resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized, np.float32)).permute(2, 0, 1) / 127.5 - 1
+    pixels = torch.from_numpy(np.array(resized)).to(device)  # as bytes, a quarter of the traffic
+    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 def vae_factor(vae: AutoencoderKL) -> int:

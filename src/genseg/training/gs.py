@@ -10,6 +10,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from genseg.latents import Texts, image_store, text_store
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import self_attention_widths
 from genseg.models.backbone import load_text_encoders, load_unet, load_vae
-from genseg.models.device import DTYPES, choose_device, describe
+from genseg.models.device import DTYPES, choose_device, describe, exactly
 from genseg.models.flops import training_flops, unet_flops
 from genseg.models.text import TextEmbedding
 from genseg.models.unet import label_unet, run_unet
@@ -129,7 +130,7 @@ def train_model(study: Params, kind: Kind) -> None:
         UserError: latents or backbone are missing or of other data, the loss is not finite, the disk is full, no GPU for
             `device: cuda`, a batch that the processes cannot share.
     """
-    with join(choose_device(study.device, study.resources["train"].threads)) as ranks:
+    with join(choose_device(study.device, study.resources["train"].threads, exact=True)) as ranks:
         _train(study, kind, ranks)
 
 
@@ -192,7 +193,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         begun = time.monotonic()
         batches = next(stream)
         waited = time.monotonic() - begun
-        loss = _take_step(step, batches, train, ranks, model, objective, optimizer, scaler)
+        loss = exactly(partial(_take_step, step, batches, train, ranks, model, objective, optimizer, scaler))
         if averaged is not networks:
             _average(averaged, networks, min(train.ema or 0.0, (step + 1) / (step + 10)))
         meter.add(train.batch, begun, waited)

@@ -60,7 +60,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 class TrainLog:
     """The log of a training run, in three forms: lines, a CSV of the reproducible figures, and DVCLive curves of them all.
 
-    It survives resume: rows after the resumed step are dropped, and the curves are drawn again from those that stay.
+    It survives resume: rows after the resumed step are dropped, and the curves are drawn again up to there.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...], resume_step: int, name: str) -> None:
@@ -76,9 +76,10 @@ class TrainLog:
             writer = csv.DictWriter(handle, columns)
             writer.writeheader()
             writer.writerows(rows)
+        figures = _drawn(path.parent / "curves")  # of speed and memory stand in no CSV, and Live begins anew
         self._live = Live(str(path.parent / "curves"), report="html", save_dvc_exp=False, dvcyaml=None)
         for row in rows:
-            self._draw(row)
+            self._draw(figures.get(int(row["step"]), {}) | row)
 
     def write(self, row: dict[str, Any], figures: dict[str, float], minutes_left: float) -> None:
         """Append a row and print it with `figures`, which differ from run to run (`Meter.figures`)."""
@@ -99,6 +100,17 @@ class TrainLog:
         for key, value in row.items():
             if key != "step" and value != "":
                 self._live.log_metric(key, float(value))
+
+
+def _drawn(folder: Path) -> dict[int, dict[str, str]]:
+    """Step -> what DVCLive drew there, by name; a line that a kill cut short is left out."""
+    found: dict[int, dict[str, str]] = {}
+    for path in sorted(folder.glob("plots/metrics/*.tsv")):
+        for line in path.read_text().splitlines(keepends=True)[1:]:
+            step, _, value = line.partition("\t")
+            if value.endswith("\n"):
+                found.setdefault(int(step), {})[path.stem] = value.strip()
+    return found
 
 
 class Meter:
