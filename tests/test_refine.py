@@ -477,13 +477,14 @@ def test_soft_maps_are_refined_beside_the_masks(files, folders):
         (("--method", "magic"), "--method magic: none of g4seg, alpha_zero"),
         (("--images", "/nowhere"), "no such image"),
         (("--predictions", "missing.parquet"), "missing.parquet"),
+        ((), "phrases.parquet: row 0 has no file_name"),
     ],
 )
 def test_mistakes_are_one_line(files, folders, capsys, monkeypatch, more, message):
     monkeypatch.chdir(files)
-    if more[0] == "--images":
+    if more[:1] != ("--method",):
         table = pd.read_parquet(files / "phrases.parquet")
-        write_phrases(table.assign(file_name="1.png"), files / "phrases.parquet")
+        write_phrases(table.assign(file_name="1.png" if more else None), files / "phrases.parquet")
     assert command(files, folders / "sdxl", *more) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phrases", metavar="FILE", help="phrase table, Parquet; it names the images")
     parser.add_argument("--predictions", metavar="FILE", help="coarse predictions, Parquet")
     parser.add_argument("--out", metavar="FILE", help="where the refined predictions go, Parquet")
-    parser.add_argument("--method", default="g4seg", help="g4seg or one of its controls (default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        default="g4seg",
+        help="g4seg, or a control of its own: upsampling_only, ... (default: %(default)s)",
+    )
     parser.add_argument("--model", metavar="DIR", help="Stable Diffusion to refine with (default: refine.backbone)")
     parser.add_argument("--images", metavar="DIR", help="folder that the table's file names start from (default: here)")
     parser.add_argument("--pictures", metavar="DIR", help="write what is in between as one PNG a phrase")

@@ -19,7 +19,7 @@ from genseg.models.text_to_image import TextToImage
 from genseg.params import Params, Refine, digest
 from genseg.refine.g4seg import Trace, passes, refine_predictions, variants
 from genseg.refine.pictures import write_trace
-from genseg.training.prepare import chosen_backbone, weights_hash
+from genseg.training.prepare import chosen_backbone, find_commit, weights_hash
 
 CODE = ("params.py", "artifacts", "data/images.py", "models", "refine", "training/prepare.py")
 
@@ -51,14 +51,18 @@ def refine_file(
     if out.resolve() in (Path(phrases).resolve(), Path(predictions).resolve()):
         raise UserError(f"--out {out}: would overwrite what is read; choose another name")
     refine = study.refine
-    revision = None
-    if source is None:
-        source, revision, weights = chosen_backbone(study, refine)
-    else:
-        weights = weights_hash(source, None)
     if method not in variants(refine):
         raise UserError(f"--method {method}: none of {', '.join(variants(refine))}")
     coarse, table, shape = read_predictions(predictions), read_phrases(phrases), maps_shape(predictions)
+    nameless = table["file_name"].isna()
+    if nameless.any():
+        row = int(nameless.to_numpy().argmax())
+        raise UserError(f"{phrases}: row {row} has no file_name, so nothing tells which picture to refine by")
+    if source is None:
+        source, revision, weights = chosen_backbone(study, refine)
+    else:
+        revision = find_commit(source, None)
+        weights = weights_hash(source, revision)
     made_of = [file_sha256(path) for path in (phrases, predictions, *([maps_path(predictions)] if shape else []))]
     key = digest([method, variant_facts(refine, method), study.seed, weights, made_of, code_hash(*CODE)])
     if read_metadata(out).get("key") == key and not pictures and maps_path(out).exists() == bool(shape and refine.maps):
