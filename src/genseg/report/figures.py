@@ -348,10 +348,12 @@ def draw_evaluations(points: pd.DataFrame, path: Path, dpi: int) -> None:
             if key == "overall":
                 bars = shown[["ci_low", "ci_high"]].astype(float)
                 axes.vlines(cost, bars["ci_low"], bars["ci_high"], color=colour, linewidth=0.5)
+        axes.set_xscale("log", base=2)
+        middle = float(np.prod(axes.get_xlim()) ** 0.5)
         for _, row in points[(points["role"] != "") & points["overall"].notna()].iterrows():
             place = (float(row["evaluations"]), float(row["overall"]))
-            axes.annotate(str(row["role"]), place, (4, -9), textcoords="offset points", fontsize=_FONT)
-        axes.set_xscale("log", base=2)
+            side, x = ("right", -6) if place[0] > middle else ("left", 4)  # into the figure
+            axes.annotate(str(row["role"]), place, (x, -9), textcoords="offset points", fontsize=_FONT, ha=side)
         axes.set_xticks(ticks := sorted(set(points["evaluations"].astype(int))), [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel("U-Net evaluations per mask", fontsize=_FONT)
