@@ -179,7 +179,7 @@ def variants_table(sweep: Sweep, entries: list[Entry], absent: list[str]) -> Tab
     notes = [
         f"Test: {where(sweep.study, own.test)}. Every variant was trained on as many samples as the study, stages included. "
         "Its operating point and threshold are those with the highest AR on a part of val (the study's: as its params say); "
-        "test saw only that point. A dash: another variant of its group was better on val.",
+        "test saw only that point. A dash: another variant of its group was better on val, or some of the group were not run.",
         f"Δ: AR of {own.name}'s main row minus the variant's, paired bootstrap over images. {EVALUATION}",
     ]
     return Table(
