@@ -49,7 +49,7 @@ def opened(data: dict[str, Any]) -> Source:
 
 def test_a_phrase_for_every_class_in_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    templates = ["the {name}", "a photo of {a} {name}", "{name}"]
+    templates = ["the {name}", "a photo of a {name}, 100 %s", "{name}"]
     assemble(study_params(**folder(tmp_path), phrase_templates=templates, class_template="one {name}"))
     frame = read_phrases("data/t/phrases.parquet")
     assert sorted(frame.groupby("image_id")["class_id"].apply(list)) == [[0], [0], [0, 1]]

@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     import json
-    import sys
 
     from genseg.errors import UserError
     from genseg.params import load_params
@@ -30,7 +29,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.gpus < 1 or not 0 < arguments.mfu <= 1:
         raise UserError("--gpus must be at least 1 and --mfu lie between 0 and 1")
-    print("plan: counting operations and bytes on shapes alone, a minute for SDXL's", file=sys.stderr, flush=True)
     plan = make_plan(load_params(arguments.params), arguments.gpu, arguments.gpus, arguments.mfu)
     print(json.dumps(plan, indent=2) if arguments.json else describe(plan))
 
