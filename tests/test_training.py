@@ -458,10 +458,10 @@ def toy_objective(**train) -> tuple[Objective, Batch, torch.Tensor, torch.Tensor
 
 def test_distillation_learns_the_guided_answer_in_one_pass():
     objective, batch, noise, t = toy_objective(stages=[DISTIL])
-    objective.part = training_parts(objective.study.train, 100, "gs")[1]
+    objective.part = training_parts(objective.params.train, 100, "gs")[1]
     teacher = objective.teacher = Toy(0.5)
     student = Toy(0.7)
-    x_t = noised((2 * batch.label - 1) * objective.study.train.label_scale, noise, objective.alphas_bar, t)
+    x_t = noised((2 * batch.label - 1) * objective.params.train.label_scale, noise, objective.alphas_bar, t)
     unconditional = teacher(x_t, batch.image, t, [], torch.ones(3), 128)
     conditional = teacher(x_t, batch.image, t, [], None, 128)
     wanted = unconditional + 3.0 * (conditional - unconditional)  # Eq. 10
@@ -475,13 +475,13 @@ def test_distillation_learns_the_guided_answer_in_one_pass():
 
 def test_the_task_stage_asks_once_from_pure_noise_at_the_size_of_the_mask():
     objective, batch, noise, t = toy_objective(stages=[TASK], task_size=8)
-    objective.part = training_parts(objective.study.train, 100, "gs")[1]
+    objective.part = training_parts(objective.params.train, 100, "gs")[1]
     student = Toy(0.7)
     losses = objective(student, batch, noise, t, None)
     [(asked, when)] = student.asked
     assert torch.equal(asked, noise)
     assert when.tolist() == [999, 999, 999]
-    scale = objective.study.train.label_scale
+    scale = objective.params.train.label_scale
     estimate = scale * student(noise, batch.image, when, [], None, 128)  # the default predicts x_0
     large = torch.nn.functional.interpolate(estimate, size=(8, 8), mode="bilinear")
     assert torch.allclose(losses, task_loss(large, batch.mask, scale))
@@ -498,7 +498,7 @@ def test_the_last_timestep_is_drawn_with_its_probability(p_last):
 
 
 def test_the_control_has_the_budget_of_all_parts():
-    train = toy_objective(steps=1000, stages=[DISTIL, TASK])[0].study.train
+    train = toy_objective(steps=1000, stages=[DISTIL, TASK])[0].params.train
     parts = training_parts(train, 100, "gs")
     assert [(part.first, part.steps) for part in parts] == [(0, 1000), (1000, 2), (1002, 2)]
     assert [(part.first, part.steps) for part in training_parts(train, 100, "discriminative")] == [(0, 1004)]

@@ -31,50 +31,50 @@ CODE = ("params.py", "artifacts", "data/images.py", "models", "latents.py")
 PSNR_IMAGES = 64
 
 
-def latents_dir(study: Params) -> Path:
-    return study.results_dir / "latents"
+def latents_dir(params: Params) -> Path:
+    return params.results_dir / "latents"
 
 
-def image_store(study: Params, size: int) -> Path:
-    return latents_dir(study) / "images" / f"size={size:04d}"
+def image_store(params: Params, size: int) -> Path:
+    return latents_dir(params) / "images" / f"size={size:04d}"
 
 
-def text_store(study: Params) -> Path:
-    return latents_dir(study) / "text"
+def text_store(params: Params) -> Path:
+    return latents_dir(params) / "text"
 
 
-def grid_phrases(study: Params, phrases: pd.DataFrame) -> pd.DataFrame:
+def grid_phrases(params: Params, phrases: pd.DataFrame) -> pd.DataFrame:
     """The fixed subset of test that the grid runs on: all phrases of images chosen by hash (the paper took 7 % of test)."""
     test = phrases[phrases["split"] == "test"]
-    chosen = choose_images(test["image_id"].to_numpy(), study.sample.grid_fraction, study.seed, "grid")
+    chosen = choose_images(test["image_id"].to_numpy(), params.sample.grid_fraction, params.seed, "grid")
     return test[test["image_id"].isin(chosen)]
 
 
-def val_phrases(study: Params, phrases: pd.DataFrame) -> pd.DataFrame:
+def val_phrases(params: Params, phrases: pd.DataFrame) -> pd.DataFrame:
     """The fixed subset of val that operating points are compared on: all phrases of images chosen by hash."""
     val = phrases[phrases["split"] == "val"]
-    chosen = choose_images(val["image_id"].to_numpy(), study.sample.select_fraction, study.seed, "operating points")
+    chosen = choose_images(val["image_id"].to_numpy(), params.sample.select_fraction, params.seed, "operating points")
     return val[val["image_id"].isin(chosen)]
 
 
-def images_by_size(study: Params, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> dict[int, pd.DataFrame]:
+def images_by_size(params: Params, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """Which images are needed at which size: (image_id, file_name), each image once per size.
 
     The training size holds train and val, the main size all of test (an image without a narrative still has class
     phrases) and the subset of val, every other size of the grid its subset.
     """
-    wanted: dict[int, list[pd.DataFrame]] = {study.train.size: [phrases[phrases["split"] != "test"]]}
+    wanted: dict[int, list[pd.DataFrame]] = {params.train.size: [phrases[phrases["split"] != "test"]]}
     tests = [table[table["split"] == "test"] for table in (phrases, class_phrases)]
-    wanted.setdefault(study.sample.main.size, []).extend([*tests, val_phrases(study, phrases)])
-    for size in study.sample.sizes():
-        wanted.setdefault(size, []).append(grid_phrases(study, phrases))
+    wanted.setdefault(params.sample.main.size, []).extend([*tests, val_phrases(params, phrases)])
+    for size in params.sample.sizes():
+        wanted.setdefault(size, []).append(grid_phrases(params, phrases))
     columns = ["image_id", "file_name"]
     return {
         size: pd.concat(parts)[columns].drop_duplicates("image_id").sort_values("image_id") for size, parts in wanted.items()
     }
 
 
-def compute_latents(study: Params, only_training: bool = False) -> None:
+def compute_latents(params: Params, only_training: bool = False) -> None:
     """Write the stores below `results/<study>/latents` and, last, its manifest; finished shards are kept.
 
     Args:
@@ -85,39 +85,39 @@ def compute_latents(study: Params, only_training: bool = False) -> None:
         UserError: an image is missing or corrupt, the backbone cannot be loaded, the disk is full, no GPU for `cuda`.
     """
     started = time.time()
-    device = choose_device(study.device, study.resources["latents"].threads)
+    device = choose_device(params.device, params.resources["latents"].threads)
     print(f"latents: device {describe(device)}", flush=True)
-    backbone = read_manifest(study.results_dir / "backbone" / "manifest.json")
+    backbone = read_manifest(params.results_dir / "backbone" / "manifest.json")
     source, revision = backbone["pipeline"], backbone["revision"]
-    phrases = read_phrases(study.data_dir / "phrases.parquet")
-    class_phrases = read_phrases(study.data_dir / "class_phrases.parquet")
-    origin = [file_sha256(study.data_dir / "phrases.parquet"), backbone["weights"], study.latents.model_dump(mode="json")]
+    phrases = read_phrases(params.data_dir / "phrases.parquet")
+    class_phrases = read_phrases(params.data_dir / "class_phrases.parquet")
+    origin = [file_sha256(params.data_dir / "phrases.parquet"), backbone["weights"], params.latents.model_dump(mode="json")]
 
-    images = images_by_size(study, phrases, class_phrases)
+    images = images_by_size(params, phrases, class_phrases)
     if only_training:
-        images = {study.train.size: images[study.train.size]}
+        images = {params.train.size: images[params.train.size]}
     texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
     image_key, text_key = digest(origin), digest([backbone["weights"], texts])
-    facts = _encode_images(study, images, source, revision, device, image_key)
-    truncated = _encode_texts(study, texts, source, revision, device, text_key)
+    facts = _encode_images(params, images, source, revision, device, image_key)
+    truncated = _encode_texts(params, texts, source, revision, device, text_key)
     if truncated:
         print(
             f"latents: {len(truncated)} phrases are over the tokenizer's limit and were cut, e.g. {truncated[0]!r}",
             file=sys.stderr,
         )
     if only_training:
-        facts = {"version": 1, "size": study.train.size, "images": image_key, "texts": text_key}
-        write_json(latents_dir(study) / "train.json", facts)
+        facts = {"version": 1, "size": params.train.size, "images": image_key, "texts": text_key}
+        write_json(latents_dir(params) / "train.json", facts)
         return
-    for store in sorted(set((latents_dir(study) / "images").iterdir()) - {image_store(study, size) for size in images}):
+    for store in sorted(set((latents_dir(params) / "images").iterdir()) - {image_store(params, size) for size in images}):
         shutil.rmtree(store)
         print(f"latents: removed {store}, which the study no longer has", flush=True)
     write_manifest(
-        latents_dir(study) / "manifest.json",
+        latents_dir(params) / "manifest.json",
         "latents",
-        study.subtree("latents", "train.size", "sample", "seed"),
-        [study.data_dir / "manifest.json", study.results_dir / "backbone" / "manifest.json"],
-        [latents_dir(study) / "images", latents_dir(study) / "text"],
+        params.subtree("latents", "train.size", "sample", "seed"),
+        [params.data_dir / "manifest.json", params.results_dir / "backbone" / "manifest.json"],
+        [latents_dir(params) / "images", latents_dir(params) / "text"],
         started,
         describe(device),
         code=code_hash(*CODE),
@@ -128,9 +128,9 @@ def compute_latents(study: Params, only_training: bool = False) -> None:
 
 
 def _encode_images(
-    study: Params, wanted: dict[int, pd.DataFrame], source: str, revision: str | None, device: torch.device, key: str
+    params: Params, wanted: dict[int, pd.DataFrame], source: str, revision: str | None, device: torch.device, key: str
 ) -> dict[str, object]:
-    vae = load_vae(source, revision, DTYPES[study.latents.encode_precision]).to(device)
+    vae = load_vae(source, revision, DTYPES[params.latents.encode_precision]).to(device)
     factor = vae_factor(vae)
     psnrs: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -139,18 +139,18 @@ def _encode_images(
 
         def encode(ids: Sequence[str], size: int = size, files: dict[str, str] = files) -> dict[str, torch.Tensor]:
             parts = []
-            for start in range(0, len(ids), study.latents.batch):
+            for start in range(0, len(ids), params.latents.batch):
                 batch = torch.stack(
-                    [image_tensor(load_image(files[i]), size) for i in ids[start : start + study.latents.batch]]
+                    [image_tensor(load_image(files[i]), size) for i in ids[start : start + params.latents.batch]]
                 )
-                parts.append(encode_images(vae, batch.to(device)).cpu().to(DTYPES[study.latents.precision]))
+                parts.append(encode_images(vae, batch.to(device)).cpu().to(DTYPES[params.latents.precision]))
             return {"latent": torch.cat(parts)}
 
         begun, made = time.monotonic(), 0
         for done, fresh in write_store(
-            image_store(study, size), list(files), study.latents.shard_rows, f"{key}:{size}", encode
+            image_store(params, size), list(files), params.latents.shard_rows, f"{key}:{size}", encode
         ):
-            made += study.latents.shard_rows if fresh else 0
+            made += params.latents.shard_rows if fresh else 0
             rate = min(made, done) / max(time.monotonic() - begun, 1e-9)
             print(f"latents: size {size}: {done}/{len(files)} images, {rate:.1f} images/s", flush=True)
         some = list(files.values())[:: max(1, len(files) // PSNR_IMAGES)][:PSNR_IMAGES]
@@ -162,7 +162,7 @@ def _encode_images(
 
 
 def _encode_texts(
-    study: Params, texts: list[str], source: str, revision: str | None, device: torch.device, key: str
+    params: Params, texts: list[str], source: str, revision: str | None, device: torch.device, key: str
 ) -> list[str]:
     encoders = load_text_encoders(source, revision)
     for model in encoders.models:
@@ -179,7 +179,7 @@ def _encode_texts(
             "offsets": lengths.cumsum(0),
         }
 
-    for done, _ in write_store(text_store(study), texts, 8 * study.latents.shard_rows, key, encode):
+    for done, _ in write_store(text_store(params), texts, 8 * params.latents.shard_rows, key, encode):
         print(f"latents: {done}/{len(texts)} phrases encoded", flush=True)
     return truncated
 

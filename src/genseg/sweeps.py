@@ -63,21 +63,21 @@ class Choice:
 
 
 class Sweep:
-    """Variants of `study` as valid studies of their own, `<study>-<variant>`."""
+    """Variants of `base` as valid studies of their own, `<study>-<variant>`."""
 
-    def __init__(self, name: str, study: Params, document: SweepDocument, origin: str) -> None:
-        self.name, self.study, self.document, self._origin = name, study, document, origin
-        if study.study in document.variants:
-            raise UserError(f"{origin}: variant {study.study} has the name of the study; choose another")
+    def __init__(self, name: str, base: Params, document: SweepDocument, origin: str) -> None:
+        self.name, self.base, self.document, self._origin = name, base, document, origin
+        if base.study in document.variants:
+            raise UserError(f"{origin}: variant {base.study} has the name of the study; choose another")
         self.variants = {variant: self.params(variant) for variant in document.variants}
         for variant, params in self.variants.items():
-            if budget(params) != budget(study):
+            if budget(params) != budget(base):
                 raise UserError(
-                    f"{origin}: variant {variant}: trains {_told(budget(params))}, study {study.study} {_told(budget(study))} "
+                    f"{origin}: variant {variant}: trains {_told(budget(params))}, study {base.study} {_told(budget(base))} "
                     "(stages included); give both the same budget"
                 )
         for pick, wanted in document.picks.items():
-            for unknown in set(wanted.variants or []) - {*self.variants, study.study}:
+            for unknown in set(wanted.variants or []) - {*self.variants, base.study}:
                 raise UserError(f"{origin}: pick {pick!r}: no variant {unknown}; it has {', '.join(self.variants)}")
 
     def params(self, variant: str, choice: Choice | None = None) -> Params:
@@ -87,17 +87,17 @@ class Sweep:
             UserError: a key is unknown, a value out of range, or no operating point within the variant's evaluations.
         """
         entry, origin = self.document.variants[variant], f"{self._origin}: variant {variant}"
-        document = copy.deepcopy(self.study.model_dump(mode="json"))
+        document = copy.deepcopy(self.base.model_dump(mode="json"))
         for key, value in entry.params.items():
             _set(document, key, value, origin)
-        if "train.stages" in entry.params and "train.steps" not in entry.params and self.study.train.steps:
+        if "train.stages" in entry.params and "train.steps" not in entry.params and self.base.train.steps:
             document["train"]["steps"] = self._left_by_stages(validate_params(document, origin), origin)
         valid = validate_params(document, origin)
         points = [point for point in valid.sample.points if point.evaluations <= entry.evaluations]
         if not points:
             raise UserError(f"{origin}: no point of sample.points costs at most {entry.evaluations} evaluations; add one")
         cell = choice.cell if choice else Cell(size=valid.sample.main.size, **points[0].model_dump())
-        document["study"] = f"{self.study.study}-{variant}"
+        document["study"] = f"{self.base.study}-{variant}"
         document["sample"] |= {
             "runs": ["main", "val"] if choice else ["val"],
             "points": [point.model_dump(mode="json") for point in points],
@@ -108,12 +108,12 @@ class Sweep:
 
     def _left_by_stages(self, variant: Params, origin: str) -> int:
         """The `train.steps` that a variant's stages leave of the study's budget."""
-        train, (_, samples) = variant.train, budget(self.study)
+        train, (_, samples) = variant.train, budget(self.base)
         taken = train.batch * sum(stage.steps for stage in train.stages)
         left, rest = divmod(samples - taken, train.batch)
         if left < 1 or rest:
             raise UserError(
-                f"{origin}: its stages take {taken} of the {samples} samples that study {self.study.study} trains on, "
+                f"{origin}: its stages take {taken} of the {samples} samples that study {self.base.study} trains on, "
                 f"which leaves no whole number of steps of {train.batch}; give train.steps and fewer steps in train.stages"
             )
         return left
@@ -142,10 +142,10 @@ class Sweep:
     @property
     def folder(self) -> Path:
         """Where the comparison goes."""
-        return self.study.results_dir / "sweeps" / self.name
+        return self.base.results_dir / "sweeps" / self.name
 
 
-def load_sweep(path: str | Path, study: Params) -> Sweep:
+def load_sweep(path: str | Path, params: Params) -> Sweep:
     """Read and validate a sweep document with all its variants.
 
     Raises:
@@ -153,7 +153,7 @@ def load_sweep(path: str | Path, study: Params) -> Sweep:
             trains on another number of samples than the study.
     """
     document = validate(SweepDocument, read_document(path, "sweep"), str(path))
-    return Sweep(Path(path).stem, study, document, str(path))
+    return Sweep(Path(path).stem, params, document, str(path))
 
 
 def budget(params: Params) -> tuple[int, int]:

@@ -41,7 +41,7 @@ SHARED = ("size", "precision", "batch", "prompt", "visible", "val_images", "thre
 BACKGROUND = "background"
 
 
-def make_baselines(study: Params, names: Sequence[str] = ()) -> None:
+def make_baselines(params: Params, names: Sequence[str] = ()) -> None:
     """Write `results/<study>/baselines/<name>.parquet` for the phrases of test and `<name>_class_phrases.parquet` for its
     class phrases, for every baseline or the named ones that are not there yet; without names also, last, the manifest.
 
@@ -50,50 +50,50 @@ def make_baselines(study: Params, names: Sequence[str] = ()) -> None:
             import for other phrases.
     """
     started = time.time()
-    every = [*own_baselines(study), *imports(study)]
-    wanted = [find_baseline(study, name, every) for name in names] or [b for b in every if b.family != "run"]
+    every = [*own_baselines(params), *imports(params)]
+    wanted = [find_baseline(params, name, every) for name in names] or [b for b in every if b.family != "run"]
     for baseline in wanted:
         if baseline.family == "run":
             raise UserError(f"{baseline.name}: its predictions are made by the phase sample: run `genseg sample`")
-    keys = {baseline.name: baseline_key(study, baseline) for baseline in wanted}
-    missing = [baseline for baseline in wanted if not is_made(study, baseline, keys[baseline.name])]
+    keys = {baseline.name: baseline_key(params, baseline) for baseline in wanted}
+    missing = [baseline for baseline in wanted if not is_made(params, baseline, keys[baseline.name])]
     print(f"baseline: {len(missing)} of {len(wanted)} to make", flush=True)
-    phrases = read_phrases(study.data_dir / "phrases.parquet")
-    classes = read_phrases(study.data_dir / "class_phrases.parquet")
+    phrases = read_phrases(params.data_dir / "phrases.parquet")
+    classes = read_phrases(params.data_dir / "class_phrases.parquet")
     test, classes = phrases[phrases["split"] == "test"], classes[classes["split"] == "test"]
     classes = classes[[tags is None or BACKGROUND not in tags for tags in classes["tags"]]]
     for baseline in missing:
         if baseline.family == "inexact":
-            _make_inexact(study, baseline, keys[baseline.name], test, classes)
+            _make_inexact(params, baseline, keys[baseline.name], test, classes)
         if baseline.family == "imported":
-            _take_imported(study, baseline, keys[baseline.name], test, classes)
+            _take_imported(params, baseline, keys[baseline.name], test, classes)
     attention = [baseline for baseline in missing if baseline.family == "attention"]
-    device = choose_device(study.device, study.resources["baselines"].threads)
+    device = choose_device(params.device, params.resources["baselines"].threads)
     if attention:
         print(f"baseline: device {describe(device)}", flush=True)
-        _make_attention(study, attention, keys, phrases[phrases["split"] == "val"], test, classes, device)
+        _make_attention(params, attention, keys, phrases[phrases["split"] == "val"], test, classes, device)
     if not names:
-        _write_manifest(study, every, started, device)
+        _write_manifest(params, every, started, device)
 
 
-def baseline_key(study: Params, baseline: Baseline) -> str:
+def baseline_key(params: Params, baseline: Baseline) -> str:
     """Hash of everything a baseline's bytes depend on: predictions that carry it need not be made again."""
-    params = study.baselines
-    data = [file_sha256(study.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
-    facts = [baseline.name, study.seed, *data, code_hash(*CODE)]
+    settings = params.baselines
+    data = [file_sha256(params.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
+    facts = [baseline.name, params.seed, *data, code_hash(*CODE)]
     if baseline.family == "imported":
-        files = [path for path in import_paths(study, baseline.name) if path.exists()]
+        files = [path for path in import_paths(params, baseline.name) if path.exists()]
         return digest([*facts, [[path.name, file_sha256(path)] for path in files]])
     if baseline.family == "inexact":
-        return digest([*facts, params.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
-    values = params.model_dump(mode="json", include={*SHARED, *KEYS[baseline.name]})
-    return digest([*facts, values, chosen_backbone(study, study.baselines)[2]])
+        return digest([*facts, settings.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
+    values = settings.model_dump(mode="json", include={*SHARED, *KEYS[baseline.name]})
+    return digest([*facts, values, chosen_backbone(params, params.baselines)[2]])
 
 
-def is_made(study: Params, baseline: Baseline, key: str) -> bool:
-    paths = [baseline.predictions(study), baseline.class_predictions(study)]
+def is_made(params: Params, baseline: Baseline, key: str) -> bool:
+    paths = [baseline.predictions(params), baseline.class_predictions(params)]
     if baseline.family == "imported":
-        there = [path.exists() for path in import_paths(study, baseline.name)]
+        there = [path.exists() for path in import_paths(params, baseline.name)]
         return there == [path.exists() for path in paths] and all(
             read_metadata(path).get("key") == key for path in paths if path.exists()
         )
@@ -102,10 +102,10 @@ def is_made(study: Params, baseline: Baseline, key: str) -> bool:
     return all(read_metadata(path).get("key") == key for path in paths)
 
 
-def _write_manifest(study: Params, every: list[Baseline], started: float, device: torch.device) -> None:
-    folder = baselines_dir(study)
+def _write_manifest(params: Params, every: list[Baseline], started: float, device: torch.device) -> None:
+    folder = baselines_dir(params)
     made = [baseline for baseline in every if baseline.family != "run"]
-    outputs = [path for b in made for path in (b.predictions(study), b.class_predictions(study))]
+    outputs = [path for b in made for path in (b.predictions(params), b.class_predictions(params))]
     outputs = [path for path in outputs if path.exists()]
     outputs += [maps_path(path) for path in outputs if maps_path(path).exists()]
     for stale in sorted({*folder.glob("*.parquet"), *folder.glob("*.safetensors")} - set(outputs)):
@@ -116,41 +116,41 @@ def _write_manifest(study: Params, every: list[Baseline], started: float, device
         entry: dict[str, Any] = {"name": baseline.name, "label": baseline.label, "real": baseline.real}
         entry["imported"] = baseline.family == "imported"
         for which, path in (
-            ("predictions", baseline.predictions(study)),
-            ("class_predictions", baseline.class_predictions(study)),
+            ("predictions", baseline.predictions(params)),
+            ("class_predictions", baseline.class_predictions(params)),
         ):
             entry[which] = None if entry["imported"] and not path.exists() else str(path)
-        metadata = read_metadata(baseline.predictions(study)) if baseline in made else {}
+        metadata = read_metadata(baseline.predictions(params)) if baseline in made else {}
         entries.append(entry | {name: float(metadata[name]) for name in ("threshold", "amount", "iou") if name in metadata})
     write_manifest(
         folder / "manifest.json",
         "baselines",
-        study.subtree("seed", "baselines"),
-        [study.data_dir / "phrases.parquet", study.data_dir / "class_phrases.parquet"],
+        params.subtree("seed", "baselines"),
+        [params.data_dir / "phrases.parquet", params.data_dir / "class_phrases.parquet"],
         outputs,
         started,
         describe(device),
         code=code_hash(*CODE),
-        weights=chosen_backbone(study, study.baselines)[2],
+        weights=chosen_backbone(params, params.baselines)[2],
         baselines=entries,
     )
 
 
 # ----------------------------------------------------------------------------------------------- from ground truth
-def _make_inexact(study: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
+def _make_inexact(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
     kind: Any = baseline.name.removeprefix(INEXACT)
-    amount, reached = find_amount(test, kind, study.baselines.inexact[kind], study.seed)
+    amount, reached = find_amount(test, kind, params.baselines.inexact[kind], params.seed)
     facts = {"key": key, "amount": str(amount), "iou": str(reached)}
-    for rows, path in ((classes, baseline.class_predictions(study)), (test, baseline.predictions(study))):
-        write_predictions(inexact_masks(rows, kind, amount, study.seed), path, **facts)
+    for rows, path in ((classes, baseline.class_predictions(params)), (test, baseline.predictions(params))):
+        write_predictions(inexact_masks(rows, kind, amount, params.seed), path, **facts)
     print(f"baseline: {baseline.name}: amount {amount:.3f}, mean IoU {reached:.3f}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- imported
-def _take_imported(study: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
+def _take_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
     """Copy what `genseg import` read, if it is for the phrases that the study has now; of two files one may be missing."""
-    out = baseline.predictions(study), baseline.class_predictions(study)
-    for source, rows, path in zip(import_paths(study, baseline.name), (test, classes), out, strict=True):
+    out = baseline.predictions(params), baseline.class_predictions(params)
+    for source, rows, path in zip(import_paths(params, baseline.name), (test, classes), out, strict=True):
         if not source.exists():
             path.unlink(missing_ok=True)
             continue
@@ -168,7 +168,7 @@ def _take_imported(study: Params, baseline: Baseline, key: str, test: pd.DataFra
 
 # --------------------------------------------------------------------------------------------------- by attention
 def _make_attention(
-    study: Params,
+    params: Params,
     baselines: list[Baseline],
     keys: dict[str, str],
     val: pd.DataFrame,
@@ -176,13 +176,13 @@ def _make_attention(
     classes: pd.DataFrame,
     device: torch.device,
 ) -> None:
-    source, revision, _ = chosen_backbone(study, study.baselines)
-    model = TextToImage(source, revision, device, DTYPES[study.baselines.precision], study.baselines.visible)
-    thresholds = choose_thresholds(study, model, [b.name for b in baselines], val)
+    source, revision, _ = chosen_backbone(params, params.baselines)
+    model = TextToImage(source, revision, device, DTYPES[params.baselines.precision], params.baselines.visible)
+    thresholds = choose_thresholds(params, model, [b.name for b in baselines], val)
     both = pd.concat([test.assign(exclusive=False), classes.assign(exclusive=True)], ignore_index=True)
     found: dict[tuple[str, bool], list[tuple[pd.DataFrame, list[float], list[bytes], Maps]]] = {}
     last, count = time.monotonic(), both["image_id"].nunique()
-    for done, (image, rows) in enumerate(attended_images(study, model, both), start=1):
+    for done, (image, rows) in enumerate(attended_images(params, model, both), start=1):
         for baseline in baselines:
             name = baseline.name
             for exclusive, part in rows.groupby("exclusive"):
@@ -194,7 +194,7 @@ def _make_attention(
             last = time.monotonic()
             print(f"baseline: image {done} of {count}", flush=True)
     for baseline in baselines:
-        for exclusive, path in ((True, baseline.class_predictions(study)), (False, baseline.predictions(study))):
+        for exclusive, path in ((True, baseline.class_predictions(params)), (False, baseline.predictions(params))):
             parts = found[baseline.name, exclusive]
             frame = pd.concat([keys_ for keys_, *_ in parts], ignore_index=True)
             frame["score"] = [score for _, scores, *_ in parts for score in scores]
@@ -206,15 +206,15 @@ def _make_attention(
         print(f"baseline: {baseline.name}: {len(frame)} masks, threshold {thresholds[baseline.name]:g}", flush=True)
 
 
-def attended_images(study: Params, model: TextToImage, rows: pd.DataFrame) -> Iterator[tuple[Attended, pd.DataFrame]]:
+def attended_images(params: Params, model: TextToImage, rows: pd.DataFrame) -> Iterator[tuple[Attended, pd.DataFrame]]:
     """Each image of `rows`, encoded once, with its rows in key order."""
-    params = study.baselines
+    settings = params.baselines
     for image_id, group in rows.sort_values(KEY, kind="stable").groupby("image_id", sort=True):
         first = group.iloc[0]
-        latent = model.encode(image_tensor(load_image(first["file_name"]), params.size)[None]).float()
+        latent = model.encode(image_tensor(load_image(first["file_name"]), settings.size)[None]).float()
         texts = sorted(set(group["phrase"]))
         native = int(first["height"]), int(first["width"])
-        yield Attended(model, params, latent, native, texts, (study.seed, image_id)), group
+        yield Attended(model, settings, latent, native, texts, (params.seed, image_id)), group
 
 
 def narrative_maps(image: Attended, name: str, rows: pd.DataFrame, exclusive: bool) -> tuple[pd.DataFrame, Maps]:
@@ -235,13 +235,13 @@ def _read(soft: Maps, height: int, width: int, threshold: float) -> tuple[bytes,
     return masks.encode(mask), float(large[mask].mean()) if mask.any() else 0.0
 
 
-def choose_thresholds(study: Params, model: TextToImage, names: Sequence[str], val: pd.DataFrame) -> dict[str, float]:
+def choose_thresholds(params: Params, model: TextToImage, names: Sequence[str], val: pd.DataFrame) -> dict[str, float]:
     """For each method the threshold with the highest mean IoU on some images of val; the first of equals."""
     chosen = [name for name in names if METHODS[name].chosen]
     thresholds = dict.fromkeys(names, SOME)
-    candidates = np.sort(np.array(study.baselines.thresholds, np.float32))
+    candidates = np.sort(np.array(params.baselines.thresholds, np.float32))
     totals = {name: np.zeros(len(candidates)) for name in chosen}
-    for image, rows in attended_images(study, model, threshold_rows(study, val)) if chosen else ():
+    for image, rows in attended_images(params, model, threshold_rows(params, val)) if chosen else ():
         for name in chosen:
             ordered, maps = narrative_maps(image, name, rows, False)
             for (_, row), soft in zip(ordered.iterrows(), maps, strict=True):
@@ -249,10 +249,10 @@ def choose_thresholds(study: Params, model: TextToImage, names: Sequence[str], v
     return thresholds | {name: float(f"{candidates[int(total.argmax())]:.6g}") for name, total in totals.items()}
 
 
-def threshold_rows(study: Params, val: pd.DataFrame) -> pd.DataFrame:
+def threshold_rows(params: Params, val: pd.DataFrame) -> pd.DataFrame:
     """The phrases of val that thresholds are chosen on: all of some images, chosen by hash."""
-    ids = sorted(val["image_id"].unique(), key=lambda image_id: hash_unit(study.seed, "baseline val", image_id))
-    return val[val["image_id"].isin(ids[: study.baselines.val_images])]
+    ids = sorted(val["image_id"].unique(), key=lambda image_id: hash_unit(params.seed, "baseline val", image_id))
+    return val[val["image_id"].isin(ids[: params.baselines.val_images])]
 
 
 def threshold_ious(soft: NDArray[np.float32], truth: NDArray[np.bool_], thresholds: NDArray[np.float32]) -> NDArray[np.float64]:

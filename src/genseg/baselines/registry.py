@@ -35,22 +35,22 @@ class Baseline:
     def real(self) -> bool:
         return self.family != "inexact"
 
-    def predictions(self, study: Params) -> Path:
+    def predictions(self, params: Params) -> Path:
         """Predictions for the test phrases."""
-        return self._path(study, self.run, self.name)
+        return self._path(params, self.run, self.name)
 
-    def class_predictions(self, study: Params) -> Path:
+    def class_predictions(self, params: Params) -> Path:
         """Predictions for the class phrases of test, with soft maps beside them where the method has some."""
-        return self._path(study, self.class_run, f"{self.name}{CLASSES}")
+        return self._path(params, self.class_run, f"{self.name}{CLASSES}")
 
-    def _path(self, study: Params, run: str | None, name: str) -> Path:
+    def _path(self, params: Params, run: str | None, name: str) -> Path:
         if run is not None:
-            return study.results_dir / "predictions" / run / "predictions.parquet"
-        return baselines_dir(study) / f"{name}.parquet"
+            return params.results_dir / "predictions" / run / "predictions.parquet"
+        return baselines_dir(params) / f"{name}.parquet"
 
 
-def baselines_dir(study: Params) -> Path:
-    return study.results_dir / "baselines"
+def baselines_dir(params: Params) -> Path:
+    return params.results_dir / "baselines"
 
 
 ATTENTION = (
@@ -72,28 +72,28 @@ INEXACT_LABELS = {
 }
 
 
-def study_baselines(study: Params) -> list[Baseline]:
+def study_baselines(params: Params) -> list[Baseline]:
     """All baselines of a study, in the order of tables; imported ones as the phase baselines took them over."""
-    paths = sorted(path for path in baselines_dir(study).glob("*.parquet") if "imported" in read_metadata(path))
-    return [*own_baselines(study), *_imported(paths)]
+    paths = sorted(path for path in baselines_dir(params).glob("*.parquet") if "imported" in read_metadata(path))
+    return [*own_baselines(params), *_imported(paths)]
 
 
-def own_baselines(study: Params) -> list[Baseline]:
+def own_baselines(params: Params) -> list[Baseline]:
     """Those that this program makes; inexact ones as far as `baselines.inexact` gives them a target."""
-    inexact = [Baseline(INEXACT + kind, "inexact", INEXACT_LABELS[kind]) for kind in study.baselines.inexact]
+    inexact = [Baseline(INEXACT + kind, "inexact", INEXACT_LABELS[kind]) for kind in params.baselines.inexact]
     return [*ATTENTION, *RUNS, *inexact]
 
 
-def imports(study: Params) -> list[Baseline]:
+def imports(params: Params) -> list[Baseline]:
     """Those that `genseg import` has put into `data/imported/<study>`, by name."""
-    return _imported(sorted(study.imported_dir.glob("*.parquet")))
+    return _imported(sorted(params.imported_dir.glob("*.parquet")))
 
 
 def _imported(paths: Sequence[Path]) -> list[Baseline]:
     return [Baseline(name, "imported", name) for name in sorted({path.stem.removesuffix(CLASSES) for path in paths})]
 
 
-def import_paths(study: Params, name: str) -> tuple[Path, Path]:
+def import_paths(params: Params, name: str) -> tuple[Path, Path]:
     """Where imported predictions go, those of the phrases and those of the class phrases.
 
     Raises:
@@ -101,17 +101,17 @@ def import_paths(study: Params, name: str) -> tuple[Path, Path]:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name.endswith(CLASSES):
         raise UserError(f"{name}: give a name of letters, digits and . _ + -, which starts with a letter or digit")
-    taken = {known.lower() for own in own_baselines(study) for known in (own.name, own.label)} | {
+    taken = {known.lower() for own in own_baselines(params) for known in (own.name, own.label)} | {
         INEXACT + k for k in INEXACT_LABELS
     }
     if name.lower() in taken:
         raise UserError(f"{name}: a baseline of the study itself is called so; choose another name")
-    return study.imported_dir / f"{name}.parquet", study.imported_dir / f"{name}{CLASSES}.parquet"
+    return params.imported_dir / f"{name}.parquet", params.imported_dir / f"{name}{CLASSES}.parquet"
 
 
-def find_baseline(study: Params, name: str, baselines: Sequence[Baseline]) -> Baseline:
+def find_baseline(params: Params, name: str, baselines: Sequence[Baseline]) -> Baseline:
     """The baseline of this name. Raises UserError where there is none."""
     known = {baseline.name: baseline for baseline in baselines}
     if name not in known:
-        raise UserError(f"{name}: no baseline of study {study.study}; there are {', '.join(known)}")
+        raise UserError(f"{name}: no baseline of study {params.study}; there are {', '.join(known)}")
     return known[name]

@@ -13,9 +13,9 @@ def run(args: argparse.Namespace) -> None:
     from genseg.data.assemble import assemble
     from genseg.params import load_params
 
-    study = load_params(args.params)
-    found = assemble(study)
+    params = load_params(args.params)
+    found = assemble(params)
     print(
-        f"{study.data_dir}: {found['images']:,} images, {found['narratives_train'] + found['narratives_test']:,} narratives, "
-        f"{found['grounded_phrases']:,} grounded phrases; report: {study.data_dir}/report.md"
+        f"{params.data_dir}: {found['images']:,} images, {found['narratives_train'] + found['narratives_test']:,} narratives, "
+        f"{found['grounded_phrases']:,} grounded phrases; report: {params.data_dir}/report.md"
     )

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.threshold is not None and not 0 < args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: must lie above 0 and up to 1")
-    study = load_params(args.params)
-    tables = [study.data_dir / f"{name}.parquet" for name in ("phrases", "class_phrases")]
+    params = load_params(args.params)
+    tables = [params.data_dir / f"{name}.parquet" for name in ("phrases", "class_phrases")]
     for table in tables:
         if not table.exists():
             raise UserError(f"{table}: no such file; run `genseg data` with this study's params first")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         threshold=args.threshold,
         allow_missing=args.allow_missing,
     )
-    targets = [Target(table, out) for table, out in zip(tables, import_paths(study, args.name), strict=True)]
+    targets = [Target(table, out) for table, out in zip(tables, import_paths(params, args.name), strict=True)]
     for out, counts in import_predictions(recipe, Path(args.source), *targets).items():
         print(
             f"{out}: {counts['predictions']} predictions for {counts['images']} images; "

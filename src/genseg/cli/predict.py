@@ -43,14 +43,14 @@ def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if file := next((place for place in (out, *out.parents) if place.exists() and not place.is_dir()), None):
         raise UserError(f"--out {out}: {file} is a file; give a folder")
-    study = load_params(arguments.params) if arguments.params else None
-    model = arguments.model or (study.results_dir / "model" if study else None)
+    params = load_params(arguments.params) if arguments.params else None
+    model = arguments.model or (params.results_dir / "model" if params else None)
     if model is None:
         raise UserError("--model DIR: name a trained model, or with --params FILE a study that has one")
     image = load_image(arguments.image)
     device = choose_device(arguments.device)
 
-    sample = study.sample if study else None
+    sample = params.sample if params else None
     precision = arguments.precision or (sample.precision if sample else "fp32")
     pipeline = load_pipeline(model, DTYPES[precision]).to(device)
     options: dict[str, Any] = {"threshold": 0.5}

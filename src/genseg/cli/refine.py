@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from genseg.errors import UserError
     from genseg.params import load_params
 
-    study = load_params(arguments.params)
+    params = load_params(arguments.params)
     one = {f"--{name}": getattr(arguments, name) for name in ("phrases", "predictions", "out")}
     if arguments.tune_crf:
         parts = {"--train": arguments.train, "--shard": arguments.shard is not None, "--gather": arguments.gather}
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         from genseg.refine.crf_search import tune_crf
 
-        best, tried = tune_crf(study)
+        best, tried = tune_crf(params)
         print(tried, "", yaml.safe_dump({"refine": {"crf": best.model_dump()}}, sort_keys=False).rstrip(), sep="\n")
         return
     if any(one.values()):
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         from genseg.refine.files import refine_file
 
         refine_file(
-            study,
+            params,
             arguments.phrases,
             arguments.predictions,
             arguments.out,
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     everything = not (arguments.train or arguments.gather or arguments.shard is not None)
     if arguments.train or everything:
-        train_network(study)
+        train_network(params)
     if arguments.shard is not None or everything:
-        refine_shard(study, arguments.shard or 0, arguments.shards)
+        refine_shard(params, arguments.shard or 0, arguments.shards)
     if arguments.gather or everything:
-        gather_refined(study)
+        gather_refined(params)

@@ -19,20 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from genseg.params import load_params
 
-    study = load_params(arguments.params)
+    params = load_params(arguments.params)
     if arguments.gather:
         from genseg.sampling.gather import gather
 
-        gather(study)
+        gather(params)
         return
     from genseg.sampling.shard import sample_shard
 
     if arguments.size is not None:
-        sample_shard(study, arguments.size, arguments.shard, arguments.shards)
+        sample_shard(params, arguments.size, arguments.shard, arguments.shards)
         return
     from genseg.sampling.gather import gather
 
-    for size in study.sample.run_sizes():
-        for shard in range(study.sample.shards):
-            sample_shard(study, size, shard, study.sample.shards)
-    gather(study)
+    for size in params.sample.run_sizes():
+        for shard in range(params.sample.shards):
+            sample_shard(params, size, shard, params.sample.shards)
+    gather(params)

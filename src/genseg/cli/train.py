@@ -20,12 +20,12 @@ def run(arguments: argparse.Namespace) -> None:
     from genseg.params import load_params
     from genseg.training.gs import train_model
 
-    study = load_params(arguments.params)
+    params = load_params(arguments.params)
     if "WORLD_SIZE" in os.environ:
         with one_of_several():
-            train_model(study, arguments.model)
-    elif (count := processes(study)) > 1:
+            train_model(params, arguments.model)
+    elif (count := processes(params)) > 1:
         command = ["train", "--params", arguments.params, "--model", arguments.model]
-        launch(command, count, study.resources["train"].threads)
+        launch(command, count, params.resources["train"].threads)
     else:
-        train_model(study, arguments.model)
+        train_model(params, arguments.model)

@@ -16,12 +16,12 @@ _MARK = "GENSEG_LAUNCHED"
 """Environment variable of processes that `launch` has started."""
 
 
-def processes(study: Params) -> int:
+def processes(params: Params) -> int:
     """How many processes train: one per GPU of `resources.train.gpu`, of those that are visible here (a scheduler or
     `genseg lease` may have given fewer)."""
     import torch
 
-    return 1 if study.device == "cpu" else max(1, min(study.resources["train"].gpu, torch.cuda.device_count()))
+    return 1 if params.device == "cpu" else max(1, min(params.resources["train"].gpu, torch.cuda.device_count()))
 
 
 def launch(command: list[str], count: int, threads: int) -> None:

@@ -38,7 +38,7 @@ def run_sweep(sweep: Sweep, only: Iterable[str], cores: str) -> None:
         UserError: no such variant, or a Snakemake failed.
     """
     chosen = selected(sweep, only)
-    _make(sweep.study, cores)
+    _make(sweep.base, cores)
     for variant in chosen:
         share(sweep, variant)
         _make(sweep.params(variant, _kept(sweep, variant)), cores)
@@ -86,15 +86,15 @@ def _kept(sweep: Sweep, variant: str) -> Choice | None:
     return Choice(Cell.model_validate(found["cell"]), found["threshold"])
 
 
-def _make(study: Params, cores: str) -> None:
+def _make(params: Params, cores: str) -> None:
     """Run Snakemake up to the scores of a study; it and its jobs end when this process does.
 
     Two processes never make the same study: the lock of this file holds as long as Snakemake lives, and unlike Snakemake's own
     it is gone after a kill.
     """
-    file = study.work_dir / "sweep.json"
+    file = params.work_dir / "sweep.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    print(f"sweep: study {study.study}, {', '.join(study.sample.runs)}", flush=True)
+    print(f"sweep: study {params.study}, {', '.join(params.sample.runs)}", flush=True)
     command = [sys.executable, "-m", "snakemake", "--cores", cores, "--nolock", "--rerun-incomplete"]
     command += ["--quiet", "rules", "host", "reason", "--configfile", str(file)]
     if available := devices():
@@ -105,17 +105,17 @@ def _make(study: Params, cores: str) -> None:
         if sys.platform == "linux":  # at once: told to end, Snakemake would wait for the training that runs
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
-    with open(study.work_dir / "sweep.lock", "w") as lock:
+    with open(params.work_dir / "sweep.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"sweep: study {study.study} is being made by another sweep; waiting", flush=True)
+            print(f"sweep: study {params.study} is being made by another sweep; waiting", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        write_json(file, study.model_dump(mode="json"))
+        write_json(file, params.model_dump(mode="json"))
         done = subprocess.run([*command, "--", "score"], check=False, preexec_fn=die, pass_fds=[lock.fileno()])
     if done.returncode:
-        logs = study.work_dir / "logs"
-        raise UserError(f"study {study.study} failed; see {logs}, then run again: what is done is kept")
+        logs = params.work_dir / "logs"
+        raise UserError(f"study {params.study} failed; see {logs}, then run again: what is done is kept")
 
 
 # ------------------------------------------------------------------------------------------------------------ sharing
@@ -160,7 +160,7 @@ def _study_name(sweep: Sweep, donor: str) -> str:
 def _donors(sweep: Sweep, variant: str) -> dict[str, str]:
     """Phase -> the study, or else the first variant before this one, whose params agree in that phase and those before."""
     earlier = list(sweep.variants)[: list(sweep.variants).index(variant)]
-    params = {sweep.study.study: sweep.study} | {name: sweep.variants[name] for name in earlier}
+    params = {sweep.base.study: sweep.base} | {name: sweep.variants[name] for name in earlier}
     found: dict[str, str] = {}
     keys: list[str] = []
     for phase in _SHARED:

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from genseg import params
 from genseg.artifacts import masks
 from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import code_hash, write_manifest
@@ -22,6 +21,7 @@ from genseg.artifacts.phrases import SCHEMA, write_phrases
 from genseg.data import ImageRows, SemanticClass, Source, coco_object, coco_panoptic, download, index_masks
 from genseg.data.report import Skipped, line, write_report
 from genseg.errors import UserError
+from genseg.params import Data, Params, Png
 
 CODE = ("artifacts", "cli/data.py", "data")
 """What the manifest's code hash covers."""
@@ -30,8 +30,8 @@ _PARALLEL_FROM = 5000
 _REPORT_SECONDS = 10.0
 
 
-def assemble(study: params.Params) -> dict[str, Any]:
-    """Write everything below `study.data_dir`, the manifest last; returns the statistics of the report.
+def assemble(params: Params) -> dict[str, Any]:
+    """Write everything below `params.data_dir`, the manifest last; returns the statistics of the report.
 
     Files: `phrases.parquet`, `class_phrases.parquet`, `classes.json`, `report.json`, `report.md`, `manifest.json`, and
     `scenes/` for the embedded data set. The bytes depend on the params' subtree `data` and on the files alone, not on the
@@ -41,21 +41,21 @@ def assemble(study: params.Params) -> dict[str, Any]:
         UserError: a top-level file is missing or broken, or a split is left without a phrase.
     """
     started = time.time()
-    directory = study.data_dir
-    _refuse_inputs_inside(study.data, directory)
+    directory = params.data_dir
+    _refuse_inputs_inside(params.data, directory)
     (directory / "manifest.json").unlink(missing_ok=True)
     try:
-        source = open_source(study.data, directory, study.resources["data"].threads)
+        source = open_source(params.data, directory, params.resources["data"].threads)
     except PermissionError as error:
         raise UserError(f"{error.filename}: cannot read ({error.strerror}); check the permissions") from None
-    class_texts = [study.data.class_template.replace("{name}", item.name) for item in source.classes]
+    class_texts = [params.data.class_template.replace("{name}", item.name) for item in source.classes]
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     class_columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     skipped: dict[tuple[str, str], Skipped] = defaultdict(Skipped)
     for skip in source.skips:
         skipped[skip.unit, skip.reason].add(skip)
-    for rows in _progress(_read(source, study.resources["data"].threads), len(source.jobs), "images read"):
+    for rows in _progress(_read(source, params.resources["data"].threads), len(source.jobs), "images read"):
         counts[rows.split].update(rows.counts)
         for skip in rows.skips:
             skipped[skip.unit, skip.reason].add(skip)
@@ -70,7 +70,7 @@ def assemble(study: params.Params) -> dict[str, Any]:
     notes = sum(counts.values(), Counter(source.counts))
     for known in ("images", "narratives", "ungrounded", "segments"):
         del notes[known]
-    found = write_report(directory, study.data.source, phrases, counts, skipped, notes)
+    found = write_report(directory, params.data.source, phrases, counts, skipped, notes)
     for split in ("train", "val", "test"):
         if not (phrases["split"] == split).any():
             hint = "; raise data.val_fraction" if split == "val" else ""
@@ -86,9 +86,9 @@ def assemble(study: params.Params) -> dict[str, Any]:
     write_manifest(
         directory / "manifest.json",
         "data",
-        study.subtree("data"),
-        source.inputs if study.data.source != "scenes" else [],
-        outputs + ([directory / "scenes"] if study.data.source == "scenes" else []),
+        params.subtree("data"),
+        source.inputs if params.data.source != "scenes" else [],
+        outputs + ([directory / "scenes"] if params.data.source == "scenes" else []),
         started,
         code=code_hash(*CODE),
         statistics=found,
@@ -96,7 +96,7 @@ def assemble(study: params.Params) -> dict[str, Any]:
     return found
 
 
-def open_source(data: params.Data, directory: Path, workers: int = 1) -> Source:
+def open_source(data: Data, directory: Path, workers: int = 1) -> Source:
     """Look at the source that the params name; the embedded scenes are generated first, into `directory`/scenes."""
     if data.index_masks is not None and data.source == "index_masks":
         return index_masks.open_source(data.index_masks, data.val_fraction, data.phrase_templates)
@@ -108,7 +108,7 @@ def open_source(data: params.Data, directory: Path, workers: int = 1) -> Source:
         root = directory / "scenes"
         write_scenes(data.scenes, root, workers)
         annotations = str(root / "annotations")
-        png = params.Png(images=str(root), annotations=annotations, narratives=annotations, download=False)
+        png = Png(images=str(root), annotations=annotations, narratives=annotations, download=False)
     else:
         assert data.png is not None
         png = data.png
@@ -117,7 +117,7 @@ def open_source(data: params.Data, directory: Path, workers: int = 1) -> Source:
     return coco_panoptic.open_source(png, data.val_fraction)
 
 
-def _refuse_inputs_inside(data: params.Data, directory: Path) -> None:
+def _refuse_inputs_inside(data: Data, directory: Path) -> None:
     """Inputs below the study's own folder would be deleted with it, by Snakemake and by DVC, before a re-run."""
     chosen = getattr(data, data.source).model_dump(mode="json") if data.source != "scenes" else {}
     values = [item for value in chosen.values() for item in (value.values() if isinstance(value, dict) else [value])]

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from genseg import params
 from genseg.artifacts import masks
 from genseg.artifacts.phrases import choose_images
 from genseg.data import ImageRows, SemanticClass, Skip, Source, class_rows, masks_by_class
 from genseg.data.coco_panoptic import SPLITS, read_document
 from genseg.data.images import BadImage, check_image
 from genseg.errors import UserError
+from genseg.params import CocoObject
 
 BACKGROUND = SemanticClass(0, "background", False, True)
 
@@ -35,7 +35,7 @@ class Job:
     annotation_file: str
 
 
-def open_source(coco: params.CocoObject, val_fraction: float, templates: list[str]) -> Source:
+def open_source(coco: CocoObject, val_fraction: float, templates: list[str]) -> Source:
     """Read the two annotation files; no mask is decoded yet.
 
     Raises:

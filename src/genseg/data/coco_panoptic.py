@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genseg import params
 from genseg.artifacts import masks
 from genseg.artifacts.files import read_json
 from genseg.artifacts.phrases import choose_images
 from genseg.data import ImageRows, SemanticClass, Skip, Source
 from genseg.data.images import BadImage, check_image, open_picture
 from genseg.errors import UserError
+from genseg.params import Png
 
 SPLITS = {"train": "train2017", "test": "val2017"}
 LONG_PHRASE = 70
@@ -53,7 +53,7 @@ class Job:
     annotation_file: str
 
 
-def open_source(png: params.Png, val_fraction: float) -> Source:
+def open_source(png: Png, val_fraction: float) -> Source:
     """Read the four JSON files and pair narratives with annotations; no PNG is decoded yet.
 
     Raises:

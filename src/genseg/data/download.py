@@ -19,9 +19,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from genseg import params
 from genseg.artifacts.files import atomic_directory, file_sha256, write_text
 from genseg.errors import UserError
+from genseg.params import Png
 
 SOURCES = Path("data/sources.csv")
 DOWNLOADS = Path("work/downloads")
@@ -44,7 +44,7 @@ class Remote:
     entries: list[int | None]
 
 
-def fetch_png(png: params.Png, sources: Path = SOURCES, downloads: Path = DOWNLOADS) -> None:
+def fetch_png(png: Png, sources: Path = SOURCES, downloads: Path = DOWNLOADS) -> None:
     """Fetch and unpack what `sources` names and is not yet at its place.
 
     Raises:

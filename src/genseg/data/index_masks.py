@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genseg import params
 from genseg.artifacts.phrases import choose_images
 from genseg.artifacts.seeds import derive_seed
 from genseg.data import ImageRows, SemanticClass, Skip, Source, class_rows, masks_by_class
 from genseg.data.images import BadImage, check_image, open_picture
 from genseg.errors import UserError
+from genseg.params import IndexMasks
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -35,7 +35,7 @@ class Job:
     mask: str
 
 
-def open_source(index_masks: params.IndexMasks, val_fraction: float, templates: list[str]) -> Source:
+def open_source(index_masks: IndexMasks, val_fraction: float, templates: list[str]) -> Source:
     """Pair images with masks; nothing is decoded yet.
 
     Raises:
@@ -114,7 +114,7 @@ def image_ids(keys: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
     return {key: image_id for image_id, key in hashed.items()}
 
 
-def _pair(index_masks: params.IndexMasks, split: str, source: Source) -> list[tuple[str, str, str]]:
+def _pair(index_masks: IndexMasks, split: str, source: Source) -> list[tuple[str, str, str]]:
     """(stem, image, mask) of one split, by stem; what has no partner is skipped and reported."""
     images_folder, masks_folder = _folder(index_masks, "images", split), _folder(index_masks, "masks", split)
     suffix = index_masks.mask_suffix
@@ -146,7 +146,7 @@ def _pair(index_masks: params.IndexMasks, split: str, source: Source) -> list[tu
     return pairs
 
 
-def _folder(index_masks: params.IndexMasks, key: str, split: str) -> str:
+def _folder(index_masks: IndexMasks, key: str, split: str) -> str:
     folders = getattr(index_masks, key)
     if split not in folders:
         raise UserError(f"params: data.index_masks.{key} has no {split}; give the folder of both train and test")

@@ -41,7 +41,7 @@ from genseg.training.objective import Kind, training_parts
 _TYPES = {4: "F32", 2: "BF16", 1: "U8", 8: "I64"}
 
 
-def make_plan(study: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]:
+def make_plan(params: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]:
     """The plan as JSON values: `counts`, `parameters`, `memory`, `artifacts`, `phases` and what they assume.
 
     Nothing is loaded but configs; of a finished study what was measured stands beside what is planned.
@@ -52,32 +52,32 @@ def make_plan(study: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]:
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: known are {', '.join(GPUS)}")
-    configs, origin = backbone_configs(study)
+    configs, origin = backbone_configs(params)
     local = Path(origin) if (Path(origin) / "tokenizer").is_dir() else None
-    counts = count_data(study, str(local) if local else None)
-    networks = Networks(study, configs, counts)
+    counts = count_data(params, str(local) if local else None)
+    networks = Networks(params, configs, counts)
     own = Generator(configs, origin)
-    attends = find_generator(study.baselines.backbone, "baselines.backbone", own)
-    refines = find_generator(study.refine.backbone, "refine.backbone", own)
-    whole = study.sample.is_whole()  # else nothing is refined
+    attends = find_generator(params.baselines.backbone, "baselines.backbone", own)
+    refines = find_generator(params.refine.backbone, "refine.backbone", own)
+    whole = params.sample.is_whole()  # else nothing is refined
     return {
-        "study": study.study,
+        "study": params.study,
         "backbone": origin,
         "gpu": gpu,
         "gpus": gpus,
         "mfu": mfu,
         "counts": vars(counts),
         "parameters": networks.parameters,
-        "memory": plan_memory(study, networks, GPUS[gpu], gpus)
-        | {"generators": plan_generators(study, counts, attends, refines, GPUS[gpu]) if whole else {}},
-        "artifacts": plan_artifacts(study, networks, counts, (own, attends) if whole else None),
-        "phases": plan_phases(study, networks, counts, GPUS[gpu], gpus, mfu, (attends, refines) if whole else None),
+        "memory": plan_memory(params, networks, GPUS[gpu], gpus)
+        | {"generators": plan_generators(params, counts, attends, refines, GPUS[gpu]) if whole else {}},
+        "artifacts": plan_artifacts(params, networks, counts, (own, attends) if whole else None),
+        "phases": plan_phases(params, networks, counts, GPUS[gpu], gpus, mfu, (attends, refines) if whole else None),
     }
 
 
-def backbone_configs(study: Params) -> tuple[dict[str, dict[str, Any]], str]:
+def backbone_configs(params: Params) -> tuple[dict[str, dict[str, Any]], str]:
     """Configs of unet, vae, text_encoder and text_encoder_2, and where they come from."""
-    backbone, trained = study.backbone, study.results_dir / "backbone" / "pipeline"
+    backbone, trained = params.backbone, params.results_dir / "backbone" / "pipeline"
     source = str(trained) if (trained / "model_index.json").exists() else backbone.init
     if source is None:
         assert backbone.shape is not None
@@ -96,14 +96,14 @@ def backbone_configs(study: Params) -> tuple[dict[str, dict[str, Any]], str]:
 class Networks:
     """The study's networks as shapes: configs, parameters, and operations and activations where they are asked for."""
 
-    def __init__(self, study: Params, configs: dict[str, dict[str, Any]], counts: Counts) -> None:
-        self.train = study.train
-        labels = 1 if study.train.label == "mask" else configs["vae"]["latent_channels"]
+    def __init__(self, params: Params, configs: dict[str, dict[str, Any]], counts: Counts) -> None:
+        self.train = params.train
+        labels = 1 if params.train.label == "mask" else configs["vae"]["latent_channels"]
         self.unet = configs["unet"] | {"in_channels": labels + 4, "out_channels": labels}
         self.vae, self.encoders = configs["vae"], (configs["text_encoder"], configs["text_encoder_2"])
         self.factor = 2 ** (len(self.vae["block_out_channels"]) - 1)
         self.tokens = max(2, round(counts.tokens / counts.texts))
-        self.inject = study.train.inject == "all"
+        self.inject = params.train.inject == "all"
         unet = meta_unet(self.unet)
         self.token_width = sum(config["hidden_size"] for config in self.encoders)
         self.pooled_width = self.encoders[1]["projection_dim"]
@@ -112,8 +112,8 @@ class Networks:
                 token_width=self.token_width,
                 pooled_width=self.pooled_width,
                 widths=tuple(self_attention_widths(unet)) if self.inject else (),
-                text=study.train.text,
-                null_tokens=2 if study.train.text == "tokens" else 1,
+                text=params.train.text,
+                null_tokens=2 if params.train.text == "tokens" else 1,
             )
             vae = AutoencoderKL.from_config(self.vae)
         self.modules: dict[str, nn.Module] = {
@@ -150,12 +150,12 @@ def largest_unit(unet: UNet2DConditionModel) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-def plan_memory(study: Params, networks: Networks, gpu: Gpu, gpus: int) -> dict[str, Any]:
+def plan_memory(params: Params, networks: Networks, gpu: Gpu, gpus: int) -> dict[str, Any]:
     """Bytes on each GPU. Training: fp32 weights, gradients and two moments, the average, autocast's 16-bit copies,
     a teacher where a stage distils, activations of one micro-batch; sharded (FSDP), the state is divided and one unit at a
     time is whole, the next under way.
     """
-    train, sample = study.train, study.sample
+    train, sample = params.train, params.sample
     trained, half = networks.trained, train.precision != "fp32"
     distils = any(stage.objective == "distill" for stage in train.stages)
     activations = {
@@ -191,7 +191,7 @@ def plan_memory(study: Params, networks: Networks, gpu: Gpu, gpus: int) -> dict[
     rows = sample.batch * (1 if sample.main.guidance == sample.base.guidance == 1 else 2)
     weights = BYTES[sample.precision] * sum(networks.parameters.values())
     held = networks.activations(max(sample.sizes()), rows, sample.precision, training=False)
-    if train.label == "vae" or any(run.readout == "vae" for run in study_runs(study)):
+    if train.label == "vae" or any(run.readout == "vae" for run in study_runs(params)):
         held = max(held, decoding_bytes(networks.vae, max(sample.sizes()), sample.batch, sample.precision))
     return {
         "training": training,
@@ -199,8 +199,8 @@ def plan_memory(study: Params, networks: Networks, gpu: Gpu, gpus: int) -> dict[
         "sampling": {"weights": weights, "activations": held, "total": weights + held, "fits": weights + held < gpu.memory},
         "measured_rss": {
             name: rss
-            for name in ("train_gs", "train_control", "baselines", *(f"refine.shard={k}" for k in range(study.refine.shards)))
-            if (rss := _benchmark(study, name, "max_rss")) is not None
+            for name in ("train_gs", "train_control", "baselines", *(f"refine.shard={k}" for k in range(params.refine.shards)))
+            if (rss := _benchmark(params, name, "max_rss")) is not None
         },
     }
 
@@ -227,7 +227,7 @@ def _module_bytes(module: nn.Module) -> int:
 
 
 def plan_artifacts(
-    study: Params, networks: Networks, counts: Counts, generators: tuple[Generator, Generator] | None
+    params: Params, networks: Networks, counts: Counts, generators: tuple[Generator, Generator] | None
 ) -> list[dict[str, Any]]:
     """Every artifact: bytes; whether they are exact, given the counts; what lies there now, where something does.
 
@@ -248,56 +248,56 @@ def plan_artifacts(
             }
         )
 
-    if study.data.png is not None and study.data.source == "png" and SOURCES.exists():
-        png = study.data.png
+    if params.data.png is not None and params.data.source == "png" and SOURCES.exists():
+        png = params.data.png
         folders = {"images": png.images, "annotations": png.annotations, "narratives": png.narratives}
         published = [remote.bytes or 0 for remote in read_sources(SOURCES, folders)]
         add("downloads (and as much unpacked)", sum(published), "published sizes; narratives not published")
     elif counts.picture_bytes is not None:
         add("images", counts.picture_bytes, exact if counts.exact else "estimate")
     rows_of_tables = counts.train + counts.val + counts.rows["test"] + counts.rows["class_phrases"]
-    tables = [study.data_dir / name for name in TABLES]
+    tables = [params.data_dir / name for name in TABLES]
     add("phrase tables", counts.row_bytes * rows_of_tables, "estimate", *tables)
     for size, images in counts.image_latents.items():
-        side, element = networks.latent(size), BYTES[study.latents.precision]
-        shard, shards = study.latents.shard_rows, math.ceil(images / study.latents.shard_rows)
+        side, element = networks.latent(size), BYTES[params.latents.precision]
+        shard, shards = params.latents.shard_rows, math.ceil(images / params.latents.shard_rows)
         metadata = {"key": "0" * (16 + 1 + len(str(size)) + 1 + 64)}
         parts = [min(shard, images - number * shard) for number in range(shards)]
         total = sum(safetensors_bytes({"latent": ((part, 4, side, side), element)}, metadata) for part in parts)
-        add(f"image latents {size}", total, exact, *image_store(study, size).glob("shard-*.safetensors"))
+        add(f"image latents {size}", total, exact, *image_store(params, size).glob("shard-*.safetensors"))
     text = 4 * (counts.tokens * networks.token_width + counts.texts * networks.pooled_width) + 8 * (counts.texts + 1)
     basis = exact + ", but for headers" if counts.exact else exact
-    add("text embeddings", text, basis, *text_store(study).glob("shard-*.safetensors"))
+    add("text embeddings", text, basis, *text_store(params).glob("shard-*.safetensors"))
     for kind, folder in FOLDERS.items():
         weights = sum(_module_bytes(module) for module in networks.modules.values())
-        add(f"{folder}: weights", weights, "exact", *(study.results_dir / folder).glob("*/*.safetensors"))
-        copies = 4 * networks.trained * (1 + 2 + bool(study.train.ema))
-        kept = sorted((study.work_dir / "train").glob(f"{kind}-*/step-*.pt"))[-KEEP:]
+        add(f"{folder}: weights", weights, "exact", *(params.results_dir / folder).glob("*/*.safetensors"))
+        copies = 4 * networks.trained * (1 + 2 + bool(params.train.ema))
+        kept = sorted((params.work_dir / "train").glob(f"{kind}-*/step-*.pt"))[-KEEP:]
         add(f"{folder}: {KEEP} checkpoints (a third while one is written)", KEEP * copies, "exact, but for headers", *kept)
-        if kind == "gs" and (distilled := sum(stage.objective == "distill" for stage in study.train.stages)):
-            kept = sorted((study.work_dir / "train").glob(f"{kind}-*/teacher-*.pt"))
+        if kind == "gs" and (distilled := sum(stage.objective == "distill" for stage in params.train.stages)):
+            kept = sorted((params.work_dir / "train").glob(f"{kind}-*/teacher-*.pt"))
             add(f"{folder}: teachers", 4 * networks.trained * distilled, "exact, but for headers", *kept)
     maps, predictions, found_maps, found = 0, 0.0, [], []
-    for run in study_runs(study):
+    for run in study_runs(params):
         count = counts.rows[run.phrases]
         predictions += counts.row_bytes * count
-        path = study.results_dir / "predictions" / run.name / "predictions.parquet"
+        path = params.results_dir / "predictions" / run.name / "predictions.parquet"
         found.append(path)
         if run.size is not None and count:
-            decoded = study.train.label == "vae" and run.method == "gs"
+            decoded = params.train.label == "vae" and run.method == "gs"
             side = run.size if decoded else networks.latent(run.size)
             maps += maps_bytes(count, side)
             found_maps.append(path.with_suffix(".safetensors"))
     add("soft label maps", maps, exact, *found_maps)
     add("predictions", predictions, "estimate", *found)
     if generators is not None:
-        add_artifacts(add, maps_bytes, study, counts, *generators)
+        add_artifacts(add, maps_bytes, params, counts, *generators)
     return rows
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
 def plan_phases(
-    study: Params,
+    params: Params,
     networks: Networks,
     counts: Counts,
     gpu: Gpu,
@@ -313,7 +313,7 @@ def plan_phases(
         mfu: part of the peak that is reached.
         generators: that of the baselines and that of refinement, where there is refinement.
     """
-    train, sample = study.train, study.sample
+    train, sample = params.train, params.sample
     rows: list[dict[str, Any]] = []
 
     def add(
@@ -327,7 +327,7 @@ def plan_phases(
     ) -> None:
         """`precision`: None for work on the CPU; `seconds`: measured elsewhere than in Snakemake's `benchmarks`."""
         peak = gpu.single if precision == "fp32" else gpu.half
-        found = [value for name in benchmarks if (value := _benchmark(study, name, "s")) is not None]
+        found = [value for name in benchmarks if (value := _benchmark(params, name, "s")) is not None]
         rows.append(
             {
                 "phase": phase,
@@ -346,7 +346,7 @@ def plan_phases(
     count = sum(counts.image_latents.values())
     text = counts.texts * networks.text()
     what = f"{count:,} images, {counts.texts:,} texts"
-    add("latents", what, 0, encoding + text, study.latents.encode_precision, "latents", "latents_train")
+    add("latents", what, 0, encoding + text, params.latents.encode_precision, "latents", "latents_train")
 
     forward = networks.evaluation(train.size)
     rules: dict[Kind, str] = {"gs": "train_gs", "discriminative": "train_control"}
@@ -363,10 +363,10 @@ def plan_phases(
         add("train", what, steps * train.batch + taught + validations, flops, train.precision, rule)
 
     if generators is not None:
-        add_baseline_phases(add, study, counts, generators[0])
+        add_baseline_phases(add, params, counts, generators[0])
     for size in sample.sizes():
         evaluations, decoding = 0, 0
-        for run in study_runs(study):
+        for run in study_runs(params):
             if run.size == size and run.role != "readout":
                 evaluations += counts.rows[run.phrases] * (run.evaluations or 0)
             if run.size == size and run.readout == "vae":
@@ -382,13 +382,13 @@ def plan_phases(
     flops = classes * networks.evaluation(sample.main.size)
     add("sample", "  and the class phrases (mIoU)", classes, flops, sample.precision)
     if generators is not None:
-        add_refine_phases(add, study, counts, generators[1])
+        add_refine_phases(add, params, counts, generators[1])
     return rows
 
 
-def _benchmark(study: Params, name: str, column: str) -> float | None:
+def _benchmark(params: Params, name: str, column: str) -> float | None:
     """A figure of a rule's last run as Snakemake measured it: `s` in seconds, `max_rss` in bytes."""
-    path = study.work_dir / "benchmarks" / f"{name}.tsv"
+    path = params.work_dir / "benchmarks" / f"{name}.tsv"
     if not path.exists():
         return None
     with path.open(newline="") as handle:

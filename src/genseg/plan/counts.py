@@ -69,7 +69,7 @@ class Counts:
     """Of a row of a table with its mask."""
 
 
-def count_data(study: Params, source: str | None) -> Counts:
+def count_data(params: Params, source: str | None) -> Counts:
     """Counts of the study's data.
 
     Args:
@@ -78,13 +78,13 @@ def count_data(study: Params, source: str | None) -> Counts:
     Raises:
         UserError: neither a table nor anything published or readable tells how much data there is.
     """
-    tables = [study.data_dir / name for name in TABLES]
-    return _from_tables(study, tables, source) if all(path.exists() for path in tables) else _before_assembly(study)
+    tables = [params.data_dir / name for name in TABLES]
+    return _from_tables(params, tables, source) if all(path.exists() for path in tables) else _before_assembly(params)
 
 
-def _from_tables(study: Params, tables: list[Path], source: str | None) -> Counts:
+def _from_tables(params: Params, tables: list[Path], source: str | None) -> Counts:
     phrases, class_phrases = map(read_phrases, tables)
-    runs = {run.phrases: run for run in study_runs(study)}
+    runs = {run.phrases: run for run in study_runs(params)}
     texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
     tokens, exact = TOKENS * len(texts), False
     if source is not None:
@@ -94,17 +94,17 @@ def _from_tables(study: Params, tables: list[Path], source: str | None) -> Count
         tokens, exact = sum(len(token_ids(tokenizer, text, 77)[0]) for text in texts), True
     files = {Path(name) for name in phrases["file_name"].dropna()}
     test = phrases[phrases["split"] == "test"]
-    pairs = {"val": threshold_rows(study, phrases[phrases["split"] == "val"])}
-    pairs["test"] = pd.concat([test, run_rows(study, CLASS_PHRASES, phrases, class_phrases)])
+    pairs = {"val": threshold_rows(params, phrases[phrases["split"] == "val"])}
+    pairs["test"] = pd.concat([test, run_rows(params, CLASS_PHRASES, phrases, class_phrases)])
     texts_of = {part: rows.drop_duplicates(["image_id", "phrase"]).groupby("image_id").size() for part, rows in pairs.items()}
-    refined = refined_tables(study, phrases, class_phrases, class_list(class_phrases, str(tables[1])).background)
+    refined = refined_tables(params, phrases, class_phrases, class_list(class_phrases, str(tables[1])).background)
     return Counts(
         source=f"counted in {tables[0]}" + ("" if exact else f"; {TOKENS} tokens a phrase assumed"),
         exact=exact,
-        image_latents={size: len(images) for size, images in images_by_size(study, phrases, class_phrases).items()},
+        image_latents={size: len(images) for size, images in images_by_size(params, phrases, class_phrases).items()},
         train=int((phrases["split"] == "train").sum()),
         val=int((phrases["split"] == "val").sum()),
-        rows={name: len(run_rows(study, run, phrases, class_phrases)) for name, run in runs.items()},
+        rows={name: len(run_rows(params, run, phrases, class_phrases)) for name, run in runs.items()},
         attended={
             **{f"{part}_images": len(found) for part, found in texts_of.items()},
             **{f"{part}_texts": int(found.sum()) for part, found in texts_of.items()},
@@ -122,8 +122,8 @@ def _from_tables(study: Params, tables: list[Path], source: str | None) -> Count
     )
 
 
-def _before_assembly(study: Params) -> Counts:
-    data = study.data
+def _before_assembly(params: Params) -> Counts:
+    data = params.data
     templates = len(data.phrase_templates)
     picture_bytes, texts = None, None
     if data.source == "png":
@@ -155,13 +155,13 @@ def _before_assembly(study: Params) -> Counts:
         source, texts = f"{source}; every class in every image, an upper bound", classes * (templates + 1) + 1
     test, train = round(phrases["test"]), round(phrases["train"])
     val = round(data.val_fraction * train)
-    grid_images = max(1, round(study.sample.grid_fraction * images["test"]))
-    latents = dict.fromkeys(study.sample.sizes(), grid_images)
-    latents[study.sample.main.size] = images["test"]
-    if study.sample.main.size != study.train.size:
-        latents[study.sample.main.size] += round(study.sample.select_fraction * data.val_fraction * images["train"])
-    latents[study.train.size] = latents.get(study.train.size, 0) + images["train"]
-    val_images = min(study.baselines.val_images, round(data.val_fraction * images["train"]))
+    grid_images = max(1, round(params.sample.grid_fraction * images["test"]))
+    latents = dict.fromkeys(params.sample.sizes(), grid_images)
+    latents[params.sample.main.size] = images["test"]
+    if params.sample.main.size != params.train.size:
+        latents[params.sample.main.size] += round(params.sample.select_fraction * data.val_fraction * images["train"])
+    latents[params.train.size] = latents.get(params.train.size, 0) + images["train"]
+    val_images = min(params.baselines.val_images, round(data.val_fraction * images["train"]))
     attended = {
         "test_images": images["test"],
         "val_images": val_images,
@@ -169,7 +169,7 @@ def _before_assembly(study: Params) -> Counts:
         "val_texts": round(val_images * phrases["train"] / images["train"]),
         "most_texts": math.ceil(test / images["test"]) + classes,
     }
-    refined_images = max(1, round(study.refine.test_fraction * images["test"]))
+    refined_images = max(1, round(params.refine.test_fraction * images["test"]))
     if texts is None:
         texts = train + test + classes + 1
         source += "; every phrase taken to be distinct"
@@ -182,7 +182,7 @@ def _before_assembly(study: Params) -> Counts:
         rows={
             "test": test,
             "grid": round(test * grid_images / images["test"]),
-            "val": round(study.sample.select_fraction * val),
+            "val": round(params.sample.select_fraction * val),
             "permutable": test,
             "class_phrases": classes * images["test"],
         },

@@ -125,19 +125,19 @@ def find_generator(source: str | None, key: str, own: Generator) -> Generator:
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-def plan_generators(study: Params, counts: Counts, attends: Generator, refines: Generator, gpu: Gpu) -> dict[str, Any]:
+def plan_generators(params: Params, counts: Counts, attends: Generator, refines: Generator, gpu: Gpu) -> dict[str, Any]:
     """Weights and the peak beside them on the GPU of one job, for `baselines` and `refine`."""
     peaks: dict[str, tuple[Generator, Baselines | Refine, int]] = {
-        "baselines": (attends, study.baselines, attention_bytes(study.baselines, attends, counts.attended["most_texts"])),
-        "refine": (refines, study.refine, refinement_bytes(study.refine, refines)),
+        "baselines": (attends, params.baselines, attention_bytes(params.baselines, attends, counts.attended["most_texts"])),
+        "refine": (refines, params.refine, refinement_bytes(params.refine, refines)),
     }
     found = {}
-    for phase, (generator, params, peak) in peaks.items():
-        weights = BYTES[params.precision] * generator.parameters
+    for phase, (generator, settings, peak) in peaks.items():
+        weights = BYTES[settings.precision] * generator.parameters
         found[phase] = {
             "backbone": generator.origin,
             "parameters": generator.parameters,
-            **{name: getattr(params, name) for name in ("size", "batch", "precision")},
+            **{name: getattr(settings, name) for name in ("size", "batch", "precision")},
             "weights": weights,
             "activations": peak,
             "total": weights + peak,
@@ -222,7 +222,7 @@ def _segment_bytes(baselines: Baselines, generator: Generator, grids: list[Grid]
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
 def add_artifacts(
-    add: Add, maps_bytes: Callable[[int, int], int], study: Params, counts: Counts, own: Generator, attends: Generator
+    add: Add, maps_bytes: Callable[[int, int], int], params: Params, counts: Counts, own: Generator, attends: Generator
 ) -> None:
     """Predictions and soft maps of the baselines and of what was refined.
 
@@ -231,44 +231,48 @@ def add_artifacts(
         own: what GS was fine-tuned from. attends: what the attention baselines ask.
     """
     exact, rows = "exact" if counts.exact else "follows the counts", counts.rows["test"] + counts.rows["class_phrases"]
-    params, grids = study.baselines, attends.grids(study.baselines.size)
+    settings, grids = params.baselines, attends.grids(params.baselines.size)
     sides = {
         "cross_attention": max(grids)[0],
-        "diffpng_cross": nearest_grid(grids, params.diffpng.cross_side)[0],
-        "diffpng_cross_self": nearest_grid(grids, params.diffpng.self_side)[0],
+        "diffpng_cross": nearest_grid(grids, settings.diffpng.cross_side)[0],
+        "diffpng_cross_self": nearest_grid(grids, settings.diffpng.self_side)[0],
     }
     assert sides.keys() == {name for name, method in METHODS.items() if method.chosen}
-    made = [baseline for baseline in study_baselines(study) if baseline.family != "run"]
-    folder = baselines_dir(study)
+    made = [baseline for baseline in study_baselines(params) if baseline.family != "run"]
+    folder = baselines_dir(params)
     add("baselines: predictions", counts.row_bytes * rows * len(made), "estimate", *folder.glob("*.parquet"))
     size = sum(maps_bytes(counts.rows[part], side) for side in sides.values() for part in ("test", "class_phrases"))
     add("baselines: soft maps", size, exact, *folder.glob("*.safetensors"))
 
     # Soft maps of class phrases, where the coarse ones have some: as large as the params say, else as those are.
-    refine, count = study.refine, counts.refined["class_phrases"]
-    main = study.sample.main.size
-    sides |= {"gs": main if study.train.label == "vae" else own.latent(main), "discriminative": own.latent(main)}
+    refine, count = params.refine, counts.refined["class_phrases"]
+    main = params.sample.main.size
+    sides |= {"gs": main if params.train.label == "vae" else own.latent(main), "discriminative": own.latent(main)}
     predictions, maps = 0.0, 0
     found: list[Path] = []
-    for baseline in study_baselines(study):
-        for refiner in refiners(study, baseline.name):
+    for baseline in study_baselines(params):
+        for refiner in refiners(params, baseline.name):
             predictions += counts.row_bytes * (count + counts.refined["phrases"])
-            found += [refined_path(study, refiner, baseline.name, classes) for classes in (False, True)]
+            found += [refined_path(params, refiner, baseline.name, classes) for classes in (False, True)]
             if baseline.name in sides and not refiner.endswith("crf"):
                 maps += maps_bytes(count, refine.maps or sides[baseline.name])
     add("refined: predictions", predictions, "estimate", *found)
-    discrepancies = [discrepancy_path(study, baseline.name).with_suffix(".safetensors") for baseline in study_baselines(study)]
-    others = {*discrepancies, *network_dir(study).glob("*")}
-    add("refined: soft maps", maps, exact, *(path for path in refined_dir(study).glob("*/*.safetensors") if path not in others))
+    discrepancies = [
+        discrepancy_path(params, baseline.name).with_suffix(".safetensors") for baseline in study_baselines(params)
+    ]
+    others = {*discrepancies, *network_dir(params).glob("*")}
+    add(
+        "refined: soft maps", maps, exact, *(path for path in refined_dir(params).glob("*/*.safetensors") if path not in others)
+    )
     add("refined: maps of the figure", len(discrepancies) * maps_bytes(refine.pictures, refine.grid), "at most", *discrepancies)
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
-def add_baseline_phases(add: Add, study: Params, counts: Counts, generator: Generator) -> None:
+def add_baseline_phases(add: Add, params: Params, counts: Counts, generator: Generator) -> None:
     """Passes, operations and hours of the attention baselines; recordings that methods share are made once."""
-    params, attended = study.baselines, counts.attended
+    settings, attended = params.baselines, counts.attended
     made: dict[Any, list[str]] = {}
-    for method, recording in recordings(params).items():
+    for method, recording in recordings(settings).items():
         made.setdefault(recording, []).append(method)
     parts, bounded = [], ""
     for recording, methods in made.items():
@@ -279,17 +283,17 @@ def add_baseline_phases(add: Add, study: Params, counts: Counts, generator: Gene
         bounded = ", at most" if recording.inversion is not None else ""
         parts.append((", ".join(methods) + bounded, evaluations, evaluations + texts * gradients * (BACKWARD - 1)))
     images, texts = (attended[f"test_{kind}"] + attended[f"val_{kind}"] for kind in ("images", "texts"))
-    each, encoded = generator.evaluation(params.size), images * generator.encoding(params.size) + texts * generator.text()
+    each, encoded = generator.evaluation(settings.size), images * generator.encoding(settings.size) + texts * generator.text()
     what = f"{texts:,} phrases of {images:,} images"
     total = sum(passed for *_, passed in parts) * each + encoded
-    add("baselines", what, sum(count for _, count, _ in parts), total, params.precision, "baselines")
+    add("baselines", what, sum(count for _, count, _ in parts), total, settings.precision, "baselines")
     for name, evaluations, passed in parts:
-        add("baselines", f"  {name}", evaluations, passed * each, params.precision)
+        add("baselines", f"  {name}", evaluations, passed * each, settings.precision)
 
 
-def add_refine_phases(add: Add, study: Params, counts: Counts, generator: Generator) -> None:
+def add_refine_phases(add: Add, params: Params, counts: Counts, generator: Generator) -> None:
     """Passes, operations and hours of refinement; a mask that is empty or full takes none, so these are bounds."""
-    refine, masks = study.refine, sum(counts.refined[part] for part in ("phrases", "class_phrases"))
+    refine, masks = params.refine, sum(counts.refined[part] for part in ("phrases", "class_phrases"))
     if "trained" in refine.controls:
         trained = refine.trained
         steps = trained.steps * trained.batch * _refiner_flops(trained.size) * (1 + BACKWARD)
@@ -297,13 +301,13 @@ def add_refine_phases(add: Add, study: Params, counts: Counts, generator: Genera
         add("refine", what, 0, steps, None, "refine_train")
     own = generator.evaluation(refine.size)
     groups: dict[str, list[tuple[str, str]]] = {"G4Seg": [], "its controls": [], "its sensitivity": []}
-    baselines = study_baselines(study)
+    baselines = study_baselines(params)
     for baseline in baselines:
-        for refiner in refiners(study, baseline.name):
+        for refiner in refiners(params, baseline.name):
             shared = refiner in refine.controls
             group = "G4Seg" if refiner == G4SEG else "its controls" if shared else "its sensitivity"
             groups[group].append((refiner, baseline.name))
-    timing = _timing(study)
+    timing = _timing(params)
     rows = []
     for group, members in groups.items():
         evaluations, flops = 0, 0
@@ -330,7 +334,7 @@ def _refiner_flops(size: int) -> int:
     return counter.get_total_flops()
 
 
-def _timing(study: Params) -> dict[str, float]:
+def _timing(params: Params) -> dict[str, float]:
     """Seconds that each refiner of each baseline took, by `<refiner>/<baseline>`; empty before there are any."""
-    path = refined_dir(study) / "manifest.json"
+    path = refined_dir(params) / "manifest.json"
     return {name: item["seconds"] for name, item in read_json(path)["timing"].items()} if path.exists() else {}

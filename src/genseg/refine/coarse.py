@@ -63,21 +63,21 @@ class CoarseMasks:
     """A study's refined images: `tables` of their phrases (False) and class phrases (True), the background `rule` that makes
     a labelling of class phrases, and each baseline's parts."""
 
-    def __init__(self, study: Params) -> None:
-        self.study = study
-        phrases = read_phrases(study.data_dir / "phrases.parquet")
-        every_class = read_phrases(study.data_dir / "class_phrases.parquet")
-        found = class_list(every_class, str(study.data_dir / "class_phrases.parquet"))
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        phrases = read_phrases(params.data_dir / "phrases.parquet")
+        every_class = read_phrases(params.data_dir / "class_phrases.parquet")
+        found = class_list(every_class, str(params.data_dir / "class_phrases.parquet"))
         self.rule = Background("none")
         if found.background is not None:
-            self.rule = Background("threshold", study.score.background_threshold)
-        self.tables = refined_tables(study, phrases, every_class, found.background)
+            self.rule = Background("threshold", params.score.background_threshold)
+        self.tables = refined_tables(params, phrases, every_class, found.background)
         self._parts: tuple[str, dict[bool, Part]] | None = None
 
     def parts(self, baseline: Baseline) -> dict[bool, Part]:
         """By whether they are class phrases; those of the last baseline are kept in memory."""
         if self._parts is None or self._parts[0] != baseline.name:
-            coarse = coarse_paths(self.study, baseline)
+            coarse = coarse_paths(self.params, baseline)
             self._parts = (baseline.name, {classes: self._part(path, classes) for classes, path in coarse.items()})
         return self._parts[1]
 
@@ -109,7 +109,7 @@ class CoarseMasks:
     def side(self, part: Part) -> int:
         """Of refined soft maps: a study needs some wherever the coarse masks have some, or mIoU would be read otherwise."""
         own = maps_shape(part.soft) if part.soft is not None else None
-        return self.study.refine.maps or (own[2] if own else self.study.refine.grid)
+        return self.params.refine.maps or (own[2] if own else self.params.refine.grid)
 
     def apart(self, part: Part, frame: pd.DataFrame, soft: Maps | None) -> tuple[pd.DataFrame, Maps | None]:
         """Hard class masks shared no pixel when they were coarse, and share none afterwards: a pixel goes to the class with the

@@ -40,28 +40,28 @@ COARSE = "coarse"
 LOG_SECONDS = 10
 
 
-def val_masks(study: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
+def val_masks(params: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The phrases of val that the study's operating points were compared on, and coarse masks for every one of them: those of
     GS at the main point, and the ground truth made inexact in each way of `baselines.inexact`; column `coarse` says which.
 
     Raises:
         UserError: the main point was not sampled on val, or a target of `baselines.inexact` is out of reach there.
     """
-    folder = study.results_dir / "predictions"
+    folder = params.results_dir / "predictions"
     if not (folder / "manifest.json").exists():
         raise UserError(f"{folder / 'manifest.json'}: no such file; run `genseg sample`, its masks of val are needed")
     runs = read_manifest(folder / "manifest.json")["runs"]
-    main = [run["name"] for run in runs if run["role"] == "val" and Cell.of(run) == study.sample.main]
+    main = [run["name"] for run in runs if run["role"] == "val" and Cell.of(run) == params.sample.main]
     if not main:
         raise UserError(f"{folder}: no masks of val; add val to sample.runs and run `genseg sample`")
-    phrases = read_phrases(study.data_dir / "phrases.parquet")
+    phrases = read_phrases(params.data_dir / "phrases.parquet")
     phrases = phrases[phrases["split"] == "val"]
     sampled = read_predictions(folder / main[0] / "predictions.parquet")
     table = phrases.merge(sampled[KEY], on=KEY).sort_values(KEY, ignore_index=True)
     found = [sampled.merge(table[KEY], on=KEY).assign(coarse="gs")]
-    for kind, target in study.baselines.inexact.items():
-        amount, _ = find_amount(table, kind, target, study.seed)
-        found.append(inexact_masks(table, kind, amount, study.seed).assign(coarse=INEXACT + kind))
+    for kind, target in params.baselines.inexact.items():
+        amount, _ = find_amount(table, kind, target, params.seed)
+        found.append(inexact_masks(table, kind, amount, params.seed).assign(coarse=INEXACT + kind))
     return table, pd.concat(found, ignore_index=True)
 
 
@@ -93,18 +93,18 @@ def mean_ious(phrases: pd.DataFrame, predictions: pd.DataFrame, tried: list[Crf]
     return found.reset_index(drop=True)
 
 
-def tune_crf(study: Params) -> tuple[Crf, str]:
+def tune_crf(params: Params) -> tuple[Crf, str]:
     """The setting with the highest mean IoU, the first of equals, and a table of all that were tried.
 
     Raises:
         UserError: as `val_masks`.
     """
-    table, predictions = val_masks(study)
+    table, predictions = val_masks(params)
     ious = mean_ious(table, predictions, TRIED)
     best = TRIED[int(ious["mean"].iloc[1:].to_numpy().argmax())]
     lines = [[*Crf.model_fields, *ious.columns, ""]]
     for crf, values in zip([None, *TRIED], ious.to_numpy(), strict=True):
-        notes = ["coarse"] if crf is None else ["best"] * (crf == best) + ["params"] * (crf == study.refine.crf)
+        notes = ["coarse"] if crf is None else ["best"] * (crf == best) + ["params"] * (crf == params.refine.crf)
         constants = ["" for _ in Crf.model_fields] if crf is None else [f"{value:g}" for value in crf.model_dump().values()]
         lines.append([*constants, *(f"{100 * value:.1f}" for value in values), ", ".join(notes)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

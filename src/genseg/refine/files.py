@@ -25,7 +25,7 @@ CODE = ("params.py", "artifacts", "data/images.py", "models", "refine", "trainin
 
 
 def refine_file(
-    study: Params,
+    params: Params,
     phrases: str | Path,
     predictions: str | Path,
     out: str | Path,
@@ -50,7 +50,7 @@ def refine_file(
     out = Path(out)
     if out.resolve() in (Path(phrases).resolve(), Path(predictions).resolve()):
         raise UserError(f"--out {out}: would overwrite what is read; choose another name")
-    refine = study.refine
+    refine = params.refine
     if method not in variants(refine):
         raise UserError(f"--method {method}: none of {', '.join(variants(refine))}")
     coarse, table, shape = read_predictions(predictions), read_phrases(phrases), maps_shape(predictions)
@@ -59,16 +59,16 @@ def refine_file(
         row = int(nameless.to_numpy().argmax())
         raise UserError(f"{phrases}: row {row} has no file_name, so nothing tells which picture to refine by")
     if source is None:
-        source, revision, weights = chosen_backbone(study, refine)
+        source, revision, weights = chosen_backbone(params, refine)
     else:
         revision = find_commit(source, None)
         weights = weights_hash(source, revision)
     made_of = [file_sha256(path) for path in (phrases, predictions, *([maps_path(predictions)] if shape else []))]
-    key = digest([method, variant_facts(refine, method), study.seed, weights, made_of, code_hash(*CODE)])
+    key = digest([method, variant_facts(refine, method), params.seed, weights, made_of, code_hash(*CODE)])
     if read_metadata(out).get("key") == key and not pictures and maps_path(out).exists() == bool(shape and refine.maps):
         print(f"refine: {out} is there already", flush=True)
         return
-    device = choose_device(study.device, study.resources["refine"].threads)
+    device = choose_device(params.device, params.resources["refine"].threads)
     print(f"refine: {method}, device {describe(device)}, {passes(variants(refine)[method])} U-Net passes a mask", flush=True)
     if shape is not None and shape[0] != len(coarse):
         raise UserError(f"{maps_path(predictions)}: {shape[0]} soft maps for {len(coarse)} predictions; remove it or both")
@@ -85,7 +85,7 @@ def refine_file(
         coarse,
         model,
         refine,
-        study.seed,
+        params.seed,
         method,
         maps=None
         if shape is None

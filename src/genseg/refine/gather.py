@@ -30,41 +30,41 @@ from genseg.refine.layout import (
 from genseg.refine.trained_control import network_dir, network_manifest
 
 
-def gather_refined(study: Params) -> None:
+def gather_refined(params: Params) -> None:
     """Remove what no baseline and refiner of the params account for; write `results/<study>/refined/manifest.json`.
 
     Raises:
         UserError: a part is missing or was made of something else.
     """
-    started, folder = time.time(), refined_dir(study)
-    masks = CoarseMasks(study)
-    keys, entries, timing = Keys(study, masks.rule), [], {}
+    started, folder = time.time(), refined_dir(params)
+    masks = CoarseMasks(params)
+    keys, entries, timing = Keys(params, masks.rule), [], {}
     outputs: list[Path] = []
-    for baseline in study_baselines(study):
-        coarse = coarse_paths(study, baseline)
-        outputs += [discrepancy_path(study, baseline.name)] if False in coarse else []
-        for refiner in refiners(study, baseline.name):
+    for baseline in study_baselines(params):
+        coarse = coarse_paths(params, baseline)
+        outputs += [discrepancy_path(params, baseline.name)] if False in coarse else []
+        for refiner in refiners(params, baseline.name):
             if not keys.is_made(baseline, refiner):
-                for shard in range(study.refine.shards):  # or Snakemake would take the job for done
-                    shard_marker(study, shard, study.refine.shards).unlink(missing_ok=True)
-                path = refined_path(study, refiner, baseline.name, False)
+                for shard in range(params.refine.shards):  # or Snakemake would take the job for done
+                    shard_marker(params, shard, params.refine.shards).unlink(missing_ok=True)
+                path = refined_path(params, refiner, baseline.name, False)
                 raise UserError(f"{path}: missing or made with other params; run again, it is made first")
-            paths = {classes: str(refined_path(study, refiner, baseline.name, classes)) for classes in coarse}
+            paths = {classes: str(refined_path(params, refiner, baseline.name, classes)) for classes in coarse}
             outputs += map(Path, paths.values())
             entry: dict[str, Any] = {"refiner": refiner, "baseline": baseline.name, "label": baseline.label}
             entry |= {"real": baseline.real, "predictions": paths.get(False), "class_predictions": paths.get(True)}
             for which, classes in (("coarse", False), ("coarse_classes", True)):
                 entry[which] = str(coarse[classes]) if classes in coarse else None
-            entries.append(entry | {"passes": refiner_passes(study.refine, refiner)})
-            measured = timing_path(study, refiner, baseline.name)
+            entries.append(entry | {"passes": refiner_passes(params.refine, refiner)})
+            measured = timing_path(params, refiner, baseline.name)
             if measured.exists() and (found := read_json(measured))["key"] == keys.key(baseline, refiner):
                 timing[f"{refiner}/{baseline.name}"] = {name: value for name, value in found.items() if name != "key"}
     outputs += [maps_path(path) for path in outputs if maps_path(path).exists()]
-    if "trained" in study.refine.controls:
-        outputs += sorted(network_dir(study).iterdir())
+    if "trained" in params.refine.controls:
+        outputs += sorted(network_dir(params).iterdir())
     else:
-        shutil.rmtree(network_dir(study), ignore_errors=True)
-    keep = {*outputs, network_manifest(study), folder / "manifest.json"}
+        shutil.rmtree(network_dir(params), ignore_errors=True)
+    keep = {*outputs, network_manifest(params), folder / "manifest.json"}
     for stale in sorted(path for path in folder.rglob("*") if path.is_file() and path not in keep):
         stale.unlink()
         print(f"refine: removed {stale}, which the study no longer has", flush=True)
@@ -74,8 +74,8 @@ def gather_refined(study: Params) -> None:
     write_manifest(
         folder / "manifest.json",
         "refine",
-        study.subtree(*KEYS),
-        [study.results_dir / "predictions" / "manifest.json", baselines_dir(study) / "manifest.json"],
+        params.subtree(*KEYS),
+        [params.results_dir / "predictions" / "manifest.json", baselines_dir(params) / "manifest.json"],
         outputs,
         started,
         code=code_hash(*CODE_HERE),
@@ -84,4 +84,4 @@ def gather_refined(study: Params) -> None:
         refined=entries,
         timing=timing,
     )
-    print(f"refine: {len(entries)} refined predictions of {len(study_baselines(study))} baselines", flush=True)
+    print(f"refine: {len(entries)} refined predictions of {len(study_baselines(params))} baselines", flush=True)

@@ -20,20 +20,20 @@ from genseg.training.prepare import chosen_backbone
 
 
 class Keys:
-    def __init__(self, study: Params, rule: Background) -> None:
-        self.study = study
+    def __init__(self, params: Params, rule: Background) -> None:
+        self.params = params
         self._hash = cache(file_sha256)
-        data = [file_sha256(study.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
-        self._facts = [study.seed, study.refine.test_fraction, str(rule), data, code_hash(*CODE_HERE)]
+        data = [file_sha256(params.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
+        self._facts = [params.seed, params.refine.test_fraction, str(rule), data, code_hash(*CODE_HERE)]
 
     @cached_property
     def weights(self) -> str:
-        return chosen_backbone(self.study, self.study.refine)[2]
+        return chosen_backbone(self.params, self.params.refine)[2]
 
     def key(self, baseline: Baseline, refiner: str) -> str:
         """Raises UserError where the baseline has no predictions."""
-        refine = self.study.refine
-        coarse = coarse_paths(self.study, baseline)
+        refine = self.params.refine
+        coarse = coarse_paths(self.params, baseline)
         for path in coarse.values():
             if not path.exists():
                 raise UserError(f"{path}: no such file; run `genseg {'sample' if baseline.family == 'run' else 'baseline'}`")
@@ -42,7 +42,7 @@ class Keys:
         if refiner in ("crf", "g4seg_crf"):
             facts.append(refine.crf.model_dump(mode="json"))
         if refiner == "trained":
-            facts += [network_key(self.study), refine.maps, refine.grid]
+            facts += [network_key(self.params), refine.maps, refine.grid]
         if refiner not in ("crf", "trained"):
             facts += [variant_facts(refine, G4SEG if refiner == "g4seg_crf" else refiner), self.weights]
         if refiner == G4SEG:
@@ -51,11 +51,11 @@ class Keys:
 
     def is_made(self, baseline: Baseline, refiner: str) -> bool:
         """Whether all files of this refiner and baseline are there and have its key."""
-        key, coarse = self.key(baseline, refiner), coarse_paths(self.study, baseline)
-        paths = {classes: refined_path(self.study, refiner, baseline.name, classes) for classes in coarse}
+        key, coarse = self.key(baseline, refiner), coarse_paths(self.params, baseline)
+        paths = {classes: refined_path(self.params, refiner, baseline.name, classes) for classes in coarse}
         written = list(paths.values())
         if refiner == G4SEG and False in coarse:
-            written.append(discrepancy_path(self.study, baseline.name))
+            written.append(discrepancy_path(self.params, baseline.name))
         if not all(read_metadata(path).get("key") == key for path in written):
             return False
         soft = True in coarse and maps_path(coarse[True]).exists() and not refiner.endswith("crf")

@@ -40,7 +40,7 @@ from genseg.refine.trained_control import load_network
 from genseg.training.prepare import chosen_backbone
 
 
-def refine_shard(study: Params, shard: int, shards: int) -> None:
+def refine_shard(params: Params, shard: int, shards: int) -> None:
     """Refine every `shards`-th baseline, from number `shard`, by all of its refiners; finished files with the right key are
     kept. The marker `work/<study>/refined/shard=...json` is written last.
 
@@ -49,38 +49,38 @@ def refine_shard(study: Params, shard: int, shards: int) -> None:
     """
     if not 0 <= shard < shards:
         raise UserError(f"--shard {shard}: there are {shards} shards, counted from 0")
-    every = study_baselines(study)
-    for name in study.refine.sensitivity.baselines:
-        find_baseline(study, name, every)
-    work = _Work(study)
+    every = study_baselines(params)
+    for name in params.refine.sensitivity.baselines:
+        find_baseline(params, name, every)
+    work = _Work(params)
     baselines = every[shard::shards]
     for baseline in baselines:
-        for name in refiners(study, baseline.name):
+        for name in refiners(params, baseline.name):
             work.refine(baseline, name)
     names = [baseline.name for baseline in baselines]
-    write_json(shard_marker(study, shard, shards), {"baselines": names, "keys": work.made})
+    write_json(shard_marker(params, shard, shards), {"baselines": names, "keys": work.made})
 
 
 class _Work:
     """What the refiners of one job share."""
 
-    def __init__(self, study: Params) -> None:
-        self.study = study
-        self.masks = CoarseMasks(study)
-        self.keys = Keys(study, self.masks.rule)
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self.masks = CoarseMasks(params)
+        self.keys = Keys(params, self.masks.rule)
         self.made: dict[str, str] = {}
 
     @cached_property
     def model(self) -> TextToImage:
-        study = self.study
-        source, revision, _ = chosen_backbone(study, study.refine)
-        device = choose_device(study.device, study.resources["refine"].threads)
+        params = self.params
+        source, revision, _ = chosen_backbone(params, params.refine)
+        device = choose_device(params.device, params.resources["refine"].threads)
         print(f"refine: device {describe(device)}", flush=True)
-        return TextToImage(source, revision, device, DTYPES[study.refine.precision])
+        return TextToImage(source, revision, device, DTYPES[params.refine.precision])
 
     @cached_property
     def network(self) -> Refiner:
-        return load_network(self.study)
+        return load_network(self.params)
 
     def refine(self, baseline: Baseline, refiner: str) -> None:
         """Write a baseline's refined predictions, unless they are there."""
@@ -91,10 +91,10 @@ class _Work:
             self.refine(baseline, G4SEG)
         parts, where = self.masks.parts(baseline), self._ready(refiner)
         started = time.monotonic()
-        made = refiner_passes(self.study.refine, refiner)
+        made = refiner_passes(self.params.refine, refiner)
         facts = {"key": key, "method": refiner, "evaluations": str(made)}
         for classes in sorted(parts, reverse=True):  # the phrases' file last: it says that both are there
-            path = refined_path(self.study, refiner, baseline.name, classes)
+            path = refined_path(self.params, refiner, baseline.name, classes)
             part = parts[classes]
             frame, soft = self._refined(baseline, refiner, part, classes)
             write_with_maps(frame, soft, path, **facts)
@@ -102,7 +102,7 @@ class _Work:
         count = sum(len(part.coarse) for part in parts.values())
         images = len({image for part in parts.values() for image in part.coarse["image_id"]})
         measured = {"key": key, "seconds": round(seconds, 3), "masks": count, "images": images, **where}
-        write_json(timing_path(self.study, refiner, baseline.name), measured)
+        write_json(timing_path(self.params, refiner, baseline.name), measured)
         print(f"refine: {refiner}: {baseline.name}: {count} masks in {seconds:.1f} s", flush=True)
 
     def _ready(self, refiner: str) -> dict[str, Any]:
@@ -111,39 +111,39 @@ class _Work:
             if refiner == "trained":
                 _ = self.network
             return {"device": describe(torch.device("cpu")), "batch": 1}
-        return {"device": describe(self.model.device), "batch": self.study.refine.batch}
+        return {"device": describe(self.model.device), "batch": self.params.refine.batch}
 
     # --------------------------------------------------------------------------------------------------- refiners
     def _refined(self, baseline: Baseline, refiner: str, part: Part, classes: bool) -> tuple[pd.DataFrame, Maps | None]:
-        study = self.study
+        params = self.params
         if refiner == "crf":
-            return crf.refine_predictions(part.table, part.coarse, study.refine.crf, disjoint=classes), None
+            return crf.refine_predictions(part.table, part.coarse, params.refine.crf, disjoint=classes), None
         if refiner == "g4seg_crf":
-            path = refined_path(study, G4SEG, baseline.name, classes)
+            path = refined_path(params, G4SEG, baseline.name, classes)
             frame = read_predictions(path)
             if classes:
                 beside = path if maps_path(path).exists() else None
                 frame = self.masks.labelled(replace(part, coarse=frame, soft=beside, rows=np.arange(len(frame))))
-            return crf.refine_predictions(part.table, frame, study.refine.crf, disjoint=classes), None
+            return crf.refine_predictions(part.table, frame, params.refine.crf, disjoint=classes), None
         side = self.masks.side(part)
         if refiner == "trained":
             frame, soft = self.network.refine_predictions(part.table, part.coarse, side if classes else None)
             return self.masks.apart(part, frame, soft)
-        refine = study.refine.model_copy(update={"maps": side})
+        refine = params.refine.model_copy(update={"maps": side})
         maps = part.labels if classes else None
-        method, keeper = (refiner, None) if refiner not in (G4SEG, RANDOM) else (G4SEG, _Keeper(study, part, side))
+        method, keeper = (refiner, None) if refiner not in (G4SEG, RANDOM) else (G4SEG, _Keeper(params, part, side))
         observe = keeper.observe if keeper else None
-        frame, soft = refine_predictions(part.table, part.coarse, self.model, refine, study.seed, method, maps, observe)
-        if keeper is not None and RANDOM in refiners(study, baseline.name):
+        frame, soft = refine_predictions(part.table, part.coarse, self.model, refine, params.seed, method, maps, observe)
+        if keeper is not None and RANDOM in refiners(params, baseline.name):
             key = self.keys.key(baseline, RANDOM)
             facts = {"key": key, "method": RANDOM, "evaluations": str(passes(refine))}
             maps_ = np.stack(keeper.random_maps) if keeper.random_maps else None
             dealt = self.masks.apart(part, frame.assign(mask=keeper.random), maps_)
             if refiner == RANDOM:
                 return dealt
-            write_with_maps(dealt[0], dealt[1], refined_path(study, RANDOM, baseline.name, classes), **facts)
+            write_with_maps(dealt[0], dealt[1], refined_path(params, RANDOM, baseline.name, classes), **facts)
         if keeper is not None and not classes:
-            keeper.write(discrepancy_path(study, baseline.name), self.keys.key(baseline, G4SEG))
+            keeper.write(discrepancy_path(params, baseline.name), self.keys.key(baseline, G4SEG))
         return self.masks.apart(part, frame, soft)
 
 
@@ -151,25 +151,25 @@ class _Keeper:
     """What else comes of G4Seg's work on a baseline: the random control, and for the figure the discrepancy of a few phrases,
     those with the smallest hash."""
 
-    def __init__(self, study: Params, part: Part, side: int) -> None:
-        self.study, self.part, self.side = study, part, side
+    def __init__(self, params: Params, part: Part, side: int) -> None:
+        self.params, self.part, self.side = params, part, side
         self.random: list[bytes] = []
         self.random_maps: list[Maps] = []
         self.kept: list[tuple[float, tuple[Any, ...], Trace]] = []
 
     def observe(self, trace: Trace) -> None:
-        dealt = at_random(trace, self.study.seed)
+        dealt = at_random(trace, self.params.seed)
         if self.part.classes:
             before = trace.coarse.astype(np.float32)
             self.random_maps.append(dealt.applied(before, self.side))
         self.random.append(masks.encode(dealt.mask))
         if not trace.steps:
             return
-        self.kept.append((hash_unit(self.study.seed, "refine picture", *trace.key), trace.key, trace))
-        self.kept = sorted(self.kept, key=lambda item: item[:2])[: self.study.refine.pictures]
+        self.kept.append((hash_unit(self.params.seed, "refine picture", *trace.key), trace.key, trace))
+        self.kept = sorted(self.kept, key=lambda item: item[:2])[: self.params.refine.pictures]
 
     def write(self, path: Path, key: str) -> None:
-        side = self.study.refine.grid
+        side = self.params.refine.grid
         kept = sorted(self.kept, key=lambda item: item[1])
         frame = pd.DataFrame([key_ for _, key_, _ in kept], columns=KEY)
         frame["mask"] = [masks.encode(trace.refined) for *_, trace in kept]

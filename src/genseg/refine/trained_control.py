@@ -16,44 +16,44 @@ from genseg.refine.layout import CODE_HERE, refined_dir
 from genseg.refine.trained import Refiner, train_refiner
 
 
-def network_dir(study: Params) -> Path:
-    return refined_dir(study) / "network"
+def network_dir(params: Params) -> Path:
+    return refined_dir(params) / "network"
 
 
-def network_manifest(study: Params) -> Path:
-    return refined_dir(study) / "network.json"
+def network_manifest(params: Params) -> Path:
+    return refined_dir(params) / "network.json"
 
 
-def network_key(study: Params) -> str:
-    trained = study.refine.trained.model_dump(mode="json")
-    data = file_sha256(study.data_dir / "phrases.parquet")
-    return digest([trained, study.seed, data, code_hash("artifacts", "data/images.py", "refine/trained.py")])
+def network_key(params: Params) -> str:
+    trained = params.refine.trained.model_dump(mode="json")
+    data = file_sha256(params.data_dir / "phrases.parquet")
+    return digest([trained, params.seed, data, code_hash("artifacts", "data/images.py", "refine/trained.py")])
 
 
-def train_network(study: Params) -> None:
+def train_network(params: Params) -> None:
     """Write the weights of the trained control to `results/<study>/refined/network`; finished ones are kept."""
-    started, key, folder = time.time(), network_key(study), network_dir(study)
-    if "trained" not in study.refine.controls:
+    started, key, folder = time.time(), network_key(params), network_dir(params)
+    if "trained" not in params.refine.controls:
         print("refine: no trained control in refine.controls", flush=True)
-    elif _is_made(study, key):
+    elif _is_made(params, key):
         print(f"refine: {folder} is there already", flush=True)
         return
     else:
-        choose_device("cpu", study.resources["refine"].threads)
-        params = study.refine.trained
-        phrases = read_phrases(study.data_dir / "phrases.parquet")
-        settings: dict[str, Any] = params.model_dump()
+        choose_device("cpu", params.resources["refine"].threads)
+        trained = params.refine.trained
+        phrases = read_phrases(params.data_dir / "phrases.parquet")
+        settings: dict[str, Any] = trained.model_dump()
         last = time.monotonic()
-        for step, loss in enumerate(train_refiner(phrases, folder, **settings, seed=study.seed), start=1):
-            if step == params.steps or time.monotonic() - last > 10:
+        for step, loss in enumerate(train_refiner(phrases, folder, **settings, seed=params.seed), start=1):
+            if step == trained.steps or time.monotonic() - last > 10:
                 last = time.monotonic()
-                print(f"refine: trained control, step {step} of {params.steps}, loss {loss:.4f}", flush=True)
-    outputs = [folder] if "trained" in study.refine.controls else []
-    inputs = [study.data_dir / "phrases.parquet"]
+                print(f"refine: trained control, step {step} of {trained.steps}, loss {loss:.4f}", flush=True)
+    outputs = [folder] if "trained" in params.refine.controls else []
+    inputs = [params.data_dir / "phrases.parquet"]
     write_manifest(
-        network_manifest(study),
+        network_manifest(params),
         "refine",
-        study.subtree("seed", "refine.trained"),
+        params.subtree("seed", "refine.trained"),
         inputs,
         outputs,
         started,
@@ -62,14 +62,14 @@ def train_network(study: Params) -> None:
     )
 
 
-def load_network(study: Params) -> Refiner:
+def load_network(params: Params) -> Refiner:
     """The trained control. Raises UserError where it is not trained, or with other params or code."""
-    if not _is_made(study, network_key(study)):
-        raise UserError(f"{network_dir(study)}: the trained control is not trained; run `genseg refine --train`")
-    choose_device("cpu", study.resources["refine"].threads)
-    return Refiner(network_dir(study))
+    if not _is_made(params, network_key(params)):
+        raise UserError(f"{network_dir(params)}: the trained control is not trained; run `genseg refine --train`")
+    choose_device("cpu", params.resources["refine"].threads)
+    return Refiner(network_dir(params))
 
 
-def _is_made(study: Params, key: str) -> bool:
-    path = network_manifest(study)
-    return path.exists() and (network_dir(study) / "refiner.safetensors").exists() and read_json(path).get("key") == key
+def _is_made(params: Params, key: str) -> bool:
+    path = network_manifest(params)
+    return path.exists() and (network_dir(params) / "refiner.safetensors").exists() and read_json(path).get("key") == key

@@ -56,14 +56,14 @@ def compare(sweep: Sweep) -> Path:
     (folder / "manifest.json").unlink(missing_ok=True)
     outputs = [path for table in tables for path in write_table(table, folder)]
     figure = tables[0].frame.rename(columns={"variant": "role"})
-    draw_evaluations(figure, folder / "evaluations.png", sweep.study.tables.dpi)
+    draw_evaluations(figure, folder / "evaluations.png", sweep.base.tables.dpi)
     for stale in {path for path in folder.iterdir() if path.is_file()} - {*outputs, folder / "evaluations.png"}:
         stale.unlink()  # of questions that the document no longer asks
     read = [path for entry in entries if entry.test for path in (entry.test.path, entry.test.path.with_suffix(".parquet"))]
     write_manifest(
         folder / "manifest.json",
         phase="sweep",
-        params={"sweep": sweep.document.model_dump(mode="json"), **sweep.study.subtree("study", "seed", "score.bootstrap")},
+        params={"sweep": sweep.document.model_dump(mode="json"), **sweep.base.subtree("study", "seed", "score.bootstrap")},
         inputs=[*read, *(_points_path(entry.params) for entry in entries)],
         outputs=[*outputs, folder / "evaluations.png"],
         started=started,
@@ -75,7 +75,7 @@ def compare(sweep: Sweep) -> Path:
 # ------------------------------------------------------------------------------------------------------------ reading
 def read_entries(sweep: Sweep) -> tuple[list[Entry], list[str]]:
     """The study and every variant whose points were scored on val, in the document's order; and the variants without."""
-    study = sweep.study
+    study = sweep.base
     own = read_scored(study.results_dir / "scores" / "main.json")
     point = _point(study, study.sample.main)
     entries = [Entry(study.study, study.study, study, Choice(study.sample.main, study.sample.threshold), point["ar"], own)]
@@ -156,7 +156,7 @@ def _row(entry: Entry) -> dict[str, Any]:
 
 def _minus(sweep: Sweep, a: Scored, b: Scored) -> dict[str, Any]:
     tables = [read_per_phrase(scored.path) for scored in (a, b)]
-    found = paired_difference(tables[0], tables[1], sweep.study.score.bootstrap, sweep.study.seed)
+    found = paired_difference(tables[0], tables[1], sweep.base.score.bootstrap, sweep.base.seed)
     assert found is not None  # both hold the same phrases
     return difference(found)
 
@@ -177,14 +177,14 @@ def variants_table(sweep: Sweep, entries: list[Entry], absent: list[str]) -> Tab
     assert own.test is not None
     rows = [_row(entry) | (_minus(sweep, own.test, entry.test) if entry.test and entry is not own else {}) for entry in entries]
     notes = [
-        f"Test: {where(sweep.study, own.test)}. Every variant was trained on as many samples as the study, stages included. "
+        f"Test: {where(sweep.base, own.test)}. Every variant was trained on as many samples as the study, stages included. "
         "Its operating point and threshold are those with the highest AR on a part of val (the study's: as its params say); "
         "test saw only that point. A dash: another variant of its group was better on val, or some of the group were not run.",
         f"Δ: AR of {own.name}'s main row minus the variant's, paired bootstrap over images. {EVALUATION}",
     ]
     return Table(
         name="variants",
-        caption=f"Average recall (points) across trainings of equal budget, measured here on {data(sweep.study)}.",
+        caption=f"Average recall (points) across trainings of equal budget, measured here on {data(sweep.base)}.",
         frame=_frame(rows),
         columns=[
             Column("variant", "Variant", "text"),
@@ -215,7 +215,7 @@ def points_table(sweep: Sweep, entries: list[Entry]) -> Table:
     ]
     return Table(
         name="points",
-        caption=f"Operating points on val: AR (points) at the best threshold of each, {data(sweep.study)}.",
+        caption=f"Operating points on val: AR (points) at the best threshold of each, {data(sweep.base)}.",
         frame=_frame(rows),
         columns=[
             Column("variant", "Variant", "text"),
@@ -254,11 +254,11 @@ def picks_tables(sweep: Sweep, own: Entry, picks: dict[str, Entry]) -> list[Tabl
         assert second.test
         pair = {"a": a, "b": b, "a_variant": first.name, "b_variant": second.name, "scores": str(first.test.path)}
         pairs.append(pair | _minus(sweep, first.test, second.test))
-    note = f"Each pick is the best on val of its candidates. Test: {where(sweep.study, own.test)}."
+    note = f"Each pick is the best on val of its candidates. Test: {where(sweep.base, own.test)}."
     tables = [
         Table(
             name="picks",
-            caption=f"What val picks across trainings: average recall (points), measured here on {data(sweep.study)}.",
+            caption=f"What val picks across trainings: average recall (points), measured here on {data(sweep.base)}.",
             frame=_frame(rows),
             columns=[Column("pick", "Pick", "text"), Column("variant", "Variant", "text"), *_TESTED],
             notes=[note],
@@ -269,7 +269,7 @@ def picks_tables(sweep: Sweep, own: Entry, picks: dict[str, Entry]) -> list[Tabl
         tables.append(
             Table(
                 name="differences",
-                caption=f"Differences of AR (points) on test between the picks, {data(sweep.study)}.",
+                caption=f"Differences of AR (points) on test between the picks, {data(sweep.base)}.",
                 frame=_frame(pairs),
                 columns=[
                     Column("a", "Pick", "text"),

@@ -81,7 +81,7 @@ def manifest_paths(params: Params) -> dict[str, Path]:
     }
 
 
-def build_page(params: Params, study: StudyScores, tables: list[Table], figures: dict[str, str]) -> str:
+def build_page(params: Params, scores: StudyScores, tables: list[Table], figures: dict[str, str]) -> str:
     """HTML of the page; `figures` maps a PNG's file name in `../figures/` to its caption.
 
     Raises:
@@ -96,8 +96,8 @@ def build_page(params: Params, study: StudyScores, tables: list[Table], figures:
     }
     anchors = ["figures", *(name for names in order.values() for name in names), "provenance"]
     body = [
-        '<p class="lead">' + html.escape(f"Measured on {where(params, study.main)}. {caution(params)}") + "</p>",
-        _cards(study),
+        '<p class="lead">' + html.escape(f"Measured on {where(params, scores.main)}. {caution(params)}") + "</p>",
+        _cards(scores),
         "<nav>" + " · ".join(f'<a href="#{name}">{name}</a>' for name in anchors) + "</nav>",
         '<h2 id="figures">Figures</h2>',
         *(_picture(name, caption) for name, caption in figures.items()),
@@ -114,16 +114,21 @@ def _picture(name: str, caption: str) -> str:
     return f'<figure class="picture"><figcaption>{text}</figcaption><img src="../figures/{name}" alt="{text}"></figure>'
 
 
-def _cards(study: StudyScores) -> str:
+def _cards(scores: StudyScores) -> str:
     """The numbers a reader asks for first; things with the wrong text stand beside things with the right one."""
-    interval, run = study.main.summary["interval"]["overall"], study.main.summary["run"]
+    permuted = scores.text_permuted
+    interval, run = scores.main.summary["interval"]["overall"], scores.main.summary["run"]
     around = f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
     cards = [
-        ("GS, overall AR", study.main.summary["ar"]["overall"], around),
-        ("GS, AR of things", study.main.summary["ar"]["things"], f"{study.main.phrases} phrases in all"),
-        ("Text permuted, things", study.text_permuted.summary["ar"]["things"], f"{study.text_permuted.phrases} phrases in all"),
-        ("Discriminative", study.discriminative.summary["ar"]["overall"], "overall AR, one pass"),
-        ("Colour threshold", study.colour_threshold.summary["ar"]["overall"], "overall AR"),
+        ("GS, overall AR", scores.main.summary["ar"]["overall"], around),
+        ("GS, AR of things", scores.main.summary["ar"]["things"], f"{scores.main.phrases} phrases in all"),
+        (
+            "Text permuted, things",
+            scores.text_permuted.summary["ar"]["things"],
+            f"{scores.text_permuted.phrases} phrases in all",
+        ),
+        ("Discriminative", scores.discriminative.summary["ar"]["overall"], "overall AR, one pass"),
+        ("Colour threshold", scores.colour_threshold.summary["ar"]["overall"], "overall AR"),
     ]
     shown = [(name, DASH if value is None else f"{100 * value:.1f}", small) for name, value, small in cards]
     cell = f"{run['size']} px, {run['steps']} steps, guidance {run['guidance']:g}"

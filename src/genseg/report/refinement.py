@@ -42,50 +42,50 @@ _BOUNDARY_DELTA = Column("boundary_iou_delta", "B. IoU Δ", "signed")
 _REAL = Column("real", "Real", "flag")
 
 
-def refinement_tables(params: Params, study: StudyScores) -> list[Table]:
+def refinement_tables(params: Params, scores: StudyScores) -> list[Table]:
     """`refinement`, and where the study has some, `refinement_controls` and `refinement_sensitivity`."""
-    names = [row["refiner"] for row in study.refinement["rows"]]
-    tables = [refinement(params, study)]
+    names = [row["refiner"] for row in scores.refinement["rows"]]
+    tables = [refinement(params, scores)]
     if set(names) & CONTROLS.keys():
-        tables.append(refinement_controls(params, study))
+        tables.append(refinement_controls(params, scores))
     if any("=" in name for name in names):
-        tables.append(refinement_sensitivity(params, study))
+        tables.append(refinement_sensitivity(params, scores))
     return tables
 
 
-def refinement(params: Params, study: StudyScores) -> Table:
-    rows = _rows(study, G4SEG)
+def refinement(params: Params, scores: StudyScores) -> Table:
+    rows = _rows(scores, G4SEG)
     return Table(
         name="refinement",
         caption=f"Coarse masks before and after G4Seg (ours, a reimplementation): mIoU, average recall and boundary IoU "
-        f"(points), measured here on {_subset(params, study)}.",
+        f"(points), measured here on {_subset(params, scores)}.",
         frame=_frame(rows, list(ORDER)),
         columns=[Column("shown", "Coarse masks", "text"), _REAL, *_SIDES, *_BOUNDARY],
         group_by="kind",
         notes=[
-            _protocol(params, study),
-            f"Real: the ground truth was not looked at. {study_passes(study, G4SEG)} Rows of the G4Seg paper cannot be "
+            _protocol(params, scores),
+            f"Real: the ground truth was not looked at. {study_passes(scores, G4SEG)} Rows of the G4Seg paper cannot be "
             "given: of its numbers only gains of +0.77 to +1.00 mIoU on three benchmarks (published) are known, on other data "
             "and coarse masks.",
-            *_swept(study),
+            *_swept(scores),
             *_lacking(rows),
         ],
         small=True,
     )
 
 
-def refinement_controls(params: Params, study: StudyScores) -> Table:
+def refinement_controls(params: Params, scores: StudyScores) -> Table:
     """All rows in the CSV; the means in print."""
-    names = [name for name in dict.fromkeys(row["refiner"] for row in study.refinement["rows"]) if name in CONTROLS]
-    rows = [{"control": name, **row} for name in names for row in _rows(study, name)]
+    names = [name for name in dict.fromkeys(row["refiner"] for row in scores.refinement["rows"]) if name in CONTROLS]
+    rows = [{"control": name, **row} for name in names for row in _rows(scores, name)]
     frame = _frame(rows, ["control", *ORDER])
     own = "; ".join(
-        f"{OVER[mean['over']]} {_signed(mean['miou'])}" for mean in study.refinement["means"] if mean["refiner"] == G4SEG
+        f"{OVER[mean['over']]} {_signed(mean['miou'])}" for mean in scores.refinement["means"] if mean["refiner"] == G4SEG
     )
     return Table(
         name="refinement_controls",
         caption=f"What refines as well: the controls of G4Seg (ours), mean over the coarse masks (points), measured here on "
-        f"{_subset(params, study)}.",
+        f"{_subset(params, scores)}.",
         frame=frame,
         columns=[
             Column("control", "Control", "text"),
@@ -98,7 +98,7 @@ def refinement_controls(params: Params, study: StudyScores) -> Table:
         group_by="control",
         printed=frame["kind"] == "mean",
         notes=[
-            f"G4Seg itself, Δ mIoU: {own}. {_protocol(params, study)} Every coarse mask by itself: refinement_controls.csv.",
+            f"G4Seg itself, Δ mIoU: {own}. {_protocol(params, scores)} Every coarse mask by itself: refinement_controls.csv.",
             " ".join(f"{name}: {CONTROLS[name]}." for name in names),
             "Mean of: how many of the methods, or of the real ones, a control was run on. Passes: of the U-Net, a mask; the "
             f"seconds that were measured: {costs_dir(params) / 'refinement_costs.md'}.",
@@ -107,14 +107,14 @@ def refinement_controls(params: Params, study: StudyScores) -> Table:
     )
 
 
-def refinement_costs(params: Params, study: StudyScores, refined: dict[str, Any]) -> Table:
+def refinement_costs(params: Params, scores: StudyScores, refined: dict[str, Any]) -> Table:
     """Seconds that refining an image took, beside the gain, by the times in the manifest `refined`; what has none has an
     empty cell, as the random control where it came of G4Seg's own passes.
 
     The other tables are the same bytes in every run that makes the same masks; times are not, so this one stands apart, in
     `costs_dir`."""
     timing, rows = refined.get("timing", {}), []
-    for row in study.refinement["rows"]:
+    for row in scores.refinement["rows"]:
         own = _measured(timing, row["refiner"], row["baseline"])
         gain = {"delta": points(row["miou"]["difference"]), "passes": row["passes"], "kind": "method", "baselines": 1}
         rows.append({"refiner": row["refiner"], "method": row["label"], "baseline": row["baseline"], **own, **gain})
@@ -140,7 +140,7 @@ def refinement_costs(params: Params, study: StudyScores, refined: dict[str, Any]
     return Table(
         name="refinement_costs",
         caption=f"What refinement by G4Seg (ours), its controls and variants costs and gains, mean over the coarse masks: "
-        f"seconds, and Δ mIoU (points), measured here on {_subset(params, study)}.",
+        f"seconds, and Δ mIoU (points), measured here on {_subset(params, scores)}.",
         frame=frame,
         columns=[
             Column("refiner", "Refiner", "text"),
@@ -174,9 +174,9 @@ def costs_dir(params: Params) -> Path:
     return params.work_dir / "tables"
 
 
-def refinement_sensitivity(params: Params, study: StudyScores) -> Table:
+def refinement_sensitivity(params: Params, scores: StudyScores) -> Table:
     """One constant of G4Seg changed at a time."""
-    every = study.refinement["rows"]
+    every = scores.refinement["rows"]
     names = [name for name in dict.fromkeys(row["refiner"] for row in every) if "=" in name]
     some = dict.fromkeys(row["baseline"] for row in every if row["refiner"] in names)
     rows = []
@@ -184,28 +184,28 @@ def refinement_sensitivity(params: Params, study: StudyScores) -> Table:
         for row in every:
             if row["baseline"] == baseline and row["refiner"] in (G4SEG, *names):
                 changed = "as it is" if row["refiner"] == G4SEG else row["refiner"].replace("=", " = ")
-                rows.append({"changed": changed, **_row(study, row)})
+                rows.append({"changed": changed, **_row(scores, row)})
     refine = params.refine
     return Table(
         name="refinement_sensitivity",
-        caption=f"Sensitivity of G4Seg (ours) to its constants (points), measured here on {_subset(params, study)}.",
+        caption=f"Sensitivity of G4Seg (ours) to its constants (points), measured here on {_subset(params, scores)}.",
         frame=_frame(rows, ["changed", *ORDER]),
         columns=[Column("changed", "Changed", "text"), Column("passes", "Passes", "count"), *_SIDES, _BOUNDARY_DELTA],
         group_by="method",
         groups={row["method"]: row["method"] for row in rows},
         notes=[
             f"As it is: alpha = {refine.alpha:g}, beta = {refine.beta:g}, timesteps {refine.timesteps}, {refine.iterations} "
-            f"iterations, layers {refine.layers}, cuts at 0 and the quantiles {refine.levels}. {_protocol(params, study)}"
+            f"iterations, layers {refine.layers}, cuts at 0 and the quantiles {refine.levels}. {_protocol(params, scores)}"
         ],
         small=True,
     )
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
-def _rows(study: StudyScores, refiner: str) -> list[dict[str, Any]]:
+def _rows(scores: StudyScores, refiner: str) -> list[dict[str, Any]]:
     """One row a baseline, then the means over all and over the real ones."""
-    rows = [_row(study, row) for row in study.refinement["rows"] if row["refiner"] == refiner]
-    for mean in study.refinement["means"]:
+    rows = [_row(scores, row) for row in scores.refinement["rows"] if row["refiner"] == refiner]
+    for mean in scores.refinement["means"]:
         if mean["refiner"] == refiner:
             told = {
                 "label": OVER[mean["over"]],
@@ -213,11 +213,11 @@ def _rows(study: StudyScores, refiner: str) -> list[dict[str, Any]]:
                 "real": mean["over"] == "real",
                 "passes": rows[0]["passes"],
             }
-            rows.append(_row(study, mean | told) | {"kind": "mean", "baselines": len(mean["baselines"])})
+            rows.append(_row(scores, mean | told) | {"kind": "mean", "baselines": len(mean["baselines"])})
     return rows
 
 
-def _row(study: StudyScores, found: dict[str, Any]) -> dict[str, Any]:
+def _row(scores: StudyScores, found: dict[str, Any]) -> dict[str, Any]:
     shown = SHORT.get(found["baseline"], found["label"])
     row: dict[str, Any] = {"method": found["label"], "real": found["real"], "shown": shown}
     for name in ("miou", "ar", "boundary_iou"):
@@ -226,8 +226,8 @@ def _row(study: StudyScores, found: dict[str, Any]) -> dict[str, Any]:
         row |= {f"{prefix}delta": points(value["difference"])}
         row |= {f"{prefix}ci_low": points(value["ci_low"]), f"{prefix}ci_high": points(value["ci_high"])}
     best = {"miou_best_before": points(found["miou"].get("best_before"))}
-    counts = study.refinement["counts"]
-    origin = {"source": "measured", "n": counts["phrases"], "images": counts["images"], "scores": str(study.refinement_path)}
+    counts = scores.refinement["counts"]
+    origin = {"source": "measured", "n": counts["phrases"], "images": counts["images"], "scores": str(scores.refinement_path)}
     return row | best | {"baseline": found["baseline"], "passes": found["passes"], "kind": "method", "baselines": 1} | origin
 
 
@@ -238,15 +238,15 @@ def _frame(rows: list[dict[str, Any]], first: list[str]) -> pd.DataFrame:
 
 
 # ----------------------------------------------------------------------------------------------------- captions, notes
-def _subset(params: Params, study: StudyScores) -> str:
-    counts = study.refinement["counts"]
+def _subset(params: Params, scores: StudyScores) -> str:
+    counts = scores.refinement["counts"]
     return f"{data(params)}, {counts['images']} images of test with {counts['phrases']} phrases"
 
 
-def _protocol(params: Params, study: StudyScores) -> str:
+def _protocol(params: Params, scores: StudyScores) -> str:
     part = f"a fixed part of test ({params.refine.test_fraction:g} of its images, chosen by hash)"
     whole = "all of test" if params.refine.test_fraction == 1 else part
-    threshold = study.refinement["background_threshold"]
+    threshold = scores.refinement["background_threshold"]
     rule = (
         "none, the data have no background class" if threshold is None else f"threshold {threshold:g}, frozen before refinement"
     )
@@ -254,19 +254,19 @@ def _protocol(params: Params, study: StudyScores) -> str:
         f"On {whole}. mIoU: class phrases “{params.data.class_template}”, one confusion matrix at native size; background "
         f"rule: {rule}. What is refined is the labelling, a class at a time; the highest refined P wins. AR and boundary "
         f"IoU: phrases, protocol "
-        f"{study.refinement['protocol']}. Δ: after minus before, paired bootstrap over images, jointly in a mean."
+        f"{scores.refinement['protocol']}. Δ: after minus before, paired bootstrap over images, jointly in a mean."
     )
 
 
-def study_passes(study: StudyScores, refiner: str) -> str:
-    found = {row["passes"] for row in study.refinement["rows"] if row["refiner"] == refiner}
+def study_passes(scores: StudyScores, refiner: str) -> str:
+    found = {row["passes"] for row in scores.refinement["rows"] if row["refiner"] == refiner}
     return f"G4Seg takes {', '.join(map(str, sorted(found)))} U-Net passes a mask."
 
 
-def _swept(study: StudyScores) -> list[str]:
+def _swept(scores: StudyScores) -> list[str]:
     """The coarse masks' best threshold, chosen on the very images: no result, but it shows what the frozen rule hides."""
     told = []
-    for row in study.refinement["rows"]:
+    for row in scores.refinement["rows"]:
         value = row["miou"]
         if row["refiner"] == G4SEG and "best_before" in value:
             told.append(f"{row['label']} {100 * value['best_before']:.1f} at {value['best_threshold_before']:g}")

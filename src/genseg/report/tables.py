@@ -35,22 +35,22 @@ _WHOLE = ("n", "images", "evaluations", "size", "steps")
 _AR = [Column(split, split, over="Average recall") for split in SPLITS]
 
 
-def build_tables(params: Params, study: StudyScores) -> list[Table]:
+def build_tables(params: Params, scores: StudyScores) -> list[Table]:
     """Every table of the study, in the order a reader meets them; `miou` only where class phrases were scored."""
     tables = [
-        table2(params, study),
-        controls(params, study),
-        table3(params, study),
-        table4(params, study),
-        table5(params, study),
-        evaluations(params, study),
-        readouts(params, study),
-        ceilings(params, study),
-        breakdown(params, study),
+        table2(params, scores),
+        controls(params, scores),
+        table3(params, scores),
+        table4(params, scores),
+        table5(params, scores),
+        evaluations(params, scores),
+        readouts(params, scores),
+        ceilings(params, scores),
+        breakdown(params, scores),
     ]
-    if study.main.summary.get("miou"):
-        tables.append(miou(params, study))
-    return [*tables, comparisons(params, study)]
+    if scores.main.summary.get("miou"):
+        tables.append(miou(params, scores))
+    return [*tables, comparisons(params, scores)]
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -152,14 +152,14 @@ def sentence(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ Table 2
-def table2(params: Params, study: StudyScores) -> Table:
+def table2(params: Params, scores: StudyScores) -> Table:
     """The paper's Table 2 and, apart, our rows on our data. Of imported methods nobody told what they are made of."""
     rows: list[dict[str, Any]] = [
         {**record, "shown": record["method"], "source": "published", "data": "PNG", "scores": str(published_path("table2"))}
         for record in read_published("table2")
     ]
-    ours: dict[str, tuple[Scored, bool | None]] = {"GS": (study.main, True), "Discriminative": (study.discriminative, False)}
-    real = [(scored, scored.summary["run"]) for scored in study.baselines if scored.summary["run"]["real"]]
+    ours: dict[str, tuple[Scored, bool | None]] = {"GS": (scores.main, True), "Discriminative": (scores.discriminative, False)}
+    real = [(scored, scored.summary["run"]) for scored in scores.baselines if scored.summary["run"]["real"]]
     ours |= {run["label"]: (scored, None if run["imported"] else True) for scored, run in real}
     imported = [run["label"] for _, run in real if run["imported"]]
     rows += [
@@ -173,7 +173,7 @@ def table2(params: Params, study: StudyScores) -> Table:
         }
         for name, (scored, diffusion) in ours.items()
     ]
-    run = study.main.summary["run"]
+    run = scores.main.summary["run"]
     facts = {
         name: [f"95 % interval {_interval(scored.summary['interval']['overall'])}", _ceilings(scored), _skipped(scored)]
         for name, (scored, _) in ours.items()
@@ -193,10 +193,10 @@ def table2(params: Params, study: StudyScores) -> Table:
         group_by="source",
         groups={
             "published": "Published, on PNG (Table 2 of the GS paper)",
-            "measured": f"Measured here, on {data(params)}, n = {study.main.phrases}",
+            "measured": f"Measured here, on {data(params)}, n = {scores.main.phrases}",
         },
         notes=[
-            f"Measured on {where(params, study.main)}. {caution(params)}",
+            f"Measured on {where(params, scores.main)}. {caution(params)}",
             *(f"{name}, overall: {'; '.join(filter(None, texts))}." for name, texts in facts.items()),
             f"GS was sampled at {run['size']} × {run['size']} pixels (steps: {run['steps']}, guidance: {run['guidance']:g}, "
             f"evaluations per mask: {run['evaluations']}). {EVALUATION} Discriminative: a U-Net of the same size, "
@@ -208,14 +208,14 @@ def table2(params: Params, study: StudyScores) -> Table:
 
 
 # --------------------------------------------------------------------------------------------------------- Tables 3-5
-def table3(params: Params, study: StudyScores) -> Table:
-    return _ablation(params, study, "table3", "size", "Image size", list(params.sample.grid.sizes), "image sizes")
+def table3(params: Params, scores: StudyScores) -> Table:
+    return _ablation(params, scores, "table3", "size", "Image size", list(params.sample.grid.sizes), "image sizes")
 
 
-def table4(params: Params, study: StudyScores) -> Table:
+def table4(params: Params, scores: StudyScores) -> Table:
     what = f"numbers of {params.sample.base.rule.upper()} steps"
-    table = _ablation(params, study, "table4", "steps", "Steps", list(params.sample.grid.steps), what)
-    main, found = params.sample.main, study.comparison(study.main, study.base())
+    table = _ablation(params, scores, "table4", "steps", "Steps", list(params.sample.grid.steps), what)
+    main, found = params.sample.main, scores.comparison(scores.main, scores.base())
     if found["n"]:
         table.notes.append(
             f"The study's main row (size {main.size}, {main.steps} steps, guidance {main.guidance:g}: {main.evaluations} "
@@ -225,11 +225,11 @@ def table4(params: Params, study: StudyScores) -> Table:
     return table
 
 
-def table5(params: Params, study: StudyScores) -> Table:
-    return _ablation(params, study, "table5", "guidance", "Guidance", list(params.sample.grid.guidance), "guidance scales")
+def table5(params: Params, scores: StudyScores) -> Table:
+    return _ablation(params, scores, "table5", "guidance", "Guidance", list(params.sample.grid.guidance), "guidance scales")
 
 
-def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: str, values: list[Any], what: str) -> Table:
+def _ablation(params: Params, scores: StudyScores, name: str, axis: str, head: str, values: list[Any], what: str) -> Table:
     """One coordinate of the base cell replaced by each of `values`, below the published rows of the same ablation."""
     published = f"{name}_{axis}"
     rows: list[dict[str, Any]] = []
@@ -239,8 +239,8 @@ def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: st
         rows[-1] |= {"data": "PNG, about 7 % of test", "scores": str(published_path(published))}
     base = params.sample.base
     for cell in dict.fromkeys([base, *(base.model_copy(update={axis: value}) for value in values)]):
-        row = {**cell.model_dump(), **measured(params, study.cells[cell])}
-        rows.append(row if cell == base else row | difference(study.comparison(study.cells[cell], study.base())))
+        row = {**cell.model_dump(), **measured(params, scores.cells[cell])}
+        rows.append(row if cell == base else row | difference(scores.comparison(scores.cells[cell], scores.base())))
     others = [key for key in Cell.model_fields if key != axis]
     return Table(
         name=name,
@@ -258,10 +258,10 @@ def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: st
         group_by="source",
         groups={
             "published": "Published, on about 7 % of PNG's test set",
-            "measured": f"Measured here, on {data(params)}, n = {study.base().phrases}",
+            "measured": f"Measured here, on {data(params)}, n = {scores.base().phrases}",
         },
         notes=[
-            f"Measured on {where(params, study.base())}: a fixed part of test. {caution(params)} Base row, first and "
+            f"Measured on {where(params, scores.base())}: a fixed part of test. {caution(params)} Base row, first and "
             f"repeated in Tables 3 to 5: size {base.size}, {base.steps} steps, guidance {base.guidance:g}.",
             "Eval.: U-Net evaluations per mask, two for each step with guidance. Ceiling: overall AR of the ground truth at "
             "label-latent size, read bilinearly (native protocol). Δ: difference in overall AR from the base row, paired "
@@ -271,13 +271,13 @@ def _ablation(params: Params, study: StudyScores, name: str, axis: str, head: st
 
 
 # ------------------------------------------------------------------------------------------ evaluations, calibration
-def evaluations(params: Params, study: StudyScores) -> Table:
+def evaluations(params: Params, scores: StudyScores) -> Table:
     """AR against evaluations per mask: the operating points on val, where one is chosen, and on the grid's part of test; the
     base row, with the paper's steps and guidance, among them."""
-    base, ranked = params.sample.base, {point["scores"]: point for point in study.ranking["points"]}
+    base, ranked = params.sample.base, {point["scores"]: point for point in scores.ranking["points"]}
     rows = []
     for cell in sorted({base, *params.sample.operating_points()}, key=lambda cell: (cell.evaluations, str(cell))):
-        scored, val = study.cells[cell], study.val.get(cell)
+        scored, val = scores.cells[cell], scores.val.get(cell)
         roles = {"main": cell == params.sample.main, "base": cell == base}
         row: dict[str, Any] = {
             "point": str(Point.model_validate(cell.model_dump(exclude={"size"}))),
@@ -290,8 +290,8 @@ def evaluations(params: Params, study: StudyScores) -> Table:
             point = ranked[str(val.path)]
             row |= {f"val_{key}": points(point[key]) for key in ("ar", "ci_low", "ci_high", "best_ar", "ece")}
             row |= {"val_n": val.phrases, "val_threshold": point["best_threshold"], "val_scores": str(val.path)}
-        rows.append(row if cell == base else row | difference(study.comparison(scored, study.base())))
-    main, tried = study.val[params.sample.main], len(study.ranking["thresholds"])
+        rows.append(row if cell == base else row | difference(scores.comparison(scored, scores.base())))
+    main, tried = scores.val[params.sample.main], len(scores.ranking["thresholds"])
     return Table(
         name="evaluations",
         caption=f"Average recall (points) against U-Net evaluations per mask, GS measured here on {data(params)}.",
@@ -311,10 +311,10 @@ def evaluations(params: Params, study: StudyScores) -> Table:
         notes=[
             f"Val: {main.phrases} phrases in {main.summary['counts']['images']} images, a fixed part of val; AR at the study's "
             f"threshold {params.sample.threshold:g}, and the best of {tried} thresholds (native protocol) with where it is "
-            f"reached. Test: {where(params, study.base())}, a fixed part. {_choice(params, study)}",
+            f"reached. Test: {where(params, scores.base())}, a fixed part. {_choice(params, scores)}",
             "Δ: difference in overall AR from base, paired bootstrap over images. ECE: expected calibration error of the soft "
             f"map's pixels in points, 15 bins. {EVALUATION} A mean of k samples takes k times as many.",
-            *_calibration_facts(study),
+            *_calibration_facts(scores),
         ],
         small=True,
     )
@@ -324,42 +324,42 @@ def _ece(scored: Scored) -> float | None:
     return (scored.summary.get("calibration") or {}).get("ece")
 
 
-def _choice(params: Params, study: StudyScores) -> str:
+def _choice(params: Params, scores: StudyScores) -> str:
     """Whether the main point is what val would choose for its cost."""
-    ranking = study.ranking
+    ranking = scores.ranking
     if ranking["main_is_best_for_its_cost"]:
         return "The main point has the best AR on val among those that cost no more."
     cost = params.sample.main.evaluations
     name = next(entry["name"] for entry in ranking["best"] if entry["evaluations_at_most"] == cost)
-    better = next(cell for cell, scored in study.val.items() if scored.name == name)
+    better = next(cell for cell, scored in scores.val.items() if scored.name == name)
     return f"Among the points that cost no more than the main one, {better} has a higher AR on val."
 
 
-def _calibration_facts(study: StudyScores) -> list[str]:
+def _calibration_facts(scores: StudyScores) -> list[str]:
     """The soft mask of several seeds against one sample's."""
     facts = []
-    for several, single in study.ensembles():
-        a, b = study.cells[several], study.cells[single]
-        change = study.comparisons.get(f"{a.name} - {b.name} (ece)")
+    for several, single in scores.ensembles():
+        a, b = scores.cells[several], scores.cells[single]
+        change = scores.comparisons.get(f"{a.name} - {b.name} (ece)")
         told = f" ({_with_interval(change)})" if change else ""
         errors = [f"{100 * (_ece(scored) or 0):.1f}" for scored in (a, b)]
         facts.append(
             f"{sentence(str(several))[:-1]}: expected calibration error {errors[0]} points against {errors[1]} of one sample"
-            f"{told}; AR {_with_interval(study.comparison(a, b))}."
+            f"{told}; AR {_with_interval(scores.comparison(a, b))}."
         )
     return facts
 
 
 # ------------------------------------------------------------------------------------------------- read-outs, controls
-def readouts(params: Params, study: StudyScores) -> Table:
+def readouts(params: Params, scores: StudyScores) -> Table:
     """The comparison of the paper's Fig. 4, as numbers; the study's own read-out first."""
     names = {"bilinear": "bilinear", "nearest": "nearest", "vae": "VAE decoding"}
     base, own = params.sample.base, names[params.sample.readout]
-    found = [(names[name], scored) for name, scored in study.readouts.items()]
-    found.append((f"{own}, no CFG", study.cells[base.model_copy(update={"guidance": 1.0})]))
+    found = [(names[name], scored) for name, scored in scores.readouts.items()]
+    found.append((f"{own}, no CFG", scores.cells[base.model_copy(update={"guidance": 1.0})]))
     rows = [
         {"readout": name, **measured(params, scored)}
-        | (difference(study.comparison(scored, study.base())) if scored is not study.base() else {})
+        | (difference(scores.comparison(scored, scores.base())) if scored is not scores.base() else {})
         for name, scored in found
     ]
     return Table(
@@ -375,28 +375,28 @@ def readouts(params: Params, study: StudyScores) -> Table:
             Column("difference", "95 % CI", "interval"),
         ],
         notes=[
-            f"Measured on {where(params, study.base())}: a fixed part of test. Size {base.size}, {base.steps} steps, "
-            f"guidance {base.guidance:g}. {sentence(_ceilings(study.base()))}",
+            f"Measured on {where(params, scores.base())}: a fixed part of test. Size {base.size}, {base.steps} steps, "
+            f"guidance {base.guidance:g}. {sentence(_ceilings(scores.base()))}",
             f"Eval.: U-Net evaluations per mask. {EVALUATION} B. IoU: mean boundary IoU. "
             "Δ: difference in overall AR from the first row, paired bootstrap over images.",
         ],
     )
 
 
-def controls(params: Params, study: StudyScores) -> Table:
+def controls(params: Params, scores: StudyScores) -> Table:
     """What GS owes to the text, to colour alone, and to being generative."""
     found = {
-        "none": study.main,
-        "text_permuted": study.text_permuted,
-        "colour_threshold": study.colour_threshold,
-        "discriminative": study.discriminative,
+        "none": scores.main,
+        "text_permuted": scores.text_permuted,
+        "colour_threshold": scores.colour_threshold,
+        "discriminative": scores.discriminative,
     }
     rows = []
     for name, scored in found.items():
         row = {"control": name, **measured(params, scored)}
-        if scored is not study.main:
-            row |= difference(study.comparison(study.main, scored))
-            row |= difference(study.comparison(study.main, scored, "things"), "difference_things")
+        if scored is not scores.main:
+            row |= difference(scores.comparison(scores.main, scored))
+            row |= difference(scores.comparison(scores.main, scored, "things"), "difference_things")
         rows.append(row)
     return Table(
         name="controls",
@@ -412,7 +412,7 @@ def controls(params: Params, study: StudyScores) -> Table:
             Column("difference_things", "95 % CI", "interval"),
         ],
         notes=[
-            f"Measured on {where(params, study.main)}. {sentence(_ceilings(study.main))}",
+            f"Measured on {where(params, scores.main)}. {sentence(_ceilings(scores.main))}",
             "none: GS itself. text_permuted: GS given another phrase of the same image (a derangement among phrases whose "
             "ground truths differ; images with no such pair are left out). colour_threshold: colour histograms of the "
             "training phrases' words, thresholded on val. discriminative: a U-Net of the same size, data and budget that "
@@ -426,11 +426,11 @@ def controls(params: Params, study: StudyScores) -> Table:
 
 
 # ---------------------------------------------------------------------------------------------------- ceilings, parts
-def ceilings(params: Params, study: StudyScores) -> Table:
+def ceilings(params: Params, scores: StudyScores) -> Table:
     """By protocol: what a perfect prediction scores, what the label latent allows, and what was reached."""
     rows = []
-    for protocol in dict.fromkeys(protocol for _, protocol in study.protocols):
-        main, discriminative = study.protocols["main", protocol], study.protocols["discriminative", protocol]
+    for protocol in dict.fromkeys(protocol for _, protocol in scores.protocols):
+        main, discriminative = scores.protocols["main", protocol], scores.protocols["discriminative", protocol]
         rows.append(_quantity(protocol, "perfect prediction", main, main.summary["ceiling"]))
         if protocol == "native":
             rows.append(_quantity(protocol, "ground truth at label-latent size", main, main.summary["ceiling_latent"]))
@@ -448,7 +448,7 @@ def ceilings(params: Params, study: StudyScores) -> Table:
         ],
         group_by="protocol",
         notes=[
-            f"Measured on {where(params, study.main)} and, below it, under the other protocols.",
+            f"Measured on {where(params, scores.main)} and, below it, under the other protocols.",
             "Ground truth at label-latent size: the mask reduced by area to the size of the latent that GS generates, and read "
             "bilinearly: what its resolution allows.",
         ],
@@ -466,12 +466,12 @@ def _quantity(protocol: str, quantity: str, scored: Scored, values: dict[str, An
     }
 
 
-def breakdown(params: Params, study: StudyScores) -> Table:
+def breakdown(params: Params, scores: StudyScores) -> Table:
     """Overall AR by object size and by tag, and boundary IoU."""
-    gs, discriminative = _parts(study.main), _parts(study.discriminative)
+    gs, discriminative = _parts(scores.main), _parts(scores.discriminative)
     rows = [
         {"part": part, "n": n, "gs": value, "discriminative": discriminative.get(part, (None, None))[1]}
-        | {"scores": f"{study.main.path}; {study.discriminative.path}"}
+        | {"scores": f"{scores.main.path}; {scores.discriminative.path}"}
         for part, (n, value) in gs.items()
     ]
     return Table(
@@ -485,7 +485,7 @@ def breakdown(params: Params, study: StudyScores) -> Table:
             Column("discriminative", "Discriminative"),
         ],
         notes=[
-            f"Measured on {where(params, study.main)}. Small, medium and large are COCO's areas (bounds 32² and 96² pixels of "
+            f"Measured on {where(params, scores.main)}. Small, medium and large are COCO's areas (bounds 32² and 96² pixels of "
             "a 640 × 480 image), scaled with the image's area."
         ],
     )
@@ -504,9 +504,9 @@ def _parts(scored: Scored) -> dict[str, tuple[int | None, float | None]]:
     }
 
 
-def miou(params: Params, study: StudyScores) -> Table:
+def miou(params: Params, scores: StudyScores) -> Table:
     """mIoU over class phrases, per class and its mean."""
-    sides = {"gs": study.main, "discriminative": study.discriminative}
+    sides = {"gs": scores.main, "discriminative": scores.discriminative}
     found = {side: scored.summary.get("miou") or {"mean": None, "per_class": {}} for side, scored in sides.items()}
     names = dict.fromkeys(name for value in found.values() for name in value["per_class"])
     origin = {"scores": "; ".join(str(scored.path) for scored in sides.values())}
@@ -523,15 +523,15 @@ def miou(params: Params, study: StudyScores) -> Table:
         columns=[Column("class", "Class", "text"), Column("gs", "GS"), Column("discriminative", "Discriminative")],
         group_by="kind",
         notes=[
-            f"{sentence(study.main.summary['split'] + ' split')} Every class of the list is a phrase of its own, "
+            f"{sentence(scores.main.summary['split'] + ' split')} Every class of the list is a phrase of its own, "
             f"“{params.data.class_template}”, and a pixel takes the class of the highest score. The mean "
             "is over the classes that have ground truth.",
-            *_miou_facts(study, found),
+            *_miou_facts(scores, found),
         ],
     )
 
 
-def _miou_facts(study: StudyScores, found: dict[str, dict[str, Any]]) -> list[str]:
+def _miou_facts(scores: StudyScores, found: dict[str, dict[str, Any]]) -> list[str]:
     """Intervals of the mean, and of the difference between the two methods."""
     names = {"gs": "GS", "discriminative": "Discriminative"}
     facts = [
@@ -539,20 +539,20 @@ def _miou_facts(study: StudyScores, found: dict[str, dict[str, Any]]) -> list[st
         for side, value in found.items()
         if value.get("interval")
     ]
-    compared = study.comparisons.get("main - discriminative (miou)")
+    compared = scores.comparisons.get("main - discriminative (miou)")
     if compared:
         facts.append(f"GS minus discriminative, mean: {_with_interval(compared)} points, paired bootstrap over images.")
     return facts
 
 
 # -------------------------------------------------------------------------------------------------------- comparisons
-def comparisons(params: Params, study: StudyScores) -> Table:
+def comparisons(params: Params, scores: StudyScores) -> Table:
     """Every paired comparison that was scored."""
     base = params.sample.base
-    labels = {scored.name: _cell_label(cell, base) for cell, scored in study.cells.items()}
-    labels |= {f"readouts/{name}": f"read-out {name}" for name in study.readouts}
+    labels = {scored.name: _cell_label(cell, base) for cell, scored in scores.cells.items()}
+    labels |= {f"readouts/{name}": f"read-out {name}" for name in scores.readouts}
     rows = []
-    for key, value in study.comparisons.items():
+    for key, value in scores.comparisons.items():
         pair, _, quantity = key.removesuffix(")").partition(" (")
         rows.append(
             {
@@ -563,7 +563,7 @@ def comparisons(params: Params, study: StudyScores) -> Table:
                 "ci_low": points(value["ci_low"]),
                 "ci_high": points(value["ci_high"]),
                 "label": " − ".join(labels.get(name, name) for name in pair.split(" - ")),
-                "scores": str(study.comparisons_path),
+                "scores": str(scores.comparisons_path),
             }
         )
     return Table(

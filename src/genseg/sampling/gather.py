@@ -30,23 +30,23 @@ NEEDED = (
 )
 
 
-def gather(study: Params) -> None:
+def gather(params: Params) -> None:
     """Write `results/<study>/predictions/<run>/` for every run, remove other runs, write the manifest last.
 
     Raises:
         UserError: a part is missing or was made of something else.
     """
     started = time.time()
-    folder = study.results_dir / "predictions"
-    runs = study_runs(study)
+    folder = params.results_dir / "predictions"
+    runs = study_runs(params)
     for run in runs:
-        _gather_run(study, run)
-    made, evolution = study.work_dir / "samples" / "evolution.safetensors", folder / "evolution.safetensors"
-    if "grid" not in study.sample.runs:
+        _gather_run(params, run)
+    made, evolution = params.work_dir / "samples" / "evolution.safetensors", folder / "evolution.safetensors"
+    if "grid" not in params.sample.runs:
         evolution.unlink(missing_ok=True)
     elif made.exists():
         shutil.copyfile(made, evolution)
-    wanted = {predictions_path(study, run).parent for run in runs}
+    wanted = {predictions_path(params, run).parent for run in runs}
     for path in sorted(folder.rglob("predictions.parquet")):
         if path.parent not in wanted:
             shutil.rmtree(path.parent)
@@ -54,30 +54,30 @@ def gather(study: Params) -> None:
     for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         if not any(empty.iterdir()):
             empty.rmdir()
-    outputs = [path for run in runs for path in _files(study, run)]
+    outputs = [path for run in runs for path in _files(params, run)]
     models = sorted({"control" if run.method == "discriminative" else "model" for run in runs})
     write_manifest(
         folder / "manifest.json",
         "sample",
-        study.subtree(*NEEDED),
-        [study.results_dir / model / "manifest.json" for model in models],
-        [*outputs, *([evolution] if "grid" in study.sample.runs else [])],
+        params.subtree(*NEEDED),
+        [params.results_dir / model / "manifest.json" for model in models],
+        [*outputs, *([evolution] if "grid" in params.sample.runs else [])],
         started,
         code=code_hash(*CODE),
         runs=[run.entry() for run in runs],
     )
 
 
-def _files(study: Params, run: Run) -> list:
-    path = predictions_path(study, run)
+def _files(params: Params, run: Run) -> list:
+    path = predictions_path(params, run)
     return [path, *([maps_path(path)] if maps_path(path).exists() else [])]
 
 
-def _gather_run(study: Params, run: Run) -> None:
-    key, path, shards = run_key(study, run), predictions_path(study, run), study.sample.shards
+def _gather_run(params: Params, run: Run) -> None:
+    key, path, shards = run_key(params, run), predictions_path(params, run), params.sample.shards
     if read_metadata(path).get("key") == key:
         return
-    parts = [part_path(study, run, shard, shards) for shard in range(shards)]
+    parts = [part_path(params, run, shard, shards) for shard in range(shards)]
     for part in parts:
         if read_metadata(part).get("key") != key:
             raise UserError(f"{part}: missing or made with other params; run `snakemake -- sample`, which samples it first")
@@ -85,7 +85,7 @@ def _gather_run(study: Params, run: Run) -> None:
     order = frame.sort_values(KEY, kind="stable").index.to_numpy()
     metadata = {"key": key}
     if maps_path(parts[0]).exists():
-        metadata["maps"] = maps_key(study, run)
+        metadata["maps"] = maps_key(params, run)
         maps = [read_maps(part) for part in parts]
         write_maps(np.concatenate([part for part in maps if len(part)])[order], path)
     write_predictions(frame, path, **metadata)

@@ -92,9 +92,9 @@ class Run:
         return {**asdict(self), "evaluations": self.evaluations}
 
 
-def study_runs(study: Params) -> list[Run]:
+def study_runs(params: Params) -> list[Run]:
     """The runs that `sample.runs` asks for, in the order of the manifest."""
-    main, readout = study.sample.main, study.sample.readout
+    main, readout = params.sample.main, params.sample.readout
     point: dict[str, Any] = {**main.model_dump(), "readout": readout}
     control: dict[str, Any] = {"size": main.size, "readout": readout}
     runs = [
@@ -105,34 +105,34 @@ def study_runs(study: Params) -> list[Run]:
         Run("discriminative_class_phrases", "class_phrases", "discriminative", "class_phrases", **control),
         Run("colour_threshold", "control", "colour_threshold", "test"),
     ]
-    cells = {"grid": study.sample.grid_cells(), "val": study.sample.operating_points()}
+    cells = {"grid": params.sample.grid_cells(), "val": params.sample.operating_points()}
     for part, members in cells.items():
         for cell in members:
             runs.append(Run(f"{part}/{cell_path(cell)}", part, "gs", part, **cell.model_dump(), readout=readout))
-    for other in study.other_readouts():
-        runs.append(Run(f"readouts/{other}", "readout", "gs", "grid", **study.sample.base.model_dump(), readout=other))
+    for other in params.other_readouts():
+        runs.append(Run(f"readouts/{other}", "readout", "gs", "grid", **params.sample.base.model_dump(), readout=other))
     parts = {"main": "main", "control": "controls", "class_phrases": "controls", "readout": "grid"}
-    return [run for run in runs if parts.get(run.role, run.role) in study.sample.runs]
+    return [run for run in runs if parts.get(run.role, run.role) in params.sample.runs]
 
 
-def base_run(study: Params) -> Run:
+def base_run(params: Params) -> Run:
     """The grid run of the base cell."""
-    return next(run for run in study_runs(study) if run.name == f"grid/{cell_path(study.sample.base)}")
+    return next(run for run in study_runs(params) if run.name == f"grid/{cell_path(params.sample.base)}")
 
 
-def run_rows(study: Params, run: Run, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> pd.DataFrame:
+def run_rows(params: Params, run: Run, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> pd.DataFrame:
     """Rows of a run, ordered by key, with the column `text`: the phrase that the model is given."""
     if run.phrases == "class_phrases":
         rows = class_phrases[class_phrases["split"] == "test"]
         rows = rows[[tags is None or BACKGROUND not in tags for tags in rows["tags"]]]
     elif run.phrases == "grid":
-        rows = grid_phrases(study, phrases)
+        rows = grid_phrases(params, phrases)
     elif run.phrases == "val":
-        rows = val_phrases(study, phrases)
+        rows = val_phrases(params, phrases)
     else:
         rows = phrases[phrases["split"] == "test"]
     if run.phrases == "permutable":
-        return permute_texts(rows, study.seed)
+        return permute_texts(rows, params.seed)
     return rows.assign(text=rows["phrase"])
 
 

@@ -39,90 +39,90 @@ CODE = ("params.py", "artifacts", "latents.py", "models", "diffusion", "baseline
 EVOLUTION_PHRASES = 4
 
 
-def part_path(study: Params, run: Run, shard: int, shards: int) -> Path:
-    return study.work_dir / "samples" / run.name / f"part-{shard:03d}-of-{shards:03d}.parquet"
+def part_path(params: Params, run: Run, shard: int, shards: int) -> Path:
+    return params.work_dir / "samples" / run.name / f"part-{shard:03d}-of-{shards:03d}.parquet"
 
 
-def predictions_path(study: Params, run: Run) -> Path:
-    return study.results_dir / "predictions" / run.name / "predictions.parquet"
+def predictions_path(params: Params, run: Run) -> Path:
+    return params.results_dir / "predictions" / run.name / "predictions.parquet"
 
 
-def run_key(study: Params, run: Run) -> str:
+def run_key(params: Params, run: Run) -> str:
     """Hash of everything a run's bytes depend on: a prediction that carries it need not be made again."""
-    threshold = None if run.method == "colour_threshold" else study.sample.threshold
-    return digest([maps_key(study, run), run.readout, threshold])
+    threshold = None if run.method == "colour_threshold" else params.sample.threshold
+    return digest([maps_key(params, run), run.readout, threshold])
 
 
-def maps_key(study: Params, run: Run) -> str:
+def maps_key(params: Params, run: Run) -> str:
     """Hash of everything a run's soft maps depend on; another threshold or read-out of them needs no sampling."""
     folder = "control" if run.method == "discriminative" else "model"
-    sample = study.sample
+    sample = params.sample
     facts = [
         run.entry() | {"name": None, "role": None, "readout": None},
-        file_sha256(study.data_dir / "phrases.parquet"),
-        file_sha256(study.data_dir / "class_phrases.parquet") if run.phrases == "class_phrases" else None,
-        study.subtree("seed", "latents"),
+        file_sha256(params.data_dir / "phrases.parquet"),
+        file_sha256(params.data_dir / "class_phrases.parquet") if run.phrases == "class_phrases" else None,
+        params.subtree("seed", "latents"),
         {"grid": sample.grid_fraction, "val": sample.select_fraction}.get(run.phrases),
         code_hash(*CODE),
     ]
     if run.method != "colour_threshold":
-        facts += [read_json(study.results_dir / folder / "manifest.json")["weights"]]
+        facts += [read_json(params.results_dir / folder / "manifest.json")["weights"]]
         facts += [sample.spacing, sample.clip_x_0, sample.batch, sample.precision]
     return digest(facts)
 
 
-def runs_of_job(study: Params, size: int) -> list[Run]:
+def runs_of_job(params: Params, size: int) -> list[Run]:
     """Runs whose cells have this size; what has no size goes with the main one. Read-outs follow their base cell."""
-    return [run for run in study_runs(study) if (run.size or study.sample.main.size) == size]
+    return [run for run in study_runs(params) if (run.size or params.sample.main.size) == size]
 
 
-def sample_shard(study: Params, size: int, shard: int, shards: int) -> None:
+def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
     """Write the parts of every run at `size` that are not there yet, and last the job's small JSON.
 
     Raises:
         UserError: no run at this size, model or latents are missing, the disk is full, no GPU for `device: cuda`.
     """
     started = time.time()
-    runs = runs_of_job(study, size)
+    runs = runs_of_job(params, size)
     if not runs:
         raise UserError(f"--size {size}: no cell of sample.grid, sample.base or sample.main has it")
     if not 0 <= shard < shards:
         raise UserError(f"--shard {shard}: must be between 0 and {shards - 1}")
-    device = choose_device(study.device, study.resources["sample"].threads)
+    device = choose_device(params.device, params.resources["sample"].threads)
     print(f"sample: device {describe(device)}, size {size}, shard {shard} of {shards}", flush=True)
-    keys = {run: run_key(study, run) for run in runs}
-    missing = [run for run in runs if not is_made(study, run, keys[run], shard, shards)]
+    keys = {run: run_key(params, run) for run in runs}
+    missing = [run for run in runs if not is_made(params, run, keys[run], shard, shards)]
     print(f"sample: {len(missing)} of {len(runs)} runs to make", flush=True)
-    phrases = read_phrases(study.data_dir / "phrases.parquet")
-    class_phrases = read_phrases(study.data_dir / "class_phrases.parquet")
-    sampler = Sampler(study, device)
+    phrases = read_phrases(params.data_dir / "phrases.parquet")
+    class_phrases = read_phrases(params.data_dir / "class_phrases.parquet")
+    sampler = Sampler(params, device)
     for run in missing:
         begun = time.monotonic()
-        rows = run_rows(study, run, phrases, class_phrases)
-        blocks = shard_blocks(rows, study.sample.batch, shard, shards)
+        rows = run_rows(params, run, phrases, class_phrases)
+        blocks = shard_blocks(rows, params.sample.batch, shard, shards)
         if run.method == "colour_threshold":
-            frame, maps = _colour_predictions(study, phrases, pd.concat(blocks) if blocks else rows.iloc[:0]), None
+            frame, maps = _colour_predictions(params, phrases, pd.concat(blocks) if blocks else rows.iloc[:0]), None
         else:
             frame, maps = sampler.predict(run, blocks, (shard, shards))
-        path = part_path(study, run, shard, shards)
+        path = part_path(params, run, shard, shards)
         if maps is not None:
             write_maps(maps, path)
         write_predictions(frame, path, key=keys[run], shard=f"{shard}/{shards}")
         seconds = time.monotonic() - begun
         cost = f"{run.evaluations} evaluations a mask" if run.evaluations else "no network"
         print(f"sample: {run.name}: {len(frame)} masks, {cost}, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
-    if "grid" in study.sample.runs and shard == 0 and size == study.sample.base.size:
-        _write_evolution(study, sampler, phrases)
-    target = study.work_dir / "samples" / f"size={size:04d}.shard={shard}-of-{shards}.json"
+    if "grid" in params.sample.runs and shard == 0 and size == params.sample.base.size:
+        _write_evolution(params, sampler, phrases)
+    target = params.work_dir / "samples" / f"size={size:04d}.shard={shard}-of-{shards}.json"
     write_json(
         target, {"keys": {run.name: keys[run] for run in runs}, "device": describe(device), "seconds": time.time() - started}
     )
 
 
-def is_made(study: Params, run: Run, key: str, shard: int, shards: int) -> bool:
+def is_made(params: Params, run: Run, key: str, shard: int, shards: int) -> bool:
     """Whether this shard of a run is finished: as a part, or in the gathered predictions."""
-    gathered = predictions_path(study, run)
-    part = part_path(study, run, shard, shards)
+    gathered = predictions_path(params, run)
+    part = part_path(params, run, shard, shards)
     if read_metadata(gathered).get("key") == key:
         return True
     return read_metadata(part).get("key") == key and (run.method == "colour_threshold" or maps_path(part).exists())
@@ -137,15 +137,15 @@ def shard_blocks(rows: pd.DataFrame, batch: int, shard: int, shards: int) -> lis
 class Sampler:
     """Loads each model once and predicts blocks of phrases with it."""
 
-    def __init__(self, study: Params, device: torch.device) -> None:
-        self.study, self.device = study, device
-        self.texts = Texts(text_store(study), device)
+    def __init__(self, params: Params, device: torch.device) -> None:
+        self.params, self.device = params, device
+        self.texts = Texts(text_store(params), device)
         self._pipelines: dict[str, GSPipeline] = {}
 
     def pipeline(self, method: str) -> GSPipeline:
         if method not in self._pipelines:
-            folder = self.study.results_dir / ("control" if method == "discriminative" else "model")
-            sample = self.study.sample
+            folder = self.params.results_dir / ("control" if method == "discriminative" else "model")
+            sample = self.params.sample
             pipeline = load_pipeline(folder, DTYPES[sample.precision])
             pipeline.sample_by(sample.spacing, sample.clip_x_0)
             self._pipelines[method] = pipeline.to(self.device)
@@ -161,7 +161,7 @@ class Sampler:
             found = []
             shapes = rows[["height", "width"]].to_numpy()
             for key, (height, width), picture in zip(rows[KEY].itertuples(index=False), shapes, decoded, strict=True):
-                mask, score = read_mask(picture, run.readout, int(height), int(width), self.study.sample.threshold)
+                mask, score = read_mask(picture, run.readout, int(height), int(width), self.params.sample.threshold)
                 found.append((*key, masks.encode(mask), score))
             frames.append(pd.DataFrame(found, columns=[*KEY, "mask", "score"]))
             maps.append(soft)
@@ -179,7 +179,7 @@ class Sampler:
                 yield rows, maps[[places[key] for key in rows[KEY].itertuples(index=False, name=None)]]
             return
         pipeline = self.pipeline(run.method)
-        images = LatentStore(image_store(self.study, run.size or 0))
+        images = LatentStore(image_store(self.params, run.size or 0))
         last = time.monotonic()
         for number, rows in enumerate(blocks):
             latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(self.device)
@@ -190,7 +190,7 @@ class Sampler:
                 run.size or 0,
                 run.steps,
                 run.guidance,
-                self.study.seed,
+                self.params.seed,
                 rule=run.rule or "ddim",
                 interval=run.guidance_interval,
                 ensemble=run.ensemble or 1,
@@ -202,29 +202,29 @@ class Sampler:
 
     def _stored(self, run: Run, shard: tuple[int, int]) -> Path | None:
         """Predictions that hold this run's soft maps already: its own of another threshold; for a read-out the base cell's."""
-        source = base_run(self.study) if run.role == "readout" else run
-        gathered = predictions_path(self.study, source)
-        if read_metadata(gathered).get("maps") == maps_key(self.study, source):
+        source = base_run(self.params) if run.role == "readout" else run
+        gathered = predictions_path(self.params, source)
+        if read_metadata(gathered).get("maps") == maps_key(self.params, source):
             return gathered
-        return part_path(self.study, source, *shard) if run.role == "readout" else None
+        return part_path(self.params, source, *shard) if run.role == "readout" else None
 
 
-def _colour_predictions(study: Params, phrases: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    model = fit_colours(phrases[phrases["split"] == "train"], study.seed)
+def _colour_predictions(params: Params, phrases: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    model = fit_colours(phrases[phrases["split"] == "train"], params.seed)
     return predict_colours(model, rows, choose_threshold(model, phrases[phrases["split"] == "val"]))
 
 
-def _write_evolution(study: Params, sampler: Sampler, phrases: pd.DataFrame) -> None:
+def _write_evolution(params: Params, sampler: Sampler, phrases: pd.DataFrame) -> None:
     """The base cell's x_t and x_0 estimates over t for a few phrases of the grid (Fig. 5), one per image where possible."""
-    base = study.sample.base
-    run = base_run(study)
-    key = digest([run_key(study, run), "evolution"])
-    target = study.work_dir / "samples" / "evolution.safetensors"
-    if key in (_evolution_key(target), _evolution_key(study.results_dir / "predictions" / target.name)):
+    base = params.sample.base
+    run = base_run(params)
+    key = digest([run_key(params, run), "evolution"])
+    target = params.work_dir / "samples" / "evolution.safetensors"
+    if key in (_evolution_key(target), _evolution_key(params.results_dir / "predictions" / target.name)):
         return
-    rows = run_rows(study, run, phrases, phrases.iloc[:0]).sort_values(KEY)
+    rows = run_rows(params, run, phrases, phrases.iloc[:0]).sort_values(KEY)
     rows = pd.concat([rows.drop_duplicates("image_id"), rows]).drop_duplicates(KEY).head(EVOLUTION_PHRASES)
-    images = LatentStore(image_store(study, base.size))
+    images = LatentStore(image_store(params, base.size))
     latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(sampler.device)
     pipeline = sampler.pipeline("gs")
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -236,7 +236,7 @@ def _write_evolution(study: Params, sampler: Sampler, phrases: pd.DataFrame) -> 
         base.size,
         base.steps,
         base.guidance,
-        study.seed,
+        params.seed,
         observe=lambda t, x_t, x_0: seen.append((t, pipeline.soft_labels(x_t), pipeline.soft_labels(x_0))),
         rule=base.rule,
         interval=base.guidance_interval,

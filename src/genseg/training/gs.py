@@ -81,20 +81,22 @@ class Networks(nn.Module):
         return output
 
 
-def build_networks(study: Params, source: str, revision: str | None, empty: TextEmbedding, label_channels: int = 1) -> Networks:
+def build_networks(
+    params: Params, source: str, revision: str | None, empty: TextEmbedding, label_channels: int = 1
+) -> Networks:
     """Label U-Net and adapter as they are before the first step (fp32 master weights)."""
-    torch.manual_seed(derive_seed(study.seed, "networks") % 2**31)
-    unet = label_unet(load_unet(source, revision), study.train.image_columns, label_channels)
+    torch.manual_seed(derive_seed(params.seed, "networks") % 2**31)
+    unet = label_unet(load_unet(source, revision), params.train.image_columns, label_channels)
     adapter = TextAdapter(
         token_width=empty.tokens.shape[-1],
         pooled_width=empty.pooled.shape[-1],
-        widths=tuple(self_attention_widths(unet)) if study.train.inject == "all" else (),
-        text=study.train.text,
-        null_tokens=len(empty.tokens) if study.train.text == "tokens" else 1,
+        widths=tuple(self_attention_widths(unet)) if params.train.inject == "all" else (),
+        text=params.train.text,
+        null_tokens=len(empty.tokens) if params.train.text == "tokens" else 1,
     )
     adapter.start_nulls_from(empty)
     networks = Networks(unet, adapter).requires_grad_(True).train()
-    if study.train.gradient_checkpointing:
+    if params.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return networks
 
@@ -119,7 +121,7 @@ def make_optimizer(networks: Networks, optimizer: Optimizer) -> torch.optim.Opti
     return cls(parameter_groups(networks, optimizer), betas=optimizer.betas, weight_decay=optimizer.weight_decay, fused=True)
 
 
-def train_model(study: Params, kind: Kind) -> None:
+def train_model(params: Params, kind: Kind) -> None:
     """Train and save `results/<study>/model` (or `control`), with `log.csv` and, last, its manifest.
 
     One process of one or, under `torchrun` or `accelerate launch`, of several. Checkpoints lie in
@@ -130,35 +132,35 @@ def train_model(study: Params, kind: Kind) -> None:
         UserError: latents or backbone are missing or of other data, the loss is not finite, the disk is full, no GPU for
             `device: cuda`, a batch that the processes cannot share.
     """
-    with join(choose_device(study.device, study.resources["train"].threads, exact=True)) as ranks:
-        _train(study, kind, ranks)
+    with join(choose_device(params.device, params.resources["train"].threads, exact=True)) as ranks:
+        _train(params, kind, ranks)
 
 
-def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
+def _train(params: Params, kind: Kind, ranks: Ranks) -> None:
     started = time.time()
-    train, device, first = study.train, ranks.device, ranks.rank == 0
+    train, device, first = params.train, ranks.device, ranks.rank == 0
     places = ranks.places(train.batch)
     name = describe(device) + (f" x {ranks.size}, {train.sharding}" if ranks.size > 1 else "")
     if first:
         print(f"train {kind}: device {name}, precision {train.precision}", flush=True)
-    backbone = read_manifest(study.results_dir / "backbone" / "manifest.json")
-    phrases = read_phrases(study.data_dir / "phrases.parquet")
-    texts = Texts(text_store(study), torch.device("cpu"))
-    images = LatentStore(image_store(study, train.size))
+    backbone = read_manifest(params.results_dir / "backbone" / "manifest.json")
+    phrases = read_phrases(params.data_dir / "phrases.parquet")
+    texts = Texts(text_store(params), torch.device("cpu"))
+    images = LatentStore(image_store(params, train.size))
     vae = None
     if kind == "gs" and train.label == "vae":
         vae = load_vae(backbone["pipeline"], backbone["revision"]).to(device)
     data = PhraseData(phrases[phrases["split"] == "train"], images, texts, train.task_size, vae)
-    val = PhraseData(_validation_rows(phrases, train.validate_phrases, study.seed), images, texts, train.task_size, vae)
+    val = PhraseData(_validation_rows(phrases, train.validate_phrases, params.seed), images, texts, train.task_size, vae)
     prediction = train.prediction if kind == "gs" else "logits"
     bounded = train.label == "mask" and train.prediction != "noise"  # as the default operating points take it; see `_save`
     scheduler = make_scheduler(
         backbone["betas"], train.prediction, train.zero_terminal_snr, clip=train.label_scale if bounded else None
     )
-    objective = Objective(kind, study, scheduler.alphas_cumprod.to(device), vae)
+    objective = Objective(kind, params, scheduler.alphas_cumprod.to(device), vae)
 
     def fresh() -> Networks:
-        return build_networks(study, backbone["pipeline"], backbone["revision"], texts[""], data.label_shape[0])
+        return build_networks(params, backbone["pipeline"], backbone["revision"], texts[""], data.label_shape[0])
 
     networks = fresh()
     averaged = copy.deepcopy(networks).requires_grad_(False) if train.ema else networks
@@ -170,8 +172,8 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
     parts = training_parts(train, len(data), kind)
     steps = parts[-1].first + parts[-1].steps
-    key = digest([kind, study.subtree("seed", "train", "latents"), backbone["weights"], code_hash(*CODE), _data_hash(study)])
-    work = study.work_dir / "train" / f"{kind}-{key}"
+    key = digest([kind, params.subtree("seed", "train", "latents"), backbone["weights"], code_hash(*CODE), _data_hash(params)])
+    work = params.work_dir / "train" / f"{kind}-{key}"
     start = _resume(work, networks, averaged, optimizer, scaler)
     if first:
         log = TrainLog(work / "log.csv", LOG_COLUMNS, start, f"train {kind}")
@@ -179,7 +181,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
 
     since = time.monotonic()
     stream = prefetched(
-        lambda step: micro_batches(data, train, objective.timesteps, study.seed, step, places), range(start, steps)
+        lambda step: micro_batches(data, train, objective.timesteps, params.seed, step, places), range(start, steps)
     )
     for step in range(start, steps):
         part = next(part for part in reversed(parts) if part.first <= step)
@@ -202,7 +204,7 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         if done % train.log_every == 0 or validate:
             row: dict[str, Any] = {"step": done, "loss": f"{loss:.6f}", "lr": f"{optimizer.param_groups[0]['lr']:.3e}"}
             if validate:
-                row |= _validate(objective, averaged, val, study, ranks)
+                row |= _validate(objective, averaged, val, params, ranks)
             if first:
                 left = (steps - done) * (time.monotonic() - since) / (done - start) / 60
                 log.write(row, meter.figures(), left)
@@ -220,14 +222,14 @@ def _train(study: Params, kind: Kind, ranks: Ranks) -> None:
         return
     whole = fresh()
     whole.load_state_dict(trained)
-    folder = study.results_dir / FOLDERS[kind]
-    _save(study, whole, scheduler, prediction, backbone, folder)
+    folder = params.results_dir / FOLDERS[kind]
+    _save(params, whole, scheduler, prediction, backbone, folder)
     (folder / "log.csv").write_bytes((work / "log.csv").read_bytes())
     write_manifest(
         folder / "manifest.json",
         "train",
-        study.subtree("seed", "train", "latents"),
-        [study.data_dir / "phrases.parquet", study.results_dir / "backbone" / "manifest.json"],
+        params.subtree("seed", "train", "latents"),
+        [params.data_dir / "phrases.parquet", params.results_dir / "backbone" / "manifest.json"],
         [folder],
         started,
         name,
@@ -349,14 +351,14 @@ def _validation_rows(phrases: pd.DataFrame, count: int, seed: int) -> pd.DataFra
 
 
 @torch.no_grad()
-def _validate(objective: Objective, networks: Networks, val: PhraseData, study: Params, ranks: Ranks) -> dict[str, str]:
+def _validate(objective: Objective, networks: Networks, val: PhraseData, params: Params, ranks: Ranks) -> dict[str, str]:
     """Mean validation loss per timestep band (of the averaged weights), each phrase at one fixed t and noise a band; always
     the loss before the stages, so that its values compare.
 
     The processes share the phrases, each making as many passes: sharded weights are gathered by all of them.
     """
     networks.eval()
-    train, device = study.train, ranks.device
+    train, device = params.train, ranks.device
     found: dict[str, str] = {}
     means = []
     blocks = list(_blocks(len(val), train.micro_batch))
@@ -366,7 +368,7 @@ def _validate(objective: Objective, networks: Networks, val: PhraseData, study: 
         for number in range(ranks.rank, len(blocks) + ranks.rank, ranks.size):
             part = blocks[number % len(blocks)]
             batch = val.batch(part, [False] * len(part))
-            draws = [step_generator(study.seed, "validation", low, index) for index in part]
+            draws = [step_generator(params.seed, "validation", low, index) for index in part]
             t = torch.cat([torch.randint(low, high, (1,), generator=draw) for draw in draws])
             noise = torch.stack([torch.randn(val.label_shape, generator=draw) for draw in draws])
             with _autocast(train, device):
@@ -385,8 +387,8 @@ def _blocks(count: int, size: int) -> Iterator[list[int]]:
         yield list(range(low, min(low + size, count)))
 
 
-def _data_hash(study: Params) -> str:
-    return file_sha256(study.data_dir / "phrases.parquet")
+def _data_hash(params: Params) -> str:
+    return file_sha256(params.data_dir / "phrases.parquet")
 
 
 def _resume(
@@ -403,11 +405,11 @@ def _resume(
     return checkpoint["step"]
 
 
-def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, backbone: dict[str, Any], folder: Path) -> None:
+def _save(params: Params, networks: Networks, scheduler: Any, prediction: str, backbone: dict[str, Any], folder: Path) -> None:
     """Write the pipeline: trained U-Net and adapter, the backbone's VAE and text encoders."""
     source, revision = backbone["pipeline"], backbone["revision"]
     encoders = load_text_encoders(source, revision)
-    distilled = any(stage.objective == "distill" for stage in study.train.stages)
+    distilled = any(stage.objective == "distill" for stage in params.train.stages)
     pipeline = GSPipeline(
         vae=load_vae(source, revision),
         text_encoder=encoders.models[0],
@@ -418,9 +420,9 @@ def _save(study: Params, networks: Networks, scheduler: Any, prediction: str, ba
         adapter=networks.adapter.eval(),
         scheduler=scheduler,
         prediction=prediction,
-        label_scale=study.train.label_scale,
-        image_size=study.train.size,
-        label="mask" if prediction == "logits" else study.train.label,
+        label_scale=params.train.label_scale,
+        image_size=params.train.size,
+        label="mask" if prediction == "logits" else params.train.label,
         # The paper's operating point for its objective; v and x_0 give a usable estimate in the first step already, and
         # guidance gains them little. What was distilled has its guidance in the weights.
         steps=50 if prediction == "noise" else 1,

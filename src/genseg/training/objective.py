@@ -51,15 +51,15 @@ class Objective:
         vae: encodes the labels; None: x_0 is the mask itself.
     """
 
-    def __init__(self, kind: Kind, study: Params, alphas_bar: torch.Tensor, vae: AutoencoderKL | None = None) -> None:
-        self.kind, self.study, self.alphas_bar, self.vae = kind, study, alphas_bar, vae
+    def __init__(self, kind: Kind, params: Params, alphas_bar: torch.Tensor, vae: AutoencoderKL | None = None) -> None:
+        self.kind, self.params, self.alphas_bar, self.vae = kind, params, alphas_bar, vae
         self.part: Part | None = None
         self.teacher: nn.Module | None = None
 
     def timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """t [count]: uniform, but the last one with probability `train.p_last`. Drawn ahead, so the same in all parts."""
         t = torch.randint(0, len(self.alphas_bar), (count,), generator=generator)
-        p_last = self.study.train.p_last
+        p_last = self.params.train.p_last
         return t.masked_fill(torch.rand(count, generator=generator) < p_last, len(self.alphas_bar) - 1) if p_last else t
 
     def __call__(
@@ -69,7 +69,7 @@ class Objective:
         stage = self.part.stage if self.part is not None else None
         if stage is None:
             return self.first_loss(networks, batch, noise, t, drop)
-        train = self.study.train
+        train = self.params.train
         if stage.objective == "task":
             last = torch.full_like(t, len(self.alphas_bar) - 1)
             output = networks(noise, batch.image, last, batch.texts, None, train.size)
@@ -85,14 +85,14 @@ class Objective:
         return diffusion_loss(networks(*inputs, None, train.size), answer.float())
 
     def _x_0(self, batch: Batch) -> torch.Tensor:
-        scale = self.study.train.label_scale
+        scale = self.params.train.label_scale
         if self.vae is None:
             return (2 * batch.label - 1) * scale
         with torch.autocast(batch.label.device.type, enabled=False):
             return encode_masks(self.vae, batch.label) * scale
 
     def _task_loss(self, output: torch.Tensor, x_t: torch.Tensor, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        train = self.study.train
+        train = self.params.train
         estimate = estimate_x_0(train.prediction, output.float(), x_t, self.alphas_bar, t, train.label_scale)
         if train.task_size is not None:
             estimate = F.interpolate(estimate, size=batch.mask.shape[-2:], mode="bilinear")
@@ -103,7 +103,7 @@ class Objective:
     ) -> torch.Tensor:
         """Loss [B] before the stages. noise: like x_0; t: [B]; drop: [B] bool. The control ignores noise and t and drops no
         text."""
-        train = self.study.train
+        train = self.params.train
         if self.kind == "discriminative":
             last = torch.full_like(t, DISCRIMINATIVE_TIMESTEP)
             output = networks(torch.zeros_like(batch.label), batch.image, last, batch.texts, None, train.size)

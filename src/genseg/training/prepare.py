@@ -25,7 +25,7 @@ CODE = ("params.py", "artifacts", "data/images.py", "models", "training/backbone
 PSNR_IMAGES = 64
 
 
-def prepare_backbone(study: Params) -> None:
+def prepare_backbone(params: Params) -> None:
     """Write `results/<study>/backbone/manifest.json`, whose fact `pipeline` names a diffusers directory or a hub id.
 
     With training steps in the params, the trained pipeline is saved beside it in half precision; without, nothing is
@@ -35,13 +35,13 @@ def prepare_backbone(study: Params) -> None:
         UserError: the pipeline is missing or has another architecture, or no GPU for `device: cuda`.
     """
     started = time.time()
-    device = choose_device(study.device, study.resources["backbone"].threads)
+    device = choose_device(params.device, params.resources["backbone"].threads)
     print(f"backbone: device {describe(device)}", flush=True)
-    folder = study.results_dir / "backbone"
-    backbone = study.backbone
+    folder = params.results_dir / "backbone"
+    backbone = params.backbone
     facts: dict[str, Any] = {}
     if backbone.init is None or backbone.vae.steps or backbone.unet.steps:
-        facts = _train(study, folder / "pipeline", device)
+        facts = _train(params, folder / "pipeline", device)
         source, revision = str(folder / "pipeline"), None
     else:
         source, revision = backbone.init, find_commit(backbone.init, backbone.revision)
@@ -53,8 +53,8 @@ def prepare_backbone(study: Params) -> None:
     write_manifest(
         folder / "manifest.json",
         "backbone",
-        study.subtree("seed", "backbone"),
-        [study.data_dir / "manifest.json"],
+        params.subtree("seed", "backbone"),
+        [params.data_dir / "manifest.json"],
         [folder / "pipeline"] if source == str(folder / "pipeline") else [],
         started,
         describe(device),
@@ -115,22 +115,22 @@ def weights_hash(source: str, revision: str | None) -> str:
     return digest([source, revision])
 
 
-def chosen_backbone(study: Params, phase: Baselines | Refine) -> tuple[str, str | None, str]:
+def chosen_backbone(params: Params, phase: Baselines | Refine) -> tuple[str, str | None, str]:
     """Source, revision and hash of the weights of the pipeline that a phase works with: its own, else the study's."""
     if phase.backbone is not None:
         commit = find_commit(phase.backbone, phase.revision)
         return phase.backbone, commit, weights_hash(phase.backbone, commit)
-    manifest = read_manifest(study.results_dir / "backbone" / "manifest.json")
+    manifest = read_manifest(params.results_dir / "backbone" / "manifest.json")
     return manifest["pipeline"], manifest["revision"], manifest["weights"]
 
 
-def _train(study: Params, target: Path, device: torch.device) -> dict[str, Any]:
-    backbone = study.backbone
-    phrases = read_phrases(study.data_dir / "phrases.parquet")
+def _train(params: Params, target: Path, device: torch.device) -> dict[str, Any]:
+    backbone = params.backbone
+    phrases = read_phrases(params.data_dir / "phrases.parquet")
     train = phrases[phrases["split"] == "train"]
     files, captions, parts = captions_by_image(train)
     if backbone.shape is not None:
-        pipeline = build_miniature(backbone.shape, backbone.size, [text for texts in captions for text in texts], study.seed)
+        pipeline = build_miniature(backbone.shape, backbone.size, [text for texts in captions for text in texts], params.seed)
     else:
         try:
             pipeline = StableDiffusionXLInpaintPipeline.from_pretrained(
@@ -139,15 +139,15 @@ def _train(study: Params, target: Path, device: torch.device) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise UserError(f"{backbone.init}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     images = load_images(files, backbone.size)
-    key = digest([study.subtree("seed", "backbone"), file_sha256(study.data_dir / "phrases.parquet"), code_hash(*CODE)])
-    work = study.work_dir / "backbone" / key
+    key = digest([params.subtree("seed", "backbone"), file_sha256(params.data_dir / "phrases.parquet"), code_hash(*CODE)])
+    work = params.work_dir / "backbone" / key
     some = images[:: max(1, len(images) // PSNR_IMAGES)][:PSNR_IMAGES]
     pipeline.vae.to(device)
     before = measure_psnr(pipeline.vae, some, device)
-    fit_vae(pipeline.vae, images, backbone.vae, study.seed, work / "vae", device)
+    fit_vae(pipeline.vae, images, backbone.vae, params.seed, work / "vae", device)
     after = measure_psnr(pipeline.vae, some, device)
     print(f"backbone: VAE at {before:.2f} dB PSNR before, {after:.2f} dB after {backbone.vae.steps} steps", flush=True)
-    fit_unet(pipeline, images, captions, parts, backbone.unet, backbone.shape is not None, study.seed, work / "unet", device)
+    fit_unet(pipeline, images, captions, parts, backbone.unet, backbone.shape is not None, params.seed, work / "unet", device)
     with atomic_directory(target) as temporary:
         pipeline.to(torch.float16).save_pretrained(temporary)
     return {"vae_psnr_db_before": before, "vae_psnr_db": after, "images": len(images)}
