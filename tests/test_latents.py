@@ -65,7 +65,7 @@ def test_a_truncated_shard_is_named_by_who_reads_it(study_copy, monkeypatch, cap
     assert main(["train", "--params", "params/smoke.yaml"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "shard-" in error
-    assert "run the phase latents" in error
+    assert "run `genseg latents`" in error
 
 
 def test_a_bad_image_is_named_and_odd_modes_are_read(study_copy, monkeypatch, capsys):

@@ -190,7 +190,7 @@ ROW_0, ROW_1, ROW_2 = (
     f"row {row} (image_id 1, narrative_id '{narrative}', phrase_id {phrase})"
     for row, narrative, phrase in ((0, "a", 0), (1, "a", 2), (2, "b", 0))
 )
-MISFIT = ": a mask's run-length code does not fit 12 x 16 pixels"
+MISFIT = ": the RLE of a mask does not fit 12 x 16 pixels"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""The one error a user is meant to see."""
+"""The error that is shown to users."""
 
 
 class UserError(Exception):
-    """A mistake in params, data or the command line, told in one line: what is wrong, where, and the remedy.
+    """A mistake in params, data or the command line: one line with the place, the problem and the remedy.
 
-    The command line prints it without a traceback and exits with code 2. Anything else that escapes is a bug.
+    The command line prints it without a traceback and exits with code 2. Any other exception that escapes is a bug.
     """

@@ -1,4 +1,4 @@
-"""Parquet with a version and a key in its metadata; readers are generous with what plain pandas writes."""
+"""Parquet tables with a version in their metadata; the reader also accepts what plain pandas writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY_FIELDS = [pa.field("image_id", pa.int64()), pa.field("narrative_id", pa.stri
 
 
 def write_table(frame: pd.DataFrame, schema: pa.Schema, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write the schema's columns atomically; the same frame gives the same bytes."""
+    """Write the columns of the schema atomically. Equal frames give equal bytes."""
     table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
     table = table.replace_schema_metadata(dict(sorted(metadata.items())))
     with atomic_path(path) as temporary:
@@ -24,33 +24,37 @@ def write_table(frame: pd.DataFrame, schema: pa.Schema, path: str | Path, metada
 
 
 def read_table(path: str | Path, schema: pa.Schema, kind: str, version: int, optional: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read and check one artifact: lossless casts are made, extra columns ignored, an absent version is 1.
+    """Read and check a table. Columns are cast losslessly, extra columns are ignored and a missing version means 1.
+
+    Args:
+        kind: name of the artifact in messages.
+        version: newest version that can be read.
+        optional: columns that may be missing; their values are then null.
 
     Raises:
-        UserError: missing or truncated file, newer version, missing column, a value that does not fit the column's
-            type, or a key that occurs twice (the row's number is named).
+        UserError: the file is missing or truncated, its version is newer, a column is missing, a value does not fit the
+            column's type, or a key occurs twice (the message gives the row number).
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a directory, expected a Parquet file of {kind}")
+        raise UserError(f"{path}: expected a Parquet file ({kind}), got a directory")
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {kind} file") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); remove it and make it again"
-        ) from None
-    found = (table.schema.metadata or {}).get(b"version", b"1").decode("utf-8", "replace")
-    if not found.isdecimal() or int(found) > version:
-        raise UserError(f"{path}: {kind} of version {found!r}, this program reads up to {version}; update genseg")
+        detail = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable Parquet file ({detail}); remove it and create it again") from None
+    file_version = (table.schema.metadata or {}).get(b"version", b"1").decode("utf-8", "replace")
+    if not file_version.isdecimal() or int(file_version) > version:
+        raise UserError(f"{path}: {kind} version {file_version!r} is not supported, the newest is {version}; update genseg")
     columns = {}
     for field in schema:
         if field.name not in table.column_names:
             if field.name in optional:
                 columns[field.name] = pa.nulls(table.num_rows, field.type)
                 continue
-            raise UserError(f"{path}: {kind} without column {field.name}; it has {', '.join(table.column_names)}")
+            raise UserError(f"{path}: {kind} without column {field.name}; its columns are {', '.join(table.column_names)}")
         column = table.column(field.name)
         if not field.nullable and column.null_count:
             row = column.is_null().to_pylist().index(True)
@@ -60,9 +64,9 @@ def read_table(path: str | Path, schema: pa.Schema, kind: str, version: int, opt
         except pa.ArrowException as error:
             raise UserError(f"{path}: column {field.name}: {str(error).splitlines()[0]}") from None
     frame = pa.table(columns).to_pandas()
-    twice = frame.duplicated(KEY)
-    if twice.any():
-        row = int(twice.to_numpy().argmax())
+    duplicated = frame.duplicated(KEY)
+    if duplicated.any():
+        row = int(duplicated.to_numpy().argmax())
         image, narrative, phrase = frame[KEY].iloc[row]
         key = f"(image_id, narrative_id, phrase_id) = ({image}, {narrative!r}, {phrase})"
         raise UserError(f"{path}: row {row}: {key} occurs twice; keep one of them")
@@ -70,7 +74,7 @@ def read_table(path: str | Path, schema: pa.Schema, kind: str, version: int, opt
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Metadata of a Parquet artifact; empty when the file is missing or unreadable."""
+    """Return the metadata of a Parquet artifact, empty if the file is missing or unreadable."""
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError):

@@ -1,4 +1,4 @@
-"""The phrase table: one row per (narrative, noun phrase) with the union mask of its segments at native size."""
+"""The phrase table: one row per (narrative, noun phrase), with the union of the phrase's segments as a native-size mask."""
 
 from __future__ import annotations
 
@@ -32,40 +32,44 @@ SCHEMA = pa.schema(
         pa.field("tags", pa.list_(pa.string())),
     ]
 )
-"""`file_name` is the image's path as the params name it (relative to the project); `class_id` null where the phrase's
-segments are of several classes; `tags` are free marks of a row, e.g. `compositional`."""
+"""`file_name` is the path of the image as given by the params (relative to the project), `class_id` is null if the phrase's
+segments belong to several classes, and `tags` are free labels of a row, e.g. `compositional`."""
 
 
 def read_phrases(path: str | Path) -> pd.DataFrame:
-    """Read a phrase table (`SCHEMA`), in file order. Raises UserError as `parquet.read_table` does, and for a bad split."""
+    """Read a phrase table (`SCHEMA`) in file order.
+
+    Raises:
+        UserError: as `parquet.read_table`, or a split is unknown.
+    """
     frame = read_table(
         path, SCHEMA, "phrase table", VERSION, optional=("file_name", "caption", "class_id", "segment_ids", "tags")
     )
-    strange = ~frame["split"].isin(SPLITS)
-    if strange.any():
-        row = int(strange.to_numpy().argmax())
-        raise UserError(f"{path}: row {row}: split {frame.at[row, 'split']!r} is none of {', '.join(SPLITS)}")
+    unknown_split = ~frame["split"].isin(SPLITS)
+    if unknown_split.any():
+        row = int(unknown_split.to_numpy().argmax())
+        raise UserError(f"{path}: row {row}: expected split {', '.join(SPLITS)}, got {frame.at[row, 'split']!r}")
     frame["class_id"] = frame["class_id"].astype("Int64")
     return frame
 
 
 def write_phrases(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write a phrase table, ordered by key."""
+    """Write a phrase table, sorted by key."""
     frame = frame.sort_values(KEY, kind="stable", ignore_index=True)
     write_table(frame, SCHEMA, path, {"kind": "phrases", "version": str(VERSION)})
 
 
 def row_mask(row: pd.Series) -> Mask:
-    """Ground-truth mask [height, width] of one row."""
+    """Return the ground-truth mask [height, width] of one row."""
     return decode(row["mask"], int(row["height"]), int(row["width"]))
 
 
 def hash_unit(seed: int, *ids: object) -> float:
-    """A number in [0, 1) that depends on the ids alone: how images are dealt to val and to grid subsets."""
+    """Return a number in [0, 1) that depends only on the seed and the ids; it assigns images to val and to grid subsets."""
     return derive_seed(seed, *ids) / 2**63
 
 
 def choose_images(image_ids: np.ndarray, fraction: float, seed: int, purpose: str) -> set[int]:
-    """A fixed part of the images, at least one: those with the smallest hash."""
+    """Return a fixed fraction of the images, at least one: those with the smallest hash."""
     unique = sorted({int(image_id) for image_id in image_ids}, key=lambda image_id: hash_unit(seed, purpose, image_id))
     return set(unique[: max(1, round(fraction * len(unique)))])

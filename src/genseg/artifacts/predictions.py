@@ -1,4 +1,4 @@
-"""Predictions of any method: one row per phrase with a native-size mask; beside it, optional soft label maps."""
+"""Predictions of any method: one row per phrase with a native-size mask, and optional soft label maps in a second file."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ SCHEMA = pa.schema(
         pa.field("score", pa.float32(), nullable=False),
     ]
 )
-"""`mask`: COCO compressed run-length `counts` at the image's native size; `score`: confidence in [0, 1]."""
+"""`mask` is a COCO compressed RLE (`counts`) at the native size of the image; `score` is a confidence in [0, 1]."""
 
 
 def read_predictions(path: str | Path) -> pd.DataFrame:
-    """Read predictions in file order; raises UserError as `parquet.read_table` does."""
+    """Read predictions in file order. Raises UserError as `parquet.read_table` does."""
     return read_table(path, SCHEMA, "predictions", VERSION)
 
 
 def write_predictions(frame: pd.DataFrame, path: str | Path, **metadata: str) -> None:
-    """Write predictions ordered by key; `metadata` (e.g. what they were made from) goes into the file's footer."""
+    """Write predictions sorted by key, with `metadata` (e.g. hashes of their inputs) in the footer of the file."""
     frame = frame.sort_values(KEY, kind="stable", ignore_index=True)
     write_table(frame, SCHEMA, path, {"kind": "predictions", "version": str(VERSION), **metadata})
 
 
 def write_with_maps(frame: pd.DataFrame, maps: NDArray[np.float32] | None, path: str | Path, **metadata: str) -> None:
-    """Write predictions that are in key order and beside them soft maps [N, h, w], or none: such as lie there are removed.
+    """Write predictions that are sorted by key and their soft maps [N, h, w]; without maps, remove those of an earlier run.
 
-    The predictions come last and their old file goes first, so that a file with the metadata has the maps that belong to it,
-    whenever this is cut.
+    The old predictions are removed first and the new ones written last, so that after an interruption a predictions file
+    never has the maps of another run.
     """
     Path(path).unlink(missing_ok=True)
     if maps is None:
@@ -55,46 +55,47 @@ def write_with_maps(frame: pd.DataFrame, maps: NDArray[np.float32] | None, path:
 
 
 def maps_path(predictions: str | Path) -> Path:
-    """Where the soft maps of a predictions file lie."""
+    """Return the path of the soft maps of a predictions file."""
     return Path(predictions).with_suffix(".safetensors")
 
 
 def write_maps(maps: NDArray[np.float32], predictions: str | Path) -> None:
-    """Write soft label maps [N, h, w] in [0, 1], row i belonging to row i of the predictions, as uint8 (1/255 steps)."""
+    """Write soft label maps [N, h, w] in [0, 1] as uint8 (steps of 1/255). Map i belongs to row i of the predictions."""
     quantised = np.rint(np.clip(maps, 0, 1) * 255).astype(np.uint8)
     with atomic_path(maps_path(predictions)) as temporary:
         save_file({"maps": quantised}, temporary)
 
 
 def read_maps(predictions: str | Path, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """Soft label maps [N, h, w] in [0, 1] of a predictions file, or of some of its rows (only those are read).
+    """Read the soft label maps [N, h, w] in [0, 1] of a predictions file, or only those of some `rows`.
 
     Raises:
         UserError: the maps are missing or truncated.
     """
-    with _opened_maps(predictions) as maps:
+    with _open_maps(predictions) as maps:
         count, height, width = maps.get_shape()
-        if not count:  # a shard of no block; safetensors slices no empty tensor
+        if not count:  # an empty shard; safetensors cannot slice an empty tensor
             return np.zeros((0, height, width), np.float32)
         return np.asarray(maps[rows] / np.float32(255), dtype=np.float32)
 
 
 def maps_shape(predictions: str | Path) -> tuple[int, int, int] | None:
-    """(N, h, w) of the soft maps of a predictions file, None where it has none. Raises UserError when truncated."""
+    """Return (N, h, w) of the soft maps of a predictions file, None if it has none. Raises UserError if truncated."""
     if not maps_path(predictions).exists():
         return None
-    with _opened_maps(predictions) as maps:
+    with _open_maps(predictions) as maps:
         count, height, width = maps.get_shape()
         return count, height, width
 
 
 @contextlib.contextmanager
-def _opened_maps(predictions: str | Path) -> Iterator[Any]:
+def _open_maps(predictions: str | Path) -> Iterator[Any]:
     path = maps_path(predictions)
     try:
         with safe_open(path, "np") as handle:
             yield handle.get_slice("maps")
     except FileNotFoundError:
-        raise UserError(f"{path}: no soft maps beside {predictions}; sample again to have them") from None
+        raise UserError(f"{path}: no soft maps of {predictions}; run `genseg sample` again") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file of soft maps ({error}); remove it and sample again") from None
+        message = f"{path}: not a readable safetensors file of soft maps ({error}); remove it and run `genseg sample` again"
+        raise UserError(message) from None

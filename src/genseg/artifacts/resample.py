@@ -1,7 +1,7 @@
-"""Area reduction and bilinear interpolation of maps, without torch: how masks become label latents and come back.
+"""Area reduction and bilinear interpolation of maps without torch: masks to label latents and back.
 
-Both are separable, `out = R x C^T`, with sparse matrices that are remembered by size. A map's result does not depend on the
-maps beside it nor on the number of threads.
+Both are separable, `out = R x C^T`, with sparse matrices that are cached by size. The result of a map depends neither on the
+other maps of the batch nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ Map = NDArray[np.float32]
 
 
 def area_reduce(maps: Map | Mask, height: int, width: int) -> Map:
-    """Exact area average of maps [..., H, W] on a grid [..., height, width], for any ratio of the sides.
+    """Reduce maps [..., H, W] to [..., height, width] by exact area averaging, for any ratio of the sides.
 
-    A cell's value is the mean of the map over the cell's rectangle, pixels cut by its border counting in part, so the
-    mean of the whole is kept. Equal to `torch.nn.functional.interpolate(mode="area")` where the ratios are integers.
+    The value of a cell is the mean of the map over the cell's rectangle. Pixels that its border cuts are weighted by the
+    covered fraction, so the mean of the map is preserved. Equal to `torch.nn.functional.interpolate(mode="area")` for
+    integer ratios.
 
     Returns:
         float32 [..., height, width]; in [0, 1] for masks.
@@ -30,10 +31,10 @@ def area_reduce(maps: Map | Mask, height: int, width: int) -> Map:
 
 
 def bilinear(maps: Map | Mask, height: int, width: int) -> Map:
-    """Bilinear interpolation of maps [..., h, w] to [..., height, width], pixel centres at half-integers.
+    """Interpolate maps [..., h, w] bilinearly to [..., height, width], with pixel centres at half-integers.
 
     Equal to `torch.nn.functional.interpolate(mode="bilinear", align_corners=False, antialias=False)`: down-sampling
-    reads two neighbours a side and nothing else.
+    reads two neighbours along each axis and is not antialiased.
 
     Returns:
         float32 [..., height, width].
@@ -42,12 +43,12 @@ def bilinear(maps: Map | Mask, height: int, width: int) -> Map:
 
 
 def separable(maps: Map | Mask, rows: sparse.csr_array, columns: sparse.csr_array) -> Map:
-    """R x C^T for every map x [..., H, W], with R [H', H] and C [W', W]: float32 [..., H', W']."""
+    """Return R x C^T for every map x [..., H, W], with R [H', H] and C [W', W]: float32 [..., H', W']."""
     source = np.ascontiguousarray(maps, dtype=np.float32)
     result = np.empty((*source.shape[:-2], rows.shape[0], columns.shape[0]), np.float32)
     layers = source.reshape(-1, *source.shape[-2:])
     for layer, out in zip(layers, result.reshape(-1, *result.shape[-2:]), strict=True):
-        if rows.shape[0] <= rows.shape[1]:  # the smaller product first
+        if rows.shape[0] <= rows.shape[1]:  # compute the smaller product first
             out[:] = (columns @ np.ascontiguousarray((rows @ layer).T)).T
         else:
             out[:] = rows @ np.ascontiguousarray((columns @ np.ascontiguousarray(layer.T)).T)
@@ -56,7 +57,7 @@ def separable(maps: Map | Mask, rows: sparse.csr_array, columns: sparse.csr_arra
 
 @lru_cache(maxsize=1024)
 def area_matrix(source: int, target: int) -> sparse.csr_array:
-    """Weights [target, source] of the area average along one axis; every row sums to 1."""
+    """Return the weights [target, source] of area averaging along one axis. Every row sums to 1."""
     edges = np.arange(target + 1) * (source / target)
     pixels = np.arange(source)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
@@ -65,13 +66,13 @@ def area_matrix(source: int, target: int) -> sparse.csr_array:
 
 @lru_cache(maxsize=1024)
 def bilinear_matrix(source: int, target: int) -> sparse.csr_array:
-    """Weights [target, source] of bilinear interpolation along one axis; every row sums to 1."""
-    scale = np.float32(source) / np.float32(target)  # in single precision, as torch computes it
-    place = np.arange(target)
-    position = np.clip((place.astype(np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0, source - 1)
+    """Return the weights [target, source] of bilinear interpolation along one axis. Every row sums to 1."""
+    scale = np.float32(source) / np.float32(target)  # single precision, as in torch
+    target_index = np.arange(target)
+    position = np.clip((target_index.astype(np.float32) + np.float32(0.5)) * scale - np.float32(0.5), 0, source - 1)
     low = position.astype(np.int64)
-    share = position - low.astype(np.float32)
+    fraction = position - low.astype(np.float32)
     weights = np.zeros((target, source), np.float32)
-    weights[place, np.minimum(low + 1, source - 1)] = share
-    weights[place, low] += 1 - share
+    weights[target_index, np.minimum(low + 1, source - 1)] = fraction
+    weights[target_index, low] += 1 - fraction
     return sparse.csr_array(weights)

@@ -1,4 +1,4 @@
-"""Scores: per-phrase IoU as Parquet, and a JSON summary (fractions, unrounded, null where a split has no phrase)."""
+"""Scores: IoU per phrase as Parquet, and a JSON summary (unrounded fractions; null for a split without phrases)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
 
 
 def write_scores(per_phrase: pd.DataFrame, summary: dict[str, Any], path: str | Path) -> None:
-    """Write the summary to `path` (.json) and the per-phrase table beside it (.parquet)."""
+    """Write the summary to `path` (.json) and the per-phrase table to the same path with the suffix .parquet."""
     path = Path(path)
     frame = per_phrase.sort_values(KEY, kind="stable", ignore_index=True)
     write_table(frame, SCHEMA, path.with_suffix(".parquet"), {"kind": "scores", "version": str(VERSION)})
@@ -33,9 +33,10 @@ def write_scores(per_phrase: pd.DataFrame, summary: dict[str, Any], path: str | 
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
+    """Read a summary. Raises UserError as `files.read_json` does."""
     return read_json(path)
 
 
 def read_per_phrase(path: str | Path) -> pd.DataFrame:
-    """Per-phrase scores beside the summary `path`."""
+    """Read the per-phrase scores that belong to the summary `path`. Raises UserError as `parquet.read_table` does."""
     return read_table(Path(path).with_suffix(".parquet"), SCHEMA, "scores", VERSION, optional=("boundary_iou", "area"))
