@@ -1,4 +1,4 @@
-"""Tiny data sets in the published formats, written by hand for the tests of `genseg.data`."""
+"""Tiny data sets in the published formats for the tests of `genseg.data`."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ CATEGORIES = [
     {"id": 17, "name": "cat", "isthing": 1},
     {"id": 184, "name": "tree", "isthing": 0},
 ]
-ALONE = {"scenes": None, "png": None, "index_masks": None, "coco_object": None}
+NO_SOURCES = {"scenes": None, "png": None, "index_masks": None, "coco_object": None}
 
 
 def study_params(**data: Any) -> Params:
-    """params.yaml with another `data` subtree (one worker)."""
+    """Return params.yaml with another `data` subtree and one worker."""
     document = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     document["study"] = "t"
-    document["data"] |= ALONE | {"val_fraction": 0.5} | data
+    document["data"] |= NO_SOURCES | {"val_fraction": 0.5} | data
     document["resources"]["data"]["threads"] = 1
     return validate_params(document)
 
 
-def write_params(path: Path, study: Params) -> Path:
-    path.write_text(yaml.safe_dump(study.model_dump(mode="json")))
+def write_params(path: Path, params: Params) -> Path:
+    path.write_text(yaml.safe_dump(params.model_dump(mode="json")))
     return path
 
 
-def part(utterance: str, *segments: object, noun: bool = True, plural: bool = False, **more: Any) -> dict[str, Any]:
-    """One part of a narrative."""
-    return {"utterance": utterance, "segment_ids": [str(item) for item in segments], "noun": noun, "plural": plural, **more}
+def part(utterance: str, *segments: object, noun: bool = True, plural: bool = False, **fields: Any) -> dict[str, Any]:
+    """Return a part of a narrative."""
+    return {"utterance": utterance, "segment_ids": [str(item) for item in segments], "noun": noun, "plural": plural, **fields}
 
 
-def narrative(image_id: int, *parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+def narrative(image_id: int, *parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """Return a narrative with these parts."""
     caption = " ".join(item["utterance"] for item in parts)
-    return {"image_id": str(image_id), "annotator_id": 7, "caption": caption, "segments": list(parts), **more}
+    return {"image_id": str(image_id), "annotator_id": 7, "caption": caption, "segments": list(parts), **fields}
 
 
 def save_ids(path: Path, ids: np.ndarray) -> None:
-    """Write segment ids as a panoptic PNG, without the reader's arithmetic."""
+    """Write segment ids as a panoptic PNG, with other arithmetic than the reader."""
     colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
     Image.fromarray(colours).save(path)
 
 
 def save_photo(path: Path, height: int, width: int) -> None:
+    """Write an image of random pixels."""
     pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
@@ -62,7 +64,7 @@ def write_png(
     """Write one split (`train2017` or `val2017`) of a COCO panoptic + PNG folder.
 
     Args:
-        images: by image id, the id map [H, W] and its segments (segment id, category id).
+        images: segment ids [H, W] and list of (segment id, category id), by image id.
     """
     annotations = root / "annotations"
     (root / split).mkdir(parents=True, exist_ok=True)
@@ -80,13 +82,14 @@ def write_png(
 
 
 def edit_json(path: Path, change: Any) -> None:
-    """Read, change in place, write."""
+    """Read a JSON file, change the document in place, and write it."""
     document = json.loads(path.read_text())
     change(document)
     path.write_text(json.dumps(document))
 
 
 def png_params(root: Path) -> dict[str, Any]:
+    """Return the params of `data` for a folder of `write_png`."""
     annotations = str(root / "annotations")
     return {
         "source": "png",
@@ -95,7 +98,7 @@ def png_params(root: Path) -> dict[str, Any]:
 
 
 def small_png(root: Path) -> None:
-    """Four train images and two test images, each with a person (id 5), a cat and a tree, and one narrative."""
+    """Write four train and two test images, each with a person (segment 5), a cat, a tree and one narrative."""
     for split, numbers in (("train2017", [1, 2, 3, 4]), ("val2017", [11, 12])):
         images = {}
         for number in numbers:

@@ -1,9 +1,8 @@
-"""`genseg data` as a user meets it: exit codes, lines on stderr, the report, equal bytes, real data where there are some."""
+"""`genseg data` from the command line: exit codes, messages, the report, reproducible bytes, and real data if present."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -26,7 +25,7 @@ ARTIFACTS = ("phrases.parquet", "class_phrases.parquet", "classes.json", "report
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project folder with a small PNG data set in data/inputs/png, as working directory."""
+    """Create a project folder with a small PNG data set in data/inputs/png, and make it the working directory."""
     monkeypatch.chdir(tmp_path)
     small_png(tmp_path / "data/inputs/png")
     write_params(tmp_path / "params.yaml", study_params(**png_params(Path("data/inputs/png"))))
@@ -37,7 +36,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ARTIFACTS}
 
 
-def test_a_study_is_assembled_and_described(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_command_writes_tables_report_and_manifest(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data"]) == 0
     captured = capsys.readouterr()
     assert "6 images, 6 narratives, 18 grounded phrases" in captured.out
@@ -49,17 +48,17 @@ def test_a_study_is_assembled_and_described(project: Path, capsys: pytest.Captur
     assert len(manifest["inputs"]) == 4
     assert set(manifest["params"]) == {"data"}
     report = json.loads(Path("data/t/report.json").read_text())
-    found = report["statistics"]
-    assert (found["noun_phrases"], found["grounded_phrases"], found["ungrounded_phrases"]) == (24, 18, 6)
-    assert (found["things"], found["stuff"], found["singulars"], found["plurals"]) == (12, 6, 12, 6)
-    assert (found["narratives_train"], found["narratives_test"], found["images"]) == (4, 2, 6)
-    assert (found["phrases_per_caption"], found["grounded_per_caption"]) == (4, 3)
+    statistics = report["statistics"]
+    assert (statistics["noun_phrases"], statistics["grounded_phrases"], statistics["ungrounded_phrases"]) == (24, 18, 6)
+    assert (statistics["things"], statistics["stuff"], statistics["singulars"], statistics["plurals"]) == (12, 6, 12, 6)
+    assert (statistics["narratives_train"], statistics["narratives_test"], statistics["images"]) == (4, 2, 6)
+    assert (statistics["phrases_per_caption"], statistics["grounded_per_caption"]) == (4, 3)
     assert report["splits"]["val"] == {"images": 2, "images_with_phrases": 2, "narratives": 2, "phrases": 6}
     assert report["skipped"] == []
-    assert "is not here" in Path("data/t/report.md").read_text()
+    assert "gs_section41.csv` is missing" in Path("data/t/report.md").read_text()
 
 
-def test_published_numbers_have_a_column_of_their_own(project: Path) -> None:
+def test_report_compares_with_published_values(project: Path) -> None:
     (project / "data/published").mkdir()
     text = (REPOSITORY / "data/published/gs_section41.csv").read_text()
     (project / "data/published/gs_section41.csv").write_text(text)
@@ -71,8 +70,8 @@ def test_published_numbers_have_a_column_of_their_own(project: Path) -> None:
     assert json.loads(Path("data/t/report.json").read_text())["paper"]["masks"] == 741697
 
 
-def test_nothing_is_lost_silently(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Five mishaps at once: the rest assembles, and report and stderr name each."""
+def test_skipped_items_are_reported(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five problems at once: the remaining rows are assembled, and the report and stderr list every problem."""
     root = project / "data/inputs/png"
     (root / "train2017/000000000002.jpg").unlink()
     rows = [
@@ -92,18 +91,18 @@ def test_nothing_is_lost_silently(project: Path, capsys: pytest.CaptureFixture[s
         ("phrase", "unknown segment id"): (2, 0, 2),
     }
     for item in skipped:
-        (told,) = [
+        (message,) = [
             line
             for line in lines
             if line.startswith(f"data: skipped {item['count']} {item['unit']}") and item["reason"] in line
         ]
-        assert item["examples"][0] in told
+        assert item["examples"][0] in message
     assert len(next(item for item in skipped if item["reason"] == "unknown segment id")["examples"]) == 2
     assert len(read_phrases("data/t/phrases.parquet")) == 15
     assert "unknown segment id" in Path("data/t/report.md").read_text()
 
 
-def test_examples_are_few_and_counts_are_whole(project: Path) -> None:
+def test_report_limits_examples_but_counts_all_skips(project: Path) -> None:
     extra = narrative(3, *[part("a dog", 999)] * 10)
     edit_json(project / "data/inputs/png/annotations/png_coco_train2017.json", lambda document: document.append(extra))
     assert main(["data"]) == 0
@@ -111,7 +110,7 @@ def test_examples_are_few_and_counts_are_whole(project: Path) -> None:
     assert (item["count"], len(item["examples"])) == (10, 3)
 
 
-def test_a_split_without_phrases_is_an_error(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_without_phrases_is_an_error(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (project / "data/inputs/png/val2017").iterdir():
         path.unlink()
     assert main(["data"]) == 2
@@ -121,36 +120,36 @@ def test_a_split_without_phrases_is_an_error(project: Path, capsys: pytest.Captu
     assert not Path("data/t/manifest.json").exists()
 
 
-@pytest.mark.parametrize("study", ["nowhere.yaml", "typo.yaml"])
-def test_bad_params_exit_with_one_line(project: Path, study: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("params_file", ["nowhere.yaml", "typo.yaml"])
+def test_invalid_params_are_reported_in_one_line(project: Path, params_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     document = yaml.safe_load((project / "params.yaml").read_text())
     document["data"]["png"]["narrative"] = document["data"]["png"].pop("narratives")
     (project / "typo.yaml").write_text(yaml.safe_dump(document))
-    assert main(["data", "--params", study]) == 2
+    assert main(["data", "--params", params_file]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert study in error
+    assert params_file in error
 
 
-def test_inputs_below_the_studys_own_folder_are_refused(project: Path) -> None:
+def test_inputs_below_the_data_directory_are_rejected(project: Path) -> None:
     small_png(project / "data/t/png")
     with pytest.raises(UserError, match="data/inputs/"):
         assemble(study_params(**png_params(Path("data/t/png"))))
     assert (project / "data/t/png/train2017/000000000001.jpg").exists()
 
 
-def test_equal_bytes_again_and_with_more_workers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = load_params("params.yaml")
-    assemble(study)
+def test_bytes_do_not_depend_on_number_of_workers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = load_params("params.yaml")
+    assemble(params)
     first = hashes(Path("data/t"))
-    monkeypatch.setattr(assembly, "_PARALLEL_FROM", 0)
-    more = study.resources["data"].model_copy(update={"threads": 2})
-    assemble(study.model_copy(update={"resources": study.resources | {"data": more}}))
+    monkeypatch.setattr(assembly, "_MIN_PARALLEL_IMAGES", 0)
+    resources = params.resources["data"].model_copy(update={"threads": 2})
+    assemble(params.model_copy(update={"resources": params.resources | {"data": resources}}))
     assert hashes(Path("data/t")) == first
 
 
-def test_val_depends_on_the_image_ids_alone(project: Path) -> None:
-    """Neither rows nor the order of the file nor the images of test move an image between train and val."""
+def test_val_split_depends_only_on_image_ids(project: Path) -> None:
+    """More rows, another row order and other test images do not move images between train and val."""
     assert main(["data"]) == 0
     before = read_phrases("data/t/phrases.parquet").groupby("image_id")["split"].first()
     annotations = project / "data/inputs/png/annotations"
@@ -161,11 +160,10 @@ def test_val_depends_on_the_image_ids_alone(project: Path) -> None:
     assert (after == before[after.index]).all()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("genseg.data.scenes") is None, reason="the embedded scenes are not built yet")
-def test_the_embedded_scenes_pass_through_the_same_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_scenes_are_read_by_the_png_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shipped = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["data"]["scenes"]
-    assemble(study_params(source="scenes", scenes=shipped | {"size": 64, "train_images": 6, "test_images": 4}))
+    scenes = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["data"]["scenes"]
+    assemble(study_params(source="scenes", scenes=scenes | {"size": 64, "train_images": 6, "test_images": 4}))
     report = json.loads(Path("data/t/report.json").read_text())
     assert report["skipped"] == []
     frame = read_phrases("data/t/phrases.parquet")
@@ -174,21 +172,25 @@ def test_the_embedded_scenes_pass_through_the_same_reader(tmp_path: Path, monkey
     assert all(Path(name).exists() for name in frame["file_name"])
 
 
-def real_study(name: str, tmp_path: Path) -> str:
-    """Copy of a shipped params file whose input paths are the real ones."""
+def real_params(name: str, tmp_path: Path) -> str:
+    """Copy a shipped params file and set its input paths to the real data."""
     text = (REPOSITORY / f"params/{name}.yaml").read_text()
     text = text.replace(f"data/inputs/{name}", str(REAL / name)).replace("data/classes/", f"{REPOSITORY}/data/classes/")
     (tmp_path / "params.yaml").write_text(text)
     return str(tmp_path / "params.yaml")
 
 
-@pytest.mark.skipif(not (REAL / "coco_narrated").is_dir(), reason="no real photos here")
-def test_coco_narrated_assembles_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not (REAL / "coco_narrated").is_dir(), reason="the real photos are not present")
+def test_coco_narrated_is_assembled_without_skips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "--params", real_study("coco_narrated", tmp_path)]) == 0
+    assert main(["data", "--params", real_params("coco_narrated", tmp_path)]) == 0
     report = json.loads(Path("data/coco_narrated/report.json").read_text())
-    found = report["statistics"]
-    assert (found["images"], found["narratives_train"] + found["narratives_test"], found["grounded_phrases"]) == (81, 333, 499)
+    statistics = report["statistics"]
+    assert (
+        statistics["images"],
+        statistics["narratives_train"] + statistics["narratives_test"],
+        statistics["grounded_phrases"],
+    ) == (81, 333, 499)
     assert report["skipped"] == []
     frame = read_phrases("data/coco_narrated/phrases.parquet")
     assert len(frame) == 499
@@ -200,9 +202,9 @@ def test_coco_narrated_assembles_completely(tmp_path: Path, monkeypatch: pytest.
     assert all(row_mask(row).any() for _, row in frame.sample(40, random_state=0).iterrows())
 
 
-@pytest.mark.skipif(not (REAL / "camvid").is_dir(), reason="no street photos here")
-def test_camvid_assembles_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of it, linked: the whole takes too long for a test."""
+@pytest.mark.skipif(not (REAL / "camvid").is_dir(), reason="the street photos are not present")
+def test_camvid_is_assembled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the images, because the whole data set takes too long for a test."""
     monkeypatch.chdir(tmp_path)
     for kind in ("images", "masks"):
         for split, count in (("train", 20), ("val", 6)):

@@ -1,4 +1,4 @@
-"""COCO instances as COCO-Object: overlaps, crowds, background, and annotations that are no good."""
+"""COCO instances as COCO-Object: overlaps, crowds, background and invalid annotations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folder(root: Path) -> dict[str, Any]:
         for image_id in images:
             save_photo(root / f"{split}/{image_id}.jpg", HEIGHT, WIDTH)
         first = images[0]
-        counts = [100, 20]  # column by column: 10 columns of nothing, 2 of the crowd
+        counts = [100, 20]  # column by column: 10 empty columns, then 2 columns of the crowd
         document = {
             "images": [{"id": image_id, "file_name": f"{image_id}.jpg"} for image_id in images],
             "annotations": [
@@ -49,7 +49,7 @@ def folder(root: Path) -> dict[str, Any]:
     return {"source": "coco_object", "coco_object": {"images": str(root), "annotations": str(root / "annotations")}}
 
 
-def test_classes_part_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_partition_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assemble(study_params(**folder(tmp_path / "coco")))
     frame = read_phrases("data/t/phrases.parquet")
@@ -57,7 +57,7 @@ def test_classes_part_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert rows["phrase"].to_dict() == {1: "the person", 2: "the bicycle", 3: "the car"}
     assert rows["is_plural"].to_dict() == {1: True, 2: True, 3: False}  # two instances; a crowd; one instance
     assert sorted(rows.loc[1, "segment_ids"]) == [1101, 1103]
-    # The smaller car lies on the person.
+    # The smaller car is on top of the person.
     assert row_mask(rows.loc[3])[2:4, 2:4].all()
     assert not (row_mask(rows.loc[3]) & row_mask(rows.loc[1])).any()
     assert row_mask(rows.loc[2]).sum() == 20
@@ -66,14 +66,14 @@ def test_classes_part_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = classes[classes["image_id"] == 11]
     assert rows["class_id"].tolist() == [0, 1, 2, 3]
     assert (sum(row_mask(row).astype(int) for _, row in rows.iterrows()) == 1).all()
-    named = json.loads(Path("data/t/classes.json").read_text())
-    assert [(item["id"], item["name"], item["background"]) for item in named][:2] == [
+    class_list = json.loads(Path("data/t/classes.json").read_text())
+    assert [(item["id"], item["name"], item["background"]) for item in class_list][:2] == [
         (0, "background", True),
         (1, "person", False),
     ]
 
 
-def test_image_without_an_instance_is_all_background(tmp_path: Path) -> None:
+def test_image_without_instances_is_background(tmp_path: Path) -> None:
     data = folder(tmp_path)
     edit_json(tmp_path / "annotations/instances_val2017.json", lambda document: document["annotations"].pop())
     source = open_source(study_params(**data).data, tmp_path)
@@ -95,7 +95,7 @@ def test_image_without_an_instance_is_all_background(tmp_path: Path) -> None:
         instance(9, 77, 1, box(0, 0, 2, 2)),
     ],
 )
-def test_a_bad_annotation_is_skipped_alone(tmp_path: Path, bad: dict[str, Any]) -> None:
+def test_invalid_annotation_is_skipped(tmp_path: Path, bad: dict[str, Any]) -> None:
     data = folder(tmp_path)
     source = open_source(study_params(**data).data, tmp_path)
     before = [source.read(job).phrases for job in source.jobs]
@@ -105,23 +105,23 @@ def test_a_bad_annotation_is_skipped_alone(tmp_path: Path, bad: dict[str, Any]) 
     assert [item.phrases for item in rows] == before
     skips = source.skips + [skip for item in rows for skip in item.skips]
     assert [skip.unit for skip in skips] == ["annotation"]
-    assert "instances_train2017.json" in skips[0].where
+    assert "instances_train2017.json" in skips[0].message
 
 
-def test_compressed_counts_are_read(tmp_path: Path) -> None:
+def test_compressed_rle_is_read(tmp_path: Path) -> None:
     data = folder(tmp_path)
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[3:5, 1:9] = 1
-    code = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
-    extra = instance(9, 2, 2, {"size": [HEIGHT, WIDTH], "counts": code})
+    rle = coco_mask.encode(np.asfortranarray(mask))["counts"].decode()
+    extra = instance(9, 2, 2, {"size": [HEIGHT, WIDTH], "counts": rle})
     edit_json(tmp_path / "annotations/instances_train2017.json", lambda document: document["annotations"].append(extra))
     source = open_source(study_params(**data).data, tmp_path)
     rows = next(source.read(job) for job in source.jobs if job.image_id == 2)
-    found = next(item for item in rows.phrases if item["class_id"] == 2)
-    assert (coco_mask.decode({"size": [HEIGHT, WIDTH], "counts": found["mask"]}) == mask).all()
+    phrase = next(item for item in rows.phrases if item["class_id"] == 2)
+    assert (coco_mask.decode({"size": [HEIGHT, WIDTH], "counts": phrase["mask"]}) == mask).all()
 
 
-def test_a_missing_image_and_a_broken_file(tmp_path: Path) -> None:
+def test_missing_image_is_skipped_and_invalid_file_is_an_error(tmp_path: Path) -> None:
     data = folder(tmp_path)
     (tmp_path / "train2017/1.jpg").unlink()
     source = open_source(study_params(**data).data, tmp_path)

@@ -1,4 +1,4 @@
-"""Downloads against a server of our own that supports ranges and cuts connections."""
+"""Downloads from a local server that supports range requests and interrupts connections."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pytest
 
 from data_folders import REPOSITORY, png_params, small_png, study_params
 from genseg.data import download
-from genseg.data.download import Remote, fetch, fetch_png, place, read_sources
+from genseg.data.download import Remote, fetch, fetch_png, install, read_sources
 from genseg.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; each entry of `cuts` ends one answer after so many bytes."""
+    """Serves `files`; each entry of `cuts` ends one response after this number of bytes."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -40,21 +40,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.server.requests.append((self.path, wanted))
+        requested = self.headers.get("Range")
+        self.server.requests.append((self.path, requested))
         content = self.server.files.get(self.path.lstrip("/"))
         if content is None:
             self.send_error(404)
             return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.server.ranges else 0
+        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and self.server.ranges else 0
         if start >= len(content):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        self.send_response(206 if wanted and self.server.ranges else 200)
-        if wanted and self.server.ranges:
+        self.send_response(206 if requested and self.server.ranges else 200)
+        if requested and self.server.ranges:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
@@ -77,69 +77,69 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server.server_close()
 
 
-def remote(server: Server, target: Path, content: bytes = CONTENT, known: bool = True, name: str = "file.bin") -> Remote:
+def remote(server: Server, target: Path, content: bytes = CONTENT, published: bool = True, name: str = "file.bin") -> Remote:
     server.files.setdefault(name, content)
-    checksum = hashlib.sha256(content).hexdigest() if known else None
-    return Remote(name, server.url(name), len(content) if known else None, checksum, [target], [None])
+    checksum = hashlib.sha256(content).hexdigest() if published else None
+    return Remote(name, server.url(name), len(content) if published else None, checksum, [target], [None])
 
 
-def test_cut_connections_are_resumed(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_connection_is_resumed(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server.cuts = [100_000, 50_000, 1]
     fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
-    assert [wanted for _, wanted in server.requests] == [None, "bytes=100000-", "bytes=150000-", "bytes=150001-"]
+    assert [requested for _, requested in server.requests] == [None, "bytes=100000-", "bytes=150000-", "bytes=150001-"]
     assert "resuming" in capsys.readouterr().err
     assert not (tmp_path / "file.bin.part").exists()
 
 
-def test_a_part_of_an_earlier_run_is_continued(server: Server, tmp_path: Path) -> None:
+def test_partial_file_of_an_earlier_run_is_resumed(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.bin.part").write_bytes(CONTENT[:1234])
     fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
     assert server.requests == [("/file.bin", "bytes=1234-")]
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_complete_part_needs_no_more(server: Server, tmp_path: Path, known: bool) -> None:
+@pytest.mark.parametrize("published", [True, False])
+def test_complete_partial_file_is_accepted(server: Server, tmp_path: Path, published: bool) -> None:
     (tmp_path / "file.bin.part").write_bytes(CONTENT)
-    fetch(remote(server, tmp_path / "x", known=known), tmp_path / "file.bin")
+    fetch(remote(server, tmp_path / "x", published=published), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
-def test_a_part_longer_than_the_file_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_partial_file_longer_than_the_file_is_downloaded_again(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.bin.part").write_bytes(CONTENT + b"more")
     fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
-def test_a_host_without_ranges_starts_again(server: Server, tmp_path: Path) -> None:
+def test_host_without_range_requests_restarts_the_download(server: Server, tmp_path: Path) -> None:
     server.ranges = False
     server.cuts = [100_000]
     fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
-def test_a_host_that_gives_nothing_keeps_the_part(server: Server, tmp_path: Path) -> None:
-    server.cuts = [70_000] + [0] * download.ATTEMPTS
+def test_failed_download_keeps_partial_file(server: Server, tmp_path: Path) -> None:
+    server.cuts = [70_000] + [0] * download.MAX_FAILURES
     with pytest.raises(UserError, match=r"70,000 bytes are kept in .*file\.bin\.part; run again to resume") as caught:
-        fetch(remote(server, tmp_path / "place"), tmp_path / "file.bin")
-    assert str(tmp_path / "place") in str(caught.value)
-    fetch(remote(server, tmp_path / "place"), tmp_path / "file.bin")
+        fetch(remote(server, tmp_path / "target"), tmp_path / "file.bin")
+    assert str(tmp_path / "target") in str(caught.value)
+    fetch(remote(server, tmp_path / "target"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
-def test_an_absent_file_or_host_is_one_clear_line(server: Server, tmp_path: Path) -> None:
-    source = remote(server, tmp_path / "place")
+def test_missing_file_or_host_is_reported(server: Server, tmp_path: Path) -> None:
+    source = remote(server, tmp_path / "target")
     server.files.clear()
     with pytest.raises(UserError, match="404") as caught:
         fetch(source, tmp_path / "file.bin")
     assert server.url("file.bin") in str(caught.value)
-    dead = Remote("file.bin", "http://127.0.0.1:9/file.bin", None, None, [tmp_path / "place"], [None])
+    unreachable = Remote("file.bin", "http://127.0.0.1:9/file.bin", None, None, [tmp_path / "target"], [None])
     with pytest.raises(UserError, match="refused"):
-        fetch(dead, tmp_path / "file.bin")
+        fetch(unreachable, tmp_path / "file.bin")
 
 
-def test_a_wrong_checksum_is_never_taken(server: Server, tmp_path: Path) -> None:
+def test_file_with_wrong_checksum_is_rejected(server: Server, tmp_path: Path) -> None:
     source = remote(server, tmp_path / "x")
     server.files["file.bin"] = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
     with pytest.raises(UserError, match="sha256") as caught:
@@ -149,19 +149,21 @@ def test_a_wrong_checksum_is_never_taken(server: Server, tmp_path: Path) -> None
     assert (tmp_path / "file.bin.bad").exists()
 
 
-def test_an_unknown_checksum_is_printed_and_kept(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = remote(server, tmp_path / "there/file.bin", known=False)
+def test_unpublished_checksum_is_printed_and_written(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = remote(server, tmp_path / "target/file.bin", published=False)
     fetch(source, tmp_path / "file.bin")
-    found = hashlib.sha256(CONTENT).hexdigest()
-    told = capsys.readouterr().err
-    assert found in told
-    assert "NOT VERIFIED" in told
-    place(source, tmp_path / "file.bin")
-    assert (tmp_path / "there/file.bin").read_bytes() == CONTENT
-    assert (tmp_path / "there/file.bin.sha256").read_text() == f"{found}  file.bin\n"
+    checksum = hashlib.sha256(CONTENT).hexdigest()
+    messages = capsys.readouterr().err
+    assert checksum in messages
+    assert "NOT VERIFIED" in messages
+    install(source, tmp_path / "file.bin")
+    assert (tmp_path / "target/file.bin").read_bytes() == CONTENT
+    assert (tmp_path / "target/file.bin.sha256").read_text() == f"{checksum}  file.bin\n"
 
 
-def test_a_full_disk_is_said_and_resumable(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_and_download_resumed(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def receive(source: Remote, part: Path) -> bool:
         part.write_bytes(CONTENT[:10])
         raise OSError(errno.ENOSPC, "No space left on device", str(part))
@@ -180,7 +182,7 @@ def test_a_full_disk_is_said_and_resumable(server: Server, tmp_path: Path, monke
     assert server.requests == [("/file.bin", "bytes=10-")]
 
 
-def packed(files: dict[str, bytes]) -> bytes:
+def zip_bytes(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in files.items():
@@ -188,48 +190,47 @@ def packed(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_count_cut_to_sixteen_bits_loses_nothing(tmp_path: Path) -> None:
-    """As in COCO's panoptic archive: the number of entries at the end of the file is too small."""
-    content = bytearray(packed({f"photos/{number}.png": b"x" for number in range(300)}))
+def test_archive_with_16_bit_entry_count_is_unpacked_completely(tmp_path: Path) -> None:
+    """As in COCO's panoptic archive, the number of entries at the end of the file is too small."""
+    content = bytearray(zip_bytes({f"photos/{number}.png": b"x" for number in range(300)}))
     end = content.rindex(b"PK\x05\x06")
     content[end + 8 : end + 12] = (44).to_bytes(2, "little") * 2
     (tmp_path / "photos.zip").write_bytes(content)
-    place(Remote("photos.zip", "", None, None, [tmp_path / "to/photos"], [300]), tmp_path / "photos.zip")
+    install(Remote("photos.zip", "", None, None, [tmp_path / "to/photos"], [300]), tmp_path / "photos.zip")
     assert len(list((tmp_path / "to/photos").iterdir())) == 300
 
 
-def test_a_wrong_count_a_foreign_and_a_cut_archive_are_refused(tmp_path: Path) -> None:
-    content = packed({"photos/1.png": b"x" * 100})
+def test_invalid_archive_is_rejected(tmp_path: Path) -> None:
+    content = zip_bytes({"photos/1.png": b"x" * 100})
     for bad, name, entries, message in (
-        (content, "photos", 2, "1 files, published are 2"),
-        (content, "masks", 1, "holds no masks"),
-        (content[:-30], "photos", 1, "not a whole zip"),
+        (content, "photos", 2, "expected 2 files in photos, got 1"),
+        (content, "masks", 1, "masks is missing"),
+        (content[:-30], "photos", 1, "not a complete zip"),
         (content.replace(b"x" * 100, b"y" * 100), "photos", 1, "corrupt"),
     ):
         (tmp_path / "a.zip").write_bytes(bad)
         with pytest.raises(UserError, match=message):
-            place(Remote("a.zip", "", None, None, [tmp_path / "to" / name], [entries]), tmp_path / "a.zip")
+            install(Remote("a.zip", "", None, None, [tmp_path / "to" / name], [entries]), tmp_path / "a.zip")
         assert not (tmp_path / "to" / name).exists()
 
 
-def test_everything_that_is_missing_is_fetched_and_nothing_else(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The published archives in small, nested as COCO's: then the folder equals a local copy."""
+def test_only_missing_files_are_downloaded(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small archives with the structure of the published ones. The unpacked folder equals the local one."""
     monkeypatch.chdir(tmp_path)
     small_png(tmp_path / "local")
 
-    def below(folder: str, prefix: str) -> dict[str, bytes]:
+    def folder_files(folder: str, prefix: str) -> dict[str, bytes]:
         return {f"{prefix}{item.name}": item.read_bytes() for item in sorted((tmp_path / "local" / folder).iterdir())}
 
     for split in ("train2017", "val2017"):
-        server.files[f"{split}.zip"] = packed(below(split, f"{split}/"))
+        server.files[f"{split}.zip"] = zip_bytes(folder_files(split, f"{split}/"))
         server.files[f"png_coco_{split}.json"] = (tmp_path / f"local/annotations/png_coco_{split}.json").read_bytes()
-    server.files["panoptic.zip"] = packed(
+    server.files["panoptic.zip"] = zip_bytes(
         {
             f"annotations/panoptic_{split}.{kind}": (
-                packed(
-                    below(f"annotations/panoptic_{split}", f"panoptic_{split}/") | {f"__MACOSX/panoptic_{split}/._1.png": b""}
+                zip_bytes(
+                    folder_files(f"annotations/panoptic_{split}", f"panoptic_{split}/")
+                    | {f"__MACOSX/panoptic_{split}/._1.png": b""}
                 )
                 if kind == "zip"
                 else (tmp_path / f"local/annotations/panoptic_{split}.json").read_bytes()
@@ -238,17 +239,17 @@ def test_everything_that_is_missing_is_fetched_and_nothing_else(
             for kind in ("zip", "json")
         }
     )
-    provided = "{annotations}/panoptic_train2017.json;{annotations}/panoptic_val2017.json;"
-    provided += "{annotations}/panoptic_train2017;{annotations}/panoptic_val2017"
-    places = {
+    panoptic_targets = "{annotations}/panoptic_train2017.json;{annotations}/panoptic_val2017.json;"
+    panoptic_targets += "{annotations}/panoptic_train2017;{annotations}/panoptic_val2017"
+    targets = {
         "train2017.zip": ("{images}/train2017", "4"),
         "val2017.zip": ("{images}/val2017", "2"),
-        "panoptic.zip": (provided, "1;1;4;2"),
+        "panoptic.zip": (panoptic_targets, "1;1;4;2"),
         "png_coco_train2017.json": ("{narratives}/png_coco_train2017.json", "1"),
         "png_coco_val2017.json": ("{narratives}/png_coco_val2017.json", ""),
     }
     lines = ["name,url,bytes,sha256,unpacks_to,entries"]
-    for name, (target, entries) in places.items():
+    for name, (target, entries) in targets.items():
         content = server.files[name]
         lines.append(f"{name},{server.url(name)},{len(content)},{hashlib.sha256(content).hexdigest()},{target},{entries}")
     (tmp_path / "data").mkdir()
@@ -265,13 +266,13 @@ def test_everything_that_is_missing_is_fetched_and_nothing_else(
     server.requests.clear()
     fetch_png(png)
     assert server.requests == []
-    # One file gone: only its archive is looked at again, and its verified copy is still here.
+    # If one file is missing, only its source is downloaded again; the other copies are kept.
     (tmp_path / "coco/annotations/png_coco_val2017.json").unlink()
     fetch_png(png)
     assert {name for name, _ in server.requests} == {"/png_coco_val2017.json"}
 
 
-def test_the_shipped_list_of_sources_is_sound() -> None:
+def test_shipped_list_of_sources_is_valid() -> None:
     folders = {key: key for key in ("images", "annotations", "narratives")}
     remotes = read_sources(REPOSITORY / "data/sources.csv", folders)
     targets = {str(target) for source in remotes for target in source.targets}
@@ -287,7 +288,7 @@ def test_the_shipped_list_of_sources_is_sound() -> None:
         assert source.sha256 is None or len(source.sha256) == 64
 
 
-def test_a_bad_list_of_sources_names_its_line(tmp_path: Path) -> None:
+def test_invalid_list_of_sources_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "sources.csv").write_text("name,url,bytes,sha256,unpacks_to,entries\na,b,many,,{images}/x,1\n")
     with pytest.raises(UserError, match="line 2"):
         read_sources(tmp_path / "sources.csv", {"images": "i"})

@@ -20,8 +20,8 @@ from genseg.errors import UserError
 CLASSES = "sky # stuff\ncar # thing\nroad\n"
 
 
-def folder(root: Path, **change: Any) -> dict[str, Any]:
-    """CamVid's layout: two train images and one test image; index 3 is unlabelled."""
+def folder(root: Path, **changes: Any) -> dict[str, Any]:
+    """Write CamVid's layout with two train images and one test image, where index 3 is unlabelled; return the params."""
     for split, stems in (("train", ["a_1", "a_2"]), ("val", ["b_1"])):
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def folder(root: Path, **change: Any) -> dict[str, Any]:
             indices[:2], indices[3:, :number] = 0, 1
             Image.fromarray(indices).save(root / f"masks/{split}/{stem}.png")
     (root / "classes.txt").write_text(CLASSES)
-    described = {
+    params = {
         "images": {"train": str(root / "images/train"), "test": str(root / "images/val")},
         "masks": {"train": str(root / "masks/train"), "test": str(root / "masks/val")},
         "lists": None,
@@ -40,14 +40,14 @@ def folder(root: Path, **change: Any) -> dict[str, Any]:
         "ignore": [3],
         "background": None,
     }
-    return {"source": "index_masks", "index_masks": described | change}
+    return {"source": "index_masks", "index_masks": params | changes}
 
 
 def opened(data: dict[str, Any]) -> Source:
     return open_source(study_params(**data).data, Path("unused"))
 
 
-def test_a_phrase_for_every_class_in_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_class_in_an_image_becomes_a_phrase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     templates = ["the {name}", "a photo of a {name}, 100 %s", "{name}"]
     assemble(study_params(**folder(tmp_path), phrase_templates=templates, class_template="one {name}"))
@@ -67,18 +67,18 @@ def test_a_phrase_for_every_class_in_the_image(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
-def test_masks_of_every_index_mode(tmp_path: Path, mode: str) -> None:
+def test_mask_of_every_index_mode_is_read(tmp_path: Path, mode: str) -> None:
     values = np.array([[0, 1], [2, 255]], np.uint16 if mode == "I;16" else np.uint8)
-    picture = Image.fromarray(values)
+    mask = Image.fromarray(values)
     if mode == "P":
-        picture.putpalette(list(range(255, -1, -1)) * 3)
-    assert picture.mode == mode
-    picture.save(tmp_path / "m.png")
+        mask.putpalette(list(range(255, -1, -1)) * 3)
+    assert mask.mode == mode
+    mask.save(tmp_path / "m.png")
     assert (index_masks.read_indices(tmp_path / "m.png") == values).all()
 
 
-def test_voc_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One folder of images and one of palette masks, split by lists; 0 = background, 255 = ignore; more photos than masks."""
+def test_voc_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of images, one of palette masks, and lists; 0 is background, 255 is ignored, and one image has no mask."""
     monkeypatch.chdir(tmp_path)
     for name in ("JPEGImages", "SegmentationClass", "lists"):
         (tmp_path / name).mkdir()
@@ -88,9 +88,9 @@ def test_voc_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, stem in enumerate(stems):
         indices = np.zeros((5, 5), np.uint8)
         indices[0], indices[2, :3] = 255, min(number, 1) + 1
-        picture = Image.fromarray(indices)
-        picture.putpalette(list(range(256)) * 3)
-        picture.save(tmp_path / f"SegmentationClass/{stem}.png")
+        mask = Image.fromarray(indices)
+        mask.putpalette(list(range(256)) * 3)
+        mask.save(tmp_path / f"SegmentationClass/{stem}.png")
     (tmp_path / "classes.txt").write_text("background\naeroplane # thing\nbicycle # thing\n")
     (tmp_path / "lists/train.txt").write_text("\n".join(stems[:2]) + "\n")
     (tmp_path / "lists/val.txt").write_text(stems[2])
@@ -109,36 +109,35 @@ def test_voc_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frame[frame["split"] == "test"]["phrase"].tolist() == ["the bicycle"]
     classes = read_phrases("data/t/class_phrases.parquet")
     rows = classes[classes["split"] == "test"].set_index("class_id")
-    assert [row_mask(rows.loc[index]).sum() for index in (0, 1, 2)] == [17, 0, 3]  # the five ignored pixels are nobody's
+    assert [row_mask(rows.loc[index]).sum() for index in (0, 1, 2)] == [17, 0, 3]  # the five ignored pixels belong to no class
     assert list(rows.loc[0, "tags"]) == ["background"]
 
 
-def test_ade_layout(tmp_path: Path) -> None:
-    """Index 0 is `other`: named in the list, ignored, so that class ids stay ADE's."""
+def test_ignored_class_keeps_the_other_class_ids(tmp_path: Path) -> None:
+    """ADE's layout: index 0 is `other`, which is in the class file but ignored."""
     data = folder(tmp_path, ignore=[0, 3])
     source = opened(data)
     assert [(item.id, item.name) for item in source.classes] == [(1, "car"), (2, "road")]
     rows = [source.read(job) for job in source.jobs]
-    assert sorted(len(item.phrases) for item in rows) == [0, 0, 1]  # an image without a class is read all the same
+    assert sorted(len(item.phrases) for item in rows) == [0, 0, 1]  # an image without a class is also read
     assert all(item.class_masks is not None for item in rows)
-    found = next(item.phrases[0] for item in rows if item.phrases)
-    assert (found["class_id"], found["phrase_id"]) == (1, 0)
+    phrase = next(item.phrases[0] for item in rows if item.phrases)
+    assert (phrase["class_id"], phrase["phrase_id"]) == (1, 0)
 
 
-def test_image_ids_are_numbers_only_if_all_stems_are(tmp_path: Path) -> None:
+def test_image_ids_are_numbers_if_all_stems_are_distinct_numbers(tmp_path: Path) -> None:
     numbers = [("train", "000000000042"), ("train", "7"), ("test", "9")]
     assert list(index_masks.image_ids(numbers).values()) == [42, 7, 9]
     for keys in ([*numbers, ("test", "007")], [*numbers, ("test", "2007_000032")], [*numbers, ("test", "9" * 30)]):
-        found = index_masks.image_ids(keys)
-        assert len(set(found.values())) == 4
-        assert all(0 <= image_id < 2**63 for image_id in found.values())
-        assert (
-            found["train", "7"] == index_masks.image_ids([("train", "7"), ("test", "x")])["train", "7"]
-        )  # by its own name alone
-        assert found["train", "7"] != 7
+        ids = index_masks.image_ids(keys)
+        assert len(set(ids.values())) == 4
+        assert all(0 <= image_id < 2**63 for image_id in ids.values())
+        # The hash depends only on the split and the stem.
+        assert ids["train", "7"] == index_masks.image_ids([("train", "7"), ("test", "x")])["train", "7"]
+        assert ids["train", "7"] != 7
 
 
-def test_colliding_ids_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_with_the_same_hash_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_masks, "derive_seed", lambda *ids: 5)
     with pytest.raises(UserError, match="a \\(train\\) and b \\(test\\)"):
         index_masks.image_ids([("train", "a"), ("test", "b")])
@@ -152,54 +151,54 @@ def colour_mask(root: Path) -> None:
     Image.new("RGB", (8, 6)).save(root / "masks/train/a_1.png")
 
 
-def strange_mask(root: Path) -> None:
+def unknown_index_mask(root: Path) -> None:
     Image.fromarray(np.full((6, 8), 9, np.uint8)).save(root / "masks/train/a_1.png")
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [
-        (lambda root: (root / "images/train/a_1.jpg").unlink(), "no image of this name"),
+        (lambda root: (root / "images/train/a_1.jpg").unlink(), "mask without an image"),
         (lambda root: (root / "masks/train/a_1.png").unlink(), "image without a mask"),
-        (lambda root: save_photo(root / "images/train/a_1.png", 6, 8), "two images of one stem"),
+        (lambda root: save_photo(root / "images/train/a_1.png", 6, 8), "images with the same stem"),
         (lambda root: (root / "images/train/a_1.jpg").write_bytes(b"x"), "unreadable image"),
         (lambda root: (root / "masks/train/a_1.png").write_bytes(b"x"), "unreadable index mask"),
         (small_mask, "image and mask differ in size"),
-        (colour_mask, "index mask in colours"),
-        (strange_mask, "unknown class index"),
+        (colour_mask, "index mask in colour"),
+        (unknown_index_mask, "unknown class index"),
     ],
 )
-def test_a_bad_pair_is_skipped_alone(tmp_path: Path, harm: Callable[[Path], None], reason: str) -> None:
+def test_invalid_pair_is_skipped(tmp_path: Path, damage: Callable[[Path], None], reason: str) -> None:
     data = folder(tmp_path)
-    harm(tmp_path)
+    damage(tmp_path)
     source = opened(data)
     rows = [source.read(job) for job in source.jobs]
     skips = source.skips + [skip for item in rows for skip in item.skips]
     assert [skip.reason for skip in skips] == [reason]
-    assert "a_1" in skips[0].where
+    assert "a_1" in skips[0].message
     assert sum(len(item.phrases) for item in rows) == 3
 
 
-def test_an_image_of_both_splits_stays_in_test(tmp_path: Path) -> None:
+def test_image_in_both_splits_is_used_for_test_only(tmp_path: Path) -> None:
     data = folder(tmp_path)
     data["index_masks"] |= {
         key: dict.fromkeys(("train", "test"), data["index_masks"][key]["test"]) for key in ("images", "masks")
     }
     source = opened(data)
     assert [job.split for job in source.jobs] == ["test"]
-    assert [skip.reason for skip in source.skips] == ["image of both splits"]
+    assert [skip.reason for skip in source.skips] == ["image in both splits"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sky\n\nroad\n", "line 2: no class name"),
-        ("sky # vegetable\n", "line 1: mark 'vegetable'"),
-        ("sky\nsky\n", "line 2: class 'sky' is named twice"),
-        ("", "no class"),
+        ("sky\n\nroad\n", "line 2: expected a class name"),
+        ("sky # vegetable\n", "line 1: expected the mark thing or stuff, got 'vegetable'"),
+        ("sky\nsky\n", "line 2: duplicate class 'sky'"),
+        ("", "no class names"),
     ],
 )
-def test_a_bad_class_file_names_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_class_file_is_reported_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     data = folder(tmp_path)
     (tmp_path / "classes.txt").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -216,23 +215,23 @@ def test_a_bad_class_file_names_its_line(tmp_path: Path, text: str, message: str
         ({"background": 3}, "data.index_masks.background is 3"),
     ],
 )
-def test_a_bad_param_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_invalid_param_is_reported(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         opened(folder(tmp_path, **change))
 
 
-def test_unmarked_classes_are_stuff_and_said_so(tmp_path: Path) -> None:
+def test_unmarked_classes_are_stuff_and_counted(tmp_path: Path) -> None:
     source = opened(folder(tmp_path))
     assert [item.is_thing for item in source.classes] == [False, True, False]
     assert list(source.counts.values()) == [1]
 
 
-def test_templates_are_dealt_by_image_and_class_alone(tmp_path: Path) -> None:
+def test_template_depends_only_on_image_and_class(tmp_path: Path) -> None:
     data = folder(tmp_path)
-    texts = [f"{number} {{name}}" for number in range(50)]
+    templates = [f"{number} {{name}}" for number in range(50)]
 
     def phrases() -> pd.Series:
-        source = open_source(study_params(**data, phrase_templates=texts).data, tmp_path)
+        source = open_source(study_params(**data, phrase_templates=templates).data, tmp_path)
         rows = [source.read(job) for job in source.jobs]
         return pd.Series({(row.image_id, item["class_id"]): item["phrase"] for row in rows for item in row.phrases})
 

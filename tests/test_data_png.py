@@ -1,4 +1,4 @@
-"""COCO panoptic + PNG narratives: the published traps, each against what the files plainly say."""
+"""COCO panoptic + PNG narratives: the known pitfalls of the formats, and invalid files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from genseg.errors import UserError
 
 
 def read_all(root: Path) -> dict[int, ImageRows]:
-    """Rows by image id, straight from the reader."""
+    """Return the reader's rows by image id."""
     source = open_source(study_params(**png_params(root)).data, root / "unused")
     return {job.image_id: source.read(job) for job in source.jobs}
 
 
-def table(root: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+def assembled_table(root: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     monkeypatch.chdir(root)
     assemble(study_params(**png_params(root / "png")))
     return read_phrases("data/t/phrases.parquet")
@@ -35,8 +35,8 @@ def reasons(rows: ImageRows) -> list[str]:
     return [skip.reason for skip in rows.skips]
 
 
-def test_segment_ids_are_joined_within_their_image(tmp_path: Path) -> None:
-    """Segment 5 is a person at the left of one image and a tree at the right of the other."""
+def test_segments_are_joined_within_their_image(tmp_path: Path) -> None:
+    """Segment 5 is a person on the left of one image and a tree on the right of the other."""
     left, right = np.zeros((6, 8), int), np.zeros((6, 8), int)
     left[:, :3], right[:, 5:] = 5, 5
     images = {1: (left, [(5, 1)]), 2: (right, [(5, 184)])}
@@ -47,64 +47,64 @@ def test_segment_ids_are_joined_within_their_image(tmp_path: Path) -> None:
         lambda document: document["annotations"].append({"image_id": 99, "file_name": "x.png", "segments_info": []}),
     )
     source = coco_panoptic.open_source(study_params(**png_params(tmp_path)).data.png, 0.5)
-    found = {job.image_id: source.read(job).phrases[0] for job in source.jobs}
-    assert found[1]["is_thing"] is True
-    assert found[2]["is_thing"] is False
-    assert (row_mask(pd.Series(found[1] | {"height": 6, "width": 8})) == (left == 5)).all()
-    assert (row_mask(pd.Series(found[2] | {"height": 6, "width": 8})) == (right == 5)).all()
+    phrases = {job.image_id: source.read(job).phrases[0] for job in source.jobs}
+    assert phrases[1]["is_thing"] is True
+    assert phrases[2]["is_thing"] is False
+    assert (row_mask(pd.Series(phrases[1] | {"height": 6, "width": 8})) == (left == 5)).all()
+    assert (row_mask(pd.Series(phrases[2] | {"height": 6, "width": 8})) == (right == 5)).all()
 
 
-def test_ids_above_a_byte_do_not_overflow(tmp_path: Path) -> None:
+def test_segment_ids_above_255_do_not_overflow(tmp_path: Path) -> None:
     ids = np.array([[0, 255, 256, 257], [65535, 65536, 16777215, 200 * 256 + 3 * 65536 + 5]])
     save_ids(tmp_path / "a.png", ids)
     assert (coco_panoptic.panoptic_ids(tmp_path / "a.png") == ids).all()
 
 
-def test_a_palette_png_is_read_by_its_colours_and_grey_is_refused(tmp_path: Path) -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([0, 0, 0, 7, 1, 0])
-    picture.putpixel((1, 0), 1)
-    picture.save(tmp_path / "p.png")
+def test_palette_png_is_read_by_colour_and_grey_png_is_rejected(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 7, 1, 0])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "p.png")
     assert coco_panoptic.panoptic_ids(tmp_path / "p.png").tolist() == [[0, 263]]
     Image.new("L", (2, 1)).save(tmp_path / "l.png")
     with pytest.raises(UserError, match="mode L"):
         coco_panoptic.panoptic_ids(tmp_path / "l.png")
 
 
-def test_a_phrase_is_the_union_of_its_segments_each_counted_once(tmp_path: Path) -> None:
+def test_mask_of_a_phrase_is_the_union_of_its_segments(tmp_path: Path) -> None:
     small_png(tmp_path)
     rows = [narrative(1, part("both", 5, 301, 5)), narrative(1, part("all", 70001, 5))]
     edit_json(tmp_path / "annotations/png_coco_train2017.json", lambda document: document.extend(rows))
-    found = read_all(tmp_path)[1]
-    first, second = (next(item for item in found.phrases if item["phrase"] == text) for text in ("both", "all"))
+    image_rows = read_all(tmp_path)[1]
+    first, second = (next(item for item in image_rows.phrases if item["phrase"] == text) for text in ("both", "all"))
     ids = coco_panoptic.panoptic_ids(tmp_path / "annotations/panoptic_train2017/000000000001.png")
     mask = row_mask(pd.Series(first | {"height": 12, "width": 16}))
     assert (mask == np.isin(ids, [5, 301])).all()
     assert first["segment_ids"] == [5, 301]
-    assert found.counts["segment ids repeated in a phrase, counted once"] == 1
-    # Mixed kinds: the last segment decides, the class is null.
+    assert image_rows.counts["duplicate segment ids within a phrase, counted once"] == 1
+    # A thing and stuff: `is_thing` is that of the last segment, and the class is null.
     assert (second["is_thing"], second["class_id"]) == (True, None)
     assert (first["narrative_id"], first["phrase_id"]) == ("1-1", 0)
 
 
-def test_crowds_are_segments_like_others(tmp_path: Path) -> None:
+def test_crowds_are_treated_as_segments(tmp_path: Path) -> None:
     small_png(tmp_path)
 
-    def mark(document: dict) -> None:
+    def set_crowd(document: dict) -> None:
         document["annotations"][0]["segments_info"][0]["iscrowd"] = 1
 
     before = read_all(tmp_path)[1].phrases
-    edit_json(tmp_path / "annotations/panoptic_train2017.json", mark)
+    edit_json(tmp_path / "annotations/panoptic_train2017.json", set_crowd)
     assert read_all(tmp_path)[1].phrases == before
 
 
-def test_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phrase_table_columns_have_expected_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_png(tmp_path / "png")
-    frame = table(tmp_path, monkeypatch)
+    frame = assembled_table(tmp_path, monkeypatch)
     assert len(frame) == 6 * 3
     assert set(frame.loc[frame["image_id"] > 10, "split"]) == {"test"}
     assert frame[frame["image_id"] < 10].groupby("image_id")["split"].nunique().max() == 1
-    assert frame.loc[frame["split"] == "val", "image_id"].nunique() == 2  # half of four
+    assert frame.loc[frame["split"] == "val", "image_id"].nunique() == 2  # half of the four images
     row = frame[(frame["image_id"] == 12) & (frame["phrase_id"] == 3)].iloc[0]
     assert row["phrase"] == "on trees"
     assert row["narrative_id"] == "12-0"
@@ -115,16 +115,16 @@ def test_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert row_mask(row).sum() == 32
 
 
-def test_class_phrases_hold_every_class_of_every_val_and_test_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_phrases_contain_every_class_for_val_and_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_png(tmp_path / "png")
-    # A test image without a narrative still counts for mIoU; the person is split in two segments there.
+    # A test image without a narrative has class phrases (mIoU). In this one the person has two segments.
     annotations = tmp_path / "png/annotations"
     edit_json(annotations / "png_coco_val2017.json", lambda rows: rows.pop())
     edit_json(
         annotations / "panoptic_val2017.json",
         lambda document: document["annotations"][1]["segments_info"][1].update(category_id=1),
     )
-    frame = table(tmp_path, monkeypatch)
+    frame = assembled_table(tmp_path, monkeypatch)
     classes = read_phrases("data/t/class_phrases.parquet")
     images = {11, 12} | set(frame.loc[frame["split"] == "val", "image_id"])
     assert set(classes["image_id"]) == images
@@ -149,7 +149,7 @@ def test_class_phrases_hold_every_class_of_every_val_and_test_image(tmp_path: Pa
         (part("a thing", 10), "unknown category id"),
     ],
 )
-def test_a_bad_phrase_is_skipped_alone(tmp_path: Path, bad: dict, reason: str) -> None:
+def test_invalid_phrase_is_skipped(tmp_path: Path, bad: dict, reason: str) -> None:
     small_png(tmp_path)
     extra = [
         {"id": 8, "category_id": 1},
@@ -165,11 +165,11 @@ def test_a_bad_phrase_is_skipped_alone(tmp_path: Path, bad: dict, reason: str) -
     rows = read_all(tmp_path)[1]
     assert reasons(rows) == [reason]
     assert rows.skips[0].phrases == 1
-    assert "png_coco_train2017.json: row 0 (image 1), segment 0" in rows.skips[0].where
+    assert "png_coco_train2017.json: row 0 (image 1), segment 0" in rows.skips[0].message
     assert [item["phrase"] for item in rows.phrases] == ["a person", "a cat", "on trees"]
 
 
-def test_an_empty_segment_beside_others_is_kept_and_counted(tmp_path: Path) -> None:
+def test_empty_segment_of_a_phrase_with_others_is_counted(tmp_path: Path) -> None:
     small_png(tmp_path)
     edit_json(
         tmp_path / "annotations/panoptic_train2017.json",
@@ -178,16 +178,16 @@ def test_an_empty_segment_beside_others_is_kept_and_counted(tmp_path: Path) -> N
     edit_json(tmp_path / "annotations/png_coco_train2017.json", lambda rows: rows[0]["segments"].append(part("people", 5, 8)))
     rows = read_all(tmp_path)[1]
     assert len(rows.phrases) == 4
-    assert rows.counts["segments without a pixel in phrases that have others"] == 1
+    assert rows.counts["empty segments of phrases with other segments"] == 1
 
 
-def test_ungrounded_long_and_tagged_phrases(tmp_path: Path) -> None:
+def test_ungrounded_long_and_tagged_phrases_are_counted(tmp_path: Path) -> None:
     small_png(tmp_path)
     extra = [part("word " * 71, 5, tags=["compositional"]), part("loose", 5, noun=False)]
     edit_json(tmp_path / "annotations/png_coco_train2017.json", lambda rows: rows[0]["segments"].extend(extra))
     rows = read_all(tmp_path)[1]
     assert rows.counts["ungrounded"] == 1
-    assert rows.counts["segments of parts that are no noun"] == 1
+    assert rows.counts["parts with segments that are not nouns"] == 1
     assert [count for text, count in rows.counts.items() if text.startswith("phrases over 70 words")] == [1]
     assert rows.phrases[-1]["phrase_id"] == 5
     assert rows.phrases[-1]["tags"] == ["compositional"]
@@ -202,83 +202,83 @@ def test_ungrounded_long_and_tagged_phrases(tmp_path: Path) -> None:
         (narrative(1) | {"segments": None}, "narrative", "malformed narrative"),
         ("text", "narrative", "malformed narrative"),
         (narrative(77, part("a cat", 5)), "image", "unknown image id"),
-        (narrative(11, part("a cat", 311)), "image", "image of both splits"),
+        (narrative(11, part("a cat", 311)), "image", "image in both splits"),
     ],
 )
-def test_a_bad_narrative_is_skipped_alone(tmp_path: Path, row: object, unit: str, reason: str) -> None:
+def test_invalid_narrative_is_skipped(tmp_path: Path, row: object, unit: str, reason: str) -> None:
     small_png(tmp_path)
     edit_json(tmp_path / "annotations/png_coco_train2017.json", lambda rows: rows.append(row))
-    if reason == "image of both splits":
-        copy = {"image_id": 11, "file_name": "000000000011.png", "segments_info": []}
+    if reason == "image in both splits":
+        duplicate = {"image_id": 11, "file_name": "000000000011.png", "segments_info": []}
         edit_json(
             tmp_path / "annotations/panoptic_train2017.json",
             lambda document: (
-                document["annotations"].append(copy),
+                document["annotations"].append(duplicate),
                 document["images"].append({"id": 11, "file_name": "x.jpg"}),
             ),
         )
         Image.new("RGB", (1, 1)).save(tmp_path / "annotations/panoptic_train2017/000000000011.png")
     source = open_source(study_params(**png_params(tmp_path)).data, tmp_path)
     assert [(skip.unit, skip.reason) for skip in source.skips] == [(unit, reason)]
-    assert "row 4" in source.skips[0].where
+    assert "row 4" in source.skips[0].message
     assert sum(len(source.read(job).phrases) for job in source.jobs) == 18
     assert {job.image_id: job.split for job in source.jobs}[11] == "test"
 
 
-def break_image(root: Path) -> None:
+def truncate_image(root: Path) -> None:
     path = root / "train2017/000000000001.jpg"
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def break_png(root: Path) -> None:
+def truncate_png(root: Path) -> None:
     path = root / "annotations/panoptic_train2017/000000000001.png"
     path.write_bytes(path.read_bytes()[:60])
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [
         (lambda root: (root / "train2017/000000000001.jpg").unlink(), "missing image"),
-        (break_image, "unreadable image"),
+        (truncate_image, "unreadable image"),
         (lambda root: (root / "train2017/000000000001.jpg").write_text("<html>404</html>"), "unreadable image"),
         (lambda root: (root / "annotations/panoptic_train2017/000000000001.png").unlink(), "missing panoptic PNG"),
-        (break_png, "unreadable panoptic PNG"),
+        (truncate_png, "unreadable panoptic PNG"),
         (
             lambda root: save_ids(root / "annotations/panoptic_train2017/000000000001.png", np.zeros((6, 8), int)),
             "image and panoptic PNG differ in size",
         ),
     ],
 )
-def test_a_bad_file_loses_its_image_alone(tmp_path: Path, harm: object, reason: str) -> None:
+def test_image_with_invalid_file_is_skipped(tmp_path: Path, damage: object, reason: str) -> None:
     small_png(tmp_path)
-    harm(tmp_path)  # type: ignore[operator]
-    found = read_all(tmp_path)
-    assert reasons(found[1]) == [reason]
-    skip = found[1].skips[0]
-    assert "000000000001" in skip.where
+    damage(tmp_path)  # type: ignore[operator]
+    rows_by_image = read_all(tmp_path)
+    assert reasons(rows_by_image[1]) == [reason]
+    skip = rows_by_image[1].skips[0]
+    assert "000000000001" in skip.message
     assert (skip.narratives, skip.phrases) == (1, 3)
-    assert sum(len(rows.phrases) for rows in found.values()) == 15
+    assert sum(len(rows.phrases) for rows in rows_by_image.values()) == 15
 
 
-def test_lost_pngs_are_recognised_by_their_number(tmp_path: Path) -> None:
+def test_png_count_detects_unzip_modulo_65536(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="zipfile"):
         coco_panoptic.check_png_count(tmp_path / "panoptic_train2017", 52_751, 118_287)
-    for found in (118_287, 118_286, 118_300, 0):
-        coco_panoptic.check_png_count(tmp_path / "panoptic_train2017", found, 118_287)
+    for count in (118_287, 118_286, 118_300, 0):
+        coco_panoptic.check_png_count(tmp_path / "panoptic_train2017", count, 118_287)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("annotations/panoptic_train2017.json", '{"images": [', "not valid JSON"),
-        ("annotations/panoptic_val2017.json", '{"images": [], "annotations": []}', "no list `categories`"),
-        ("annotations/panoptic_val2017.json", "[]", "no list `images`"),
+        ("annotations/panoptic_val2017.json", '{"images": [], "annotations": []}', "got no list `categories`"),
+        ("annotations/panoptic_val2017.json", "[]", "got no list `images`"),
         ("annotations/png_coco_train2017.json", "{}", "expected a list of narratives"),
         ("annotations/png_coco_val2017.json", None, "set data.png.narratives"),
         ("annotations/panoptic_train2017.json", None, "set data.png.annotations"),
     ],
 )
-def test_a_broken_top_level_file_is_one_clear_line(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_invalid_top_level_file_is_an_error(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     small_png(tmp_path)
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -287,14 +287,14 @@ def test_a_broken_top_level_file_is_one_clear_line(tmp_path: Path, name: str, co
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_folder_names_its_param(tmp_path: Path) -> None:
+def test_missing_folder_is_reported_with_its_param(tmp_path: Path) -> None:
     small_png(tmp_path)
     (tmp_path / "train2017").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"data\.png\.images"):
         read_all(tmp_path)
 
 
-def test_categories_of_the_splits_must_agree(tmp_path: Path) -> None:
+def test_different_categories_of_the_splits_are_rejected(tmp_path: Path) -> None:
     small_png(tmp_path)
     path = tmp_path / "annotations/panoptic_val2017.json"
     edit_json(path, lambda document: document["categories"][0].update(name="dog"))
@@ -315,26 +315,27 @@ PARTS = st.lists(
 )
 def test_every_grounded_phrase_is_a_row_or_a_counted_skip(ids: list[int], narratives: list) -> None:
     grid = np.array(ids).reshape(3, 4)
-    listed = {1: 1, 2: 17, 256: 184, 65536: 1, 65537: 184}
+    categories = {1: 1, 2: 17, 256: 184, 65536: 1, 65537: 184}
     rows = [
-        narrative(1, *(part(text, *named, noun=noun, plural=many) for text, named, noun, many in parts)) for parts in narratives
+        narrative(1, *(part(text, *segments, noun=noun, plural=plural) for text, segments, noun, plural in parts))
+        for parts in narratives
     ]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_png(root, "train2017", {1: (grid, list(listed.items()))}, rows)
-        write_png(root, "val2017", {2: (grid, list(listed.items()))}, [])
-        found = read_all(root)[1]
+        write_png(root, "train2017", {1: (grid, list(categories.items()))}, rows)
+        write_png(root, "val2017", {2: (grid, list(categories.items()))}, [])
+        image_rows = read_all(root)[1]
     expected = {}
     for k, parts in enumerate(narratives):
-        for position, (text, named, noun, many) in enumerate(parts):
-            known = all(segment in listed for segment in named)
-            mask = np.isin(grid, named)
-            if noun and named and text and known and mask.any():
-                expected[f"1-{k}", position] = (text, many, mask)
-    grounded = sum(bool(named) and noun for parts in narratives for _, named, noun, _ in parts)
-    assert {(item["narrative_id"], item["phrase_id"]) for item in found.phrases} == expected.keys()
-    assert len(found.phrases) + sum(skip.phrases for skip in found.skips) == grounded
-    for item in found.phrases:
-        text, many, mask = expected[item["narrative_id"], item["phrase_id"]]
-        assert (item["phrase"], item["is_plural"]) == (text, many)
+        for position, (text, segments, noun, plural) in enumerate(parts):
+            all_listed = all(segment in categories for segment in segments)
+            mask = np.isin(grid, segments)
+            if noun and segments and text and all_listed and mask.any():
+                expected[f"1-{k}", position] = (text, plural, mask)
+    grounded = sum(bool(segments) and noun for parts in narratives for _, segments, noun, _ in parts)
+    assert {(item["narrative_id"], item["phrase_id"]) for item in image_rows.phrases} == expected.keys()
+    assert len(image_rows.phrases) + sum(skip.phrases for skip in image_rows.skips) == grounded
+    for item in image_rows.phrases:
+        text, plural, mask = expected[item["narrative_id"], item["phrase_id"]]
+        assert (item["phrase"], item["is_plural"]) == (text, plural)
         assert (row_mask(pd.Series(item | {"height": 3, "width": 4})) == mask).all()

@@ -1,4 +1,4 @@
-"""The embedded data set says what it shows."""
+"""The embedded data set: annotations and narratives agree with the images."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ SCENES = Scenes(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes") / "made"
+    root = tmp_path_factory.mktemp("scenes") / "scenes"
     write_scenes(SCENES, root)
     return root
 
@@ -45,7 +45,7 @@ def read(folder: Path, name: str):
     return json.loads((folder / "annotations" / name).read_text())
 
 
-def test_same_bytes_with_any_number_of_workers(folder, tmp_path):
+def test_bytes_do_not_depend_on_number_of_workers(folder, tmp_path):
     write_scenes(SCENES, tmp_path / "again", workers=2)
     first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     second = {
@@ -55,24 +55,24 @@ def test_same_bytes_with_any_number_of_workers(folder, tmp_path):
     assert len(first) == 2 * (12 + 10) + 4
 
 
-def test_another_seed_is_another_data_set(folder, tmp_path):
+def test_another_seed_gives_another_data_set(folder, tmp_path):
     write_scenes(SCENES.model_copy(update={"seed": 4}), tmp_path / "other")
     name = "train2017/000000000001.jpg"
     assert (folder / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
-def test_panoptic_pngs_hold_exactly_the_listed_segments(folder):
+def test_panoptic_pngs_contain_exactly_the_listed_segments(folder):
     for split in ("train", "val"):
         document = read(folder, f"panoptic_{split}2017.json")
         for annotation in document["annotations"]:
-            picture = np.asarray(Image.open(folder / f"annotations/panoptic_{split}2017" / annotation["file_name"])).astype(int)
-            ids, areas = np.unique(picture @ [1, 256, 65536], return_counts=True)
+            pixels = np.asarray(Image.open(folder / f"annotations/panoptic_{split}2017" / annotation["file_name"])).astype(int)
+            ids, areas = np.unique(pixels @ [1, 256, 65536], return_counts=True)
             assert {info["id"]: info["area"] for info in annotation["segments_info"]} == dict(
                 zip(ids.tolist(), areas.tolist(), strict=True)
             )
 
 
-def test_captions_are_partitioned_and_plurals_have_several_segments(folder):
+def test_parts_join_to_caption_and_plurals_have_several_segments(folder):
     for narrative in read(folder, "png_coco_val2017.json"):
         joined = " ".join(part["utterance"] for part in narrative["segments"]).replace(" ,", ",").replace(" .", ".")
         assert joined == narrative["caption"]
@@ -82,51 +82,51 @@ def test_captions_are_partitioned_and_plurals_have_several_segments(folder):
                 assert part["plural"] == (len(part["segment_ids"]) > 1)
 
 
-def test_unseen_pairs_stay_out_of_training():
+def test_held_back_pairs_are_not_in_training_scenes():
     for seed in range(300):
         things = _choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=False)
         assert things
         assert not {(thing.colour, thing.shape) for thing in things} & COMPOSITIONAL
-    shown = [_choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=True) for seed in range(300)]
-    part = np.mean([any((t.colour, t.shape) in COMPOSITIONAL for t in things) for things in shown])
-    assert part > 0.4
+    test_scenes = [_choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=True) for seed in range(300)]
+    share = np.mean([any((t.colour, t.shape) in COMPOSITIONAL for t in things) for things in test_scenes])
+    assert share > 0.4
 
 
-def test_training_scenes_show_the_pairs_that_are_not_held_back(tmp_path):
+def test_training_scenes_contain_pairs_that_are_not_held_back(tmp_path):
     for hold_back in (True, False):
         folder = tmp_path / str(hold_back)
         write_scenes(SCENES.model_copy(update={"train_images": 30, "hold_back": hold_back}), folder)
         narratives = json.loads((folder / "annotations" / "png_coco_train2017.json").read_text())
-        named = [part for narrative in narratives for part in narrative["segments"] if part.get("tags")]
-        assert bool(named) != hold_back
+        tagged_parts = [part for narrative in narratives for part in narrative["segments"] if part.get("tags")]
+        assert bool(tagged_parts) != hold_back
 
 
-def test_phrases_are_true_of_exactly_what_they_name():
+def test_phrases_describe_exactly_their_things():
     words = {word: key for key, values in ATTRIBUTES.items() for word in values}
     singular = {PLURALS.get(shape, shape + "s"): shape for shape in SHAPES}
-    described = 0
+    phrase_count = 0
     for seed in range(400):
         rng = np.random.default_rng(seed)
         things = _choose_things(rng, ATTRIBUTES, unseen_pairs=True)
         for plural in (False, True):
-            found = _describe(rng, things, int(rng.integers(len(things))), plural)
-            if found is None:
+            description = _describe(rng, things, int(rng.integers(len(things))), plural)
+            if description is None:
                 continue
-            phrase, members = found
-            described += 1
-            wanted = {}
+            phrase, members = description
+            phrase_count += 1
+            attributes = {}
             for word in phrase.split()[1:]:
                 word = singular.get(word, word)
-                wanted[words[word]] = word
-            true_of = [i for i, t in enumerate(things) if all(getattr(t, key) == value for key, value in wanted.items())]
-            assert members == true_of
+                attributes[words[word]] = word
+            matches = [i for i, t in enumerate(things) if all(getattr(t, key) == value for key, value in attributes.items())]
+            assert members == matches
             assert (len(members) > 1) == plural
             head = phrase.split()[0]
             assert head in {"a", "the", NUMBERS.get(len(members))}
-    assert described > 400
+    assert phrase_count > 400
 
 
-def test_scenes_keep_to_the_attributes_of_the_params():
+def test_scenes_use_only_attributes_of_the_params():
     attributes = attributes_of(SCENES)
     for seed in range(200):
         for thing in _choose_things(np.random.default_rng(seed), attributes, unseen_pairs=seed % 2 == 0):
@@ -134,10 +134,10 @@ def test_scenes_keep_to_the_attributes_of_the_params():
 
 
 def test_distractors_differ_in_one_attribute():
-    near = 0
+    pairs = 0
     for seed in range(200):
         things = _choose_things(np.random.default_rng(seed), ATTRIBUTES, unseen_pairs=True)
-        for i, one in enumerate(things):
-            for other in things[i + 1 :]:
-                near += sum(getattr(one, key) != getattr(other, key) for key in ATTRIBUTES) == 1
-    assert near > 150
+        for i, first in enumerate(things):
+            for second in things[i + 1 :]:
+                pairs += sum(getattr(first, key) != getattr(second, key) for key in ATTRIBUTES) == 1
+    assert pairs > 150

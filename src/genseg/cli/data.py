@@ -1,4 +1,4 @@
-"""Assemble the data of a study into its phrase table (data/<study>/), with a report of what was skipped and why."""
+"""Assemble the data of a study (data/<study>/): phrase table, class phrases, and a report of skipped items."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ def run(args: argparse.Namespace) -> None:
     from genseg.params import load_params
 
     params = load_params(args.params)
-    found = assemble(params)
+    statistics = assemble(params)
+    narratives = statistics["narratives_train"] + statistics["narratives_test"]
     print(
-        f"{params.data_dir}: {found['images']:,} images, {found['narratives_train'] + found['narratives_test']:,} narratives, "
-        f"{found['grounded_phrases']:,} grounded phrases; report: {params.data_dir}/report.md"
+        f"{params.data_dir}: {statistics['images']:,} images, {narratives:,} narratives, "
+        f"{statistics['grounded_phrases']:,} grounded phrases; report: {params.data_dir}/report.md"
     )

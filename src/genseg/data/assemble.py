@@ -1,4 +1,4 @@
-"""Reads a source image by image and writes the phrase table, the class phrases, the class list, the report and the manifest."""
+"""Data assembly: reads a source image by image and writes the phrase table, class phrases, class list, report and manifest."""
 
 from __future__ import annotations
 
@@ -17,45 +17,57 @@ from tqdm import tqdm
 from genseg.artifacts import masks
 from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import code_hash, write_manifest
-from genseg.artifacts.phrases import SCHEMA, write_phrases
-from genseg.data import ImageRows, SemanticClass, Source, coco_object, coco_panoptic, download, index_masks
-from genseg.data.report import Skipped, line, write_report
+from genseg.artifacts.phrases import SCHEMA, SPLITS, write_phrases
+from genseg.data import (
+    PROGRESS_SECONDS,
+    ImageRows,
+    SemanticClass,
+    Source,
+    coco_object,
+    coco_panoptic,
+    download,
+    index_masks,
+)
+from genseg.data.report import SkipSummary, skip_line, write_report
 from genseg.errors import UserError
 from genseg.params import Data, Params, Png
 
 CODE = ("artifacts", "cli/data.py", "data")
-"""What the manifest's code hash covers."""
-_PARALLEL_FROM = 5000
-"""Images from which other processes are worth their start."""
-_REPORT_SECONDS = 10.0
+"""Source files covered by the code hash of the manifest."""
+_MIN_PARALLEL_IMAGES = 5000
+"""Worker processes are started only for at least this many images."""
 
 
 def assemble(params: Params) -> dict[str, Any]:
-    """Write everything below `params.data_dir`, the manifest last; returns the statistics of the report.
+    """Assemble the data of a study below `params.data_dir` and return the statistics of the report.
 
-    Files: `phrases.parquet`, `class_phrases.parquet`, `classes.json`, `report.json`, `report.md`, `manifest.json`, and
-    `scenes/` for the embedded data set. The bytes depend on the params' subtree `data` and on the files alone, not on the
+    Writes `phrases.parquet`, `class_phrases.parquet`, `classes.json`, `report.json`, `report.md`, `scenes/` (embedded data
+    set only) and, last, `manifest.json`. The bytes depend only on the params below `data` and on the input files, not on the
     number of workers (`resources.data.threads`).
 
     Raises:
-        UserError: a top-level file is missing or broken, or a split is left without a phrase.
+        UserError: a top-level file is missing or invalid, or a split has no phrases.
     """
-    started = time.time()
-    directory = params.data_dir
-    _refuse_inputs_inside(params.data, directory)
+    start_time = time.time()
+    directory, workers = params.data_dir, params.resources["data"].threads
+
+    # 1. Scan the source.
+    _check_inputs_outside(params.data, directory)
     (directory / "manifest.json").unlink(missing_ok=True)
     try:
-        source = open_source(params.data, directory, params.resources["data"].threads)
+        source = open_source(params.data, directory, workers)
     except PermissionError as error:
         raise UserError(f"{error.filename}: cannot read ({error.strerror}); check the permissions") from None
+
+    # 2. Read the images.
     class_texts = [params.data.class_template.replace("{name}", item.name) for item in source.classes]
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     class_columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    skipped: dict[tuple[str, str], Skipped] = defaultdict(Skipped)
+    skipped: dict[tuple[str, str], SkipSummary] = defaultdict(SkipSummary)
     for skip in source.skips:
         skipped[skip.unit, skip.reason].add(skip)
-    for rows in _progress(_read(source, params.resources["data"].threads), len(source.jobs), "images read"):
+    for rows in _progress(_read_images(source, workers), len(source.jobs), "images read"):
         counts[rows.split].update(rows.counts)
         for skip in rows.skips:
             skipped[skip.unit, skip.reason].add(skip)
@@ -64,40 +76,44 @@ def assemble(params: Params) -> dict[str, Any]:
         if rows.class_masks is not None and rows.split != "train":
             for phrase in _class_phrases(rows, source.classes, class_texts):
                 _append(class_columns, rows, phrase)
-    for (unit, reason), item in sorted(skipped.items()):
-        print(line(unit, reason, item), file=sys.stderr)
+
+    # 3. Report skipped items and statistics.
+    for (unit, reason), summary in sorted(skipped.items()):
+        print(skip_line(unit, reason, summary), file=sys.stderr)
     phrases, class_phrases = _frame(columns), _frame(class_columns)
     notes = sum(counts.values(), Counter(source.counts))
-    for known in ("images", "narratives", "ungrounded", "segments"):
-        del notes[known]
-    found = write_report(directory, params.data.source, phrases, counts, skipped, notes)
-    for split in ("train", "val", "test"):
+    for statistic in ("images", "narratives", "ungrounded", "segments"):
+        del notes[statistic]
+    statistics = write_report(directory, params.data.source, phrases, counts, skipped, notes)
+    for split in SPLITS:
         if not (phrases["split"] == split).any():
-            hint = "; raise data.val_fraction" if split == "val" else ""
-            raise UserError(
-                f"{directory}/report.md: no phrase is left for {split}; the report says what was skipped and why{hint}"
-            )
+            remedy = "; raise data.val_fraction" if split == "val" else ""
+            raise UserError(f"{directory}/report.md: no phrase is left for {split}; the report lists what was skipped{remedy}")
+
+    # 4. Write the tables, then the manifest.
     write_phrases(phrases, directory / "phrases.parquet")
     write_phrases(class_phrases, directory / "class_phrases.parquet")
     write_json(directory / "classes.json", [vars(item) for item in source.classes])
-    outputs = [
-        directory / name for name in ("phrases.parquet", "class_phrases.parquet", "classes.json", "report.json", "report.md")
-    ]
+    outputs = ["phrases.parquet", "class_phrases.parquet", "classes.json", "report.json", "report.md"]
+    inputs = source.inputs
+    if params.data.source == "scenes":  # the scenes are generated, so they are outputs
+        inputs = []
+        outputs.append("scenes")
     write_manifest(
         directory / "manifest.json",
         "data",
         params.subtree("data"),
-        source.inputs if params.data.source != "scenes" else [],
-        outputs + ([directory / "scenes"] if params.data.source == "scenes" else []),
-        started,
+        inputs,
+        [directory / name for name in outputs],
+        start_time,
         code=code_hash(*CODE),
-        statistics=found,
+        statistics=statistics,
     )
-    return found
+    return statistics
 
 
 def open_source(data: Data, directory: Path, workers: int = 1) -> Source:
-    """Look at the source that the params name; the embedded scenes are generated first, into `directory`/scenes."""
+    """Scan the source that the params select. The embedded scenes are first generated in `directory`/scenes."""
     if data.index_masks is not None and data.source == "index_masks":
         return index_masks.open_source(data.index_masks, data.val_fraction, data.phrase_templates)
     if data.coco_object is not None and data.source == "coco_object":
@@ -117,44 +133,43 @@ def open_source(data: Data, directory: Path, workers: int = 1) -> Source:
     return coco_panoptic.open_source(png, data.val_fraction)
 
 
-def _refuse_inputs_inside(data: Data, directory: Path) -> None:
-    """Inputs below the study's own folder would be deleted with it, by Snakemake and by DVC, before a re-run."""
-    chosen = getattr(data, data.source).model_dump(mode="json") if data.source != "scenes" else {}
-    values = [item for value in chosen.values() for item in (value.values() if isinstance(value, dict) else [value])]
+def _check_inputs_outside(data: Data, directory: Path) -> None:
+    """Raise UserError if an input is below the study's data directory, which Snakemake and DVC delete before a re-run."""
+    inputs = getattr(data, data.source).model_dump(mode="json") if data.source != "scenes" else {}
+    values = [item for value in inputs.values() for item in (value.values() if isinstance(value, dict) else [value])]
     for value in values:
         if isinstance(value, str) and Path(value).absolute().is_relative_to(directory.absolute()):
-            raise UserError(
-                f"{value}: the study writes (and clears) {directory}; move its inputs elsewhere, e.g. to data/inputs/"
-            )
+            raise UserError(f"{value}: {directory} is cleared before a re-run; move the inputs elsewhere, e.g. to data/inputs/")
 
 
-def _read(source: Source, workers: int) -> Iterator[ImageRows]:
-    """Rows of every job, in order."""
-    if workers == 1 or len(source.jobs) < _PARALLEL_FROM:
+def _read_images(source: Source, workers: int) -> Iterator[ImageRows]:
+    """Yield the rows of every job, in order."""
+    if workers == 1 or len(source.jobs) < _MIN_PARALLEL_IMAGES:
         yield from map(source.read, source.jobs)
         return
     with get_context("spawn").Pool(workers) as pool:
         yield from pool.imap(source.read, source.jobs, chunksize=16)
 
 
-def _progress(items: Iterable[ImageRows], total: int, what: str) -> Iterator[ImageRows]:
-    """A bar on a terminal, a plain line every ten seconds (and at the end) otherwise; both on stderr."""
+def _progress(items: Iterable[ImageRows], total: int, label: str) -> Iterator[ImageRows]:
+    """Report progress on stderr: a bar on a terminal, otherwise a line every ten seconds and at the end."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=f"data: {what}")
+        yield from tqdm(items, total=total, desc=f"data: {label}")
         return
-    started = last = time.monotonic()
+    start_time = last_time = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - last >= _REPORT_SECONDS or number == total:
-            rate = number / max(now - started, 1e-9)
-            print(f"data: {number:,} of {total:,} {what}, {rate:.1f} a second", file=sys.stderr, flush=True)
-            last = now
+        if now - last_time >= PROGRESS_SECONDS or number == total:
+            rate = number / max(now - start_time, 1e-9)
+            print(f"data: {number:,} of {total:,} {label}, {rate:.1f} per second", file=sys.stderr, flush=True)
+            last_time = now
 
 
 def _class_phrases(rows: ImageRows, classes: list[SemanticClass], texts: list[str]) -> Iterator[dict[str, Any]]:
-    """One row for every class of the list; the mask of a class that is not in the image is empty."""
-    empty = masks.encode(np.zeros((rows.height, rows.width), bool))
+    """Yield one row for every class of the list; the mask of a class that is not in the image is empty."""
+    class_masks = rows.class_masks or {}
+    empty_mask = masks.encode(np.zeros((rows.height, rows.width), bool))
     for index, item in enumerate(classes):
         yield {
             "narrative_id": "class",
@@ -165,20 +180,21 @@ def _class_phrases(rows: ImageRows, classes: list[SemanticClass], texts: list[st
             "is_plural": False,
             "class_id": item.id,
             "segment_ids": [],
-            "mask": (rows.class_masks or {}).get(item.id, empty),
+            "mask": class_masks.get(item.id, empty_mask),
             "tags": ["background"] if item.background else [],
         }
 
 
 def _append(columns: dict[str, list[Any]], rows: ImageRows, phrase: dict[str, Any]) -> None:
-    common = {
+    """Append one phrase of an image to the columns of the phrase table."""
+    image_columns = {
         "image_id": rows.image_id,
         "split": rows.split,
         "file_name": rows.file_name,
         "height": rows.height,
         "width": rows.width,
     }
-    for name, value in {**common, **phrase}.items():
+    for name, value in {**image_columns, **phrase}.items():
         columns[name].append(value)
 
 

@@ -1,8 +1,8 @@
-"""Fetches the published files that are missing: resumed, checksummed, unpacked with a count check.
+"""Download of missing published files: with resume, checksums, unpacking and a check of file counts.
 
-`data/sources.csv` has one row a file: `name`; `url`; `bytes` and `sha256`, empty where nobody published them; `unpacks_to`,
-the paths (`;` between them) that the file provides, with the params' folders in braces; `entries`, how many files each of
-these paths holds. A path that exists is never fetched: so every source can be a local copy.
+`data/sources.csv` has one row per file, with the columns `name`; `url`; `bytes` and `sha256`, empty if they are not published;
+`unpacks_to`, the paths that the file provides (separated by `;`, with the params' folders in braces); and `entries`, the
+number of files below each of these paths. Existing paths are never downloaded, so every source can be a local copy.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genseg.artifacts.files import atomic_directory, file_sha256, write_text
+from genseg.data import PROGRESS_SECONDS
 from genseg.errors import UserError
 from genseg.params import Png
 
 SOURCES = Path("data/sources.csv")
 DOWNLOADS = Path("work/downloads")
-ATTEMPTS = 5
-"""Connections in a row that bring no byte before the download gives up."""
-_CHUNK = 1 << 20
-_TIMEOUT = 60.0
-_REPORT_SECONDS = 10.0
+MAX_FAILURES = 5
+"""A download fails after this many consecutive connections without any data."""
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Remote:
 
 
 def fetch_png(png: Png, sources: Path = SOURCES, downloads: Path = DOWNLOADS) -> None:
-    """Fetch and unpack what `sources` names and is not yet at its place.
+    """Download and unpack the files of `sources` whose targets are missing.
 
     Raises:
-        UserError: a host does not answer, a file has another size or checksum than published, the disk is full.
+        UserError: a host does not respond, a file does not have the published size or checksum, or the disk is full.
     """
     folders = {"images": png.images, "annotations": png.annotations, "narratives": png.narratives}
     for remote in read_sources(sources, folders):
@@ -60,16 +60,23 @@ def fetch_png(png: Png, sources: Path = SOURCES, downloads: Path = DOWNLOADS) ->
                 _verify(remote, file)
             else:
                 fetch(remote, file)
-            place(remote, file)
+            install(remote, file)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(
-                    f"{error.filename or file}: the disk is full; free some space and run again, it resumes"
-                ) from None
+                message = f"{error.filename or file}: the disk is full; free some space and run again to resume"
+                raise UserError(message) from None
             raise UserError(f"{error.filename or file}: {error.strerror}; check the permissions and run again") from None
 
 
 def read_sources(path: Path, folders: dict[str, str]) -> list[Remote]:
+    """Read a list of downloads (`sources.csv`).
+
+    Args:
+        folders: values of the folders in braces: `images`, `annotations` and `narratives`.
+
+    Raises:
+        UserError: the list is missing or a line is malformed.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as handle:
             rows = list(csv.DictReader(handle))
@@ -90,139 +97,150 @@ def read_sources(path: Path, folders: dict[str, str]) -> list[Remote]:
 
 
 def fetch(remote: Remote, file: Path) -> None:
-    """Download to `file`; an interrupted download continues from `<file>.part`.
+    """Download to `file`. An interrupted download is resumed from `<file>.part`.
 
-    The checksum is compared with the published one. Where none is known the computed one is printed and kept in
-    `<file>.sha256`, and the file is called unverified.
+    The checksum is compared with the published one. Without a published checksum, the computed one is printed, written to
+    `<file>.sha256`, and reported as not verified.
 
     Raises:
-        UserError: as `fetch_png`. What was fetched stays in `<file>.part` (or `<file>.bad`, if it cannot be the file).
+        UserError: as `fetch_png`. The data stay in `<file>.part`, or in `<file>.bad` if size or checksum are wrong.
     """
     part = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
     while True:
-        before = _size(part)
+        size_before = _size(part)
         try:
             if _receive(remote, part):
                 break
-            trouble = "the connection was cut"
+            problem = "the connection was interrupted"
         except urllib.error.HTTPError as error:
-            raise _gave_up(remote, part, f"the host answers {error.code} {error.reason}") from None
+            raise _download_error(remote, part, f"the host responded {error.code} {error.reason}") from None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            trouble = str(getattr(error, "reason", error)) or type(error).__name__
-        failures = 0 if _size(part) > before else failures + 1
-        if failures >= ATTEMPTS:
-            raise _gave_up(remote, part, trouble)
-        print(f"data: {remote.name}: {trouble} at {_size(part):,} bytes, resuming", file=sys.stderr, flush=True)
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        failures = 0 if _size(part) > size_before else failures + 1
+        if failures >= MAX_FAILURES:
+            raise _download_error(remote, part, problem)
+        print(f"data: {remote.name}: {problem} at {_size(part):,} bytes, resuming", file=sys.stderr, flush=True)
         time.sleep(0.2 * 2**failures)
     _verify(remote, part)
     part.rename(file)
 
 
 def _size(path: Path) -> int:
+    """Return the size of a file in bytes, 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
-def _gave_up(remote: Remote, part: Path, trouble: str) -> UserError:
+def _download_error(remote: Remote, part: Path, problem: str) -> UserError:
     targets = ", ".join(map(str, remote.targets))
-    kept = f"{_size(part):,} bytes are kept in {part}; run again to resume, or" if part.exists() else "run again later, or"
-    return UserError(f"{remote.url}: {trouble}; {kept} put your own copy at {targets} (the paths are params below data.png)")
+    remedy = f"{_size(part):,} bytes are kept in {part}; run again to resume" if part.exists() else "run again later"
+    return UserError(f"{remote.url}: {problem}; {remedy}, or copy the data to {targets} (paths of the params below data.png)")
 
 
 def _receive(remote: Remote, part: Path) -> bool:
-    """Append what the host sends from the end of `part` on; whether the file is now complete."""
-    have = _size(part)
-    if remote.bytes is not None and have == remote.bytes:
+    """Download the bytes from the end of `part` on, append them, and return whether the file is complete."""
+    # 1. Request the remaining bytes.
+    offset = _size(part)
+    if remote.bytes is not None and offset == remote.bytes:
         return True
-    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={have}-"} if have else {})
+    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        whole = error.headers.get("Content-Range", "").rpartition("/")[2]
-        if error.code == 416 and whole == str(have):
+        total_bytes = error.headers.get("Content-Range", "").rpartition("/")[2]
+        if error.code == 416 and total_bytes == str(offset):
             return True
-        if error.code == 416:  # the part is longer than the file: it belongs to another version
+        if error.code == 416:  # the part is longer than the file, so it belongs to another version
             part.unlink()
             return False
         raise
+
+    # 2. Write them; a host without range requests sends the whole file.
     with response:
-        resumed = response.status == 206
-        start = have if resumed else 0
+        is_partial = response.status == 206
+        done = offset if is_partial else 0
         length = response.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        done, last = start, time.monotonic()
-        with open(part, "ab" if resumed else "wb") as handle:
-            while block := response.read(_CHUNK):
-                handle.write(block)
-                done += len(block)
-                if time.monotonic() - last >= _REPORT_SECONDS:
-                    of = f" of {total / 1e6:,.0f}" if total else ""
-                    print(f"data: {remote.name}: {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)
-                    last = time.monotonic()
+        total = done + int(length) if length else None
+        last_time = time.monotonic()
+        with open(part, "ab" if is_partial else "wb") as handle:
+            while chunk := response.read(_CHUNK_BYTES):
+                handle.write(chunk)
+                done += len(chunk)
+                if time.monotonic() - last_time >= PROGRESS_SECONDS:
+                    progress = f"{done / 1e6:,.0f}" + (f" of {total / 1e6:,.0f}" if total else "")
+                    print(f"data: {remote.name}: {progress} MB", file=sys.stderr, flush=True)
+                    last_time = time.monotonic()
     return total is None or done == total
 
 
 def _verify(remote: Remote, path: Path) -> None:
-    """Compare a fetched file with what is published of it; a file that differs is set aside as `<name>.bad`."""
-    found = file_sha256(path)
-    trouble = None
+    """Compare a downloaded file with the published size and checksum; rename it to `<name>.bad` if they differ."""
+    sha256 = file_sha256(path)
+    problem = None
     if remote.bytes is not None and _size(path) != remote.bytes:
-        trouble = f"{_size(path):,} bytes, published are {remote.bytes:,}"
-    elif remote.sha256 is not None and found != remote.sha256:
-        trouble = f"sha256 {found}, published is {remote.sha256}"
-    if trouble is not None:
-        bad = path.with_name(remote.name + ".bad")
-        path.replace(bad)
-        raise UserError(f"{bad}: fetched from {remote.url} but it has {trouble}; look at it, remove it and run again")
+        problem = f"expected {remote.bytes:,} bytes, got {_size(path):,}"
+    elif remote.sha256 is not None and sha256 != remote.sha256:
+        problem = f"expected sha256 {remote.sha256}, got {sha256}"
+    if problem is not None:
+        bad_path = path.with_name(remote.name + ".bad")
+        path.replace(bad_path)
+        raise UserError(f"{bad_path}: downloaded from {remote.url}: {problem}; inspect it, remove it and run again")
     if remote.sha256 is None:
-        write_text(_record(path.with_name(remote.name)), f"{found}  {remote.name}\n")
-        message = f"data: {remote.name}: sha256 {found}, NOT VERIFIED, no checksum is known; kept in {remote.name}.sha256"
-        print(message, file=sys.stderr, flush=True)
+        write_text(_checksum_path(path.with_name(remote.name)), f"{sha256}  {remote.name}\n")
+        message = f"sha256 {sha256}, NOT VERIFIED (no published checksum); written to {remote.name}.sha256"
+        print(f"data: {remote.name}: {message}", file=sys.stderr, flush=True)
 
 
-def _record(file: Path) -> Path:
+def _checksum_path(file: Path) -> Path:
     return file.with_name(file.name + ".sha256")
 
 
-def place(remote: Remote, file: Path) -> None:
-    """Put the file, or what it unpacks to, at its targets; each target appears complete or not at all."""
+def install(remote: Remote, file: Path) -> None:
+    """Move the file, or the contents of the archive, to its targets; each target appears complete or not at all.
+
+    Raises:
+        UserError: the archive is corrupt, lacks a target, or a target does not have the published number of files.
+    """
+    # 1. Move a file that is not an archive.
     if not zipfile.is_zipfile(file):
         if file.suffix == ".zip":
-            raise UserError(f"{file}: not a whole zip archive; remove it and run again")
+            raise UserError(f"{file}: not a complete zip archive; remove it and run again")
         remote.targets[0].parent.mkdir(parents=True, exist_ok=True)
         shutil.move(file, remote.targets[0])
-        if _record(file).exists():
-            shutil.move(_record(file), _record(remote.targets[0]))
+        if _checksum_path(file).exists():
+            shutil.move(_checksum_path(file), _checksum_path(remote.targets[0]))
         return
+
+    # 2. Unpack an archive, check its contents and move them.
     print(f"data: unpacking {file}", file=sys.stderr, flush=True)
-    holder = remote.targets[0].parent / f".{remote.name}.unpacked"
-    shutil.rmtree(holder, ignore_errors=True)  # of an earlier run that was killed
+    unpacked = remote.targets[0].parent / f".{remote.name}.unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)  # left by an interrupted run
     try:
-        with atomic_directory(holder) as temporary:
+        with atomic_directory(unpacked) as temporary:
             _unpack(file, temporary)
         for target, entries in zip(remote.targets, remote.entries, strict=True):
-            found = sorted(holder.rglob(target.name), key=lambda item: len(item.parts))
-            if not found:
-                raise UserError(f"{file}: holds no {target.name}, so it is not the published archive; remove it and run again")
-            count = sum(1 for item in found[0].rglob("[!.]*") if item.is_file()) if found[0].is_dir() else 1
+            candidates = sorted(unpacked.rglob(target.name), key=lambda item: len(item.parts))
+            if not candidates:
+                raise UserError(f"{file}: not the published archive, {target.name} is missing; remove it and run again")
+            content = candidates[0]
+            count = sum(1 for item in content.rglob("[!.]*") if item.is_file()) if content.is_dir() else 1
             if entries is not None and count != entries:
-                raise UserError(
-                    f"{file}: {target.name} unpacks to {count:,} files, published are {entries:,}; fetch the archive again"
-                )
+                problem = f"expected {entries:,} files in {target.name}, got {count:,}"
+                raise UserError(f"{file}: {problem}; fetch the archive again")
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(found[0], target)
+                shutil.move(content, target)
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
-    print(f"data: {file} is unpacked and may be removed", file=sys.stderr, flush=True)
+        shutil.rmtree(unpacked, ignore_errors=True)
+    print(f"data: {file} is unpacked and can be removed", file=sys.stderr, flush=True)
 
 
 def _unpack(file: Path, folder: Path) -> None:
-    """Unpack an archive and the archives in it, without macOS's doubles.
+    """Unpack an archive and the archives inside it, except for the metadata files of macOS.
 
-    zipfile walks the whole central directory. Tools that trust the 16-bit count at its end lose multiples of 65,536 files of
-    COCO's panoptic archive.
+    zipfile reads the whole central directory. Tools that rely on the 16-bit count at its end lose multiples of 65,536 files
+    of COCO's panoptic archive.
     """
     try:
         with zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""Pictures of any mode as RGB, and one clear line for those that cannot be read."""
+"""Image files of any mode as RGB, with a one-line error for files that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,63 +11,63 @@ from genseg.errors import UserError
 
 
 class BadImage(UserError):
-    """A picture file that cannot be used; `reason` is the same for all files with the same trouble."""
+    """An image file that cannot be used; `reason` is the same for all files with the same problem."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
-def open_picture(path: str | Path, what: str = "image", smallest: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """Decode a picture file in its own mode.
+def open_image(path: str | Path, kind: str = "image", reduced: bool = False) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode an image file in its own mode.
 
     Args:
-        what: what to call it in an error.
-        smallest: decode a JPEG at an eighth of its size, which still reads all of the file but is several times faster.
+        kind: name of the file's role in messages.
+        reduced: decode a JPEG at an eighth of its size. This still reads the whole file but is several times faster.
 
     Returns:
-        The picture and its full (height, width).
+        The image and its full (height, width).
 
     Raises:
-        BadImage: the file is missing, truncated or no picture.
+        BadImage: the file is missing, truncated or not an image.
     """
     try:
-        with Image.open(path) as picture:
-            size = (picture.height, picture.width)
-            if smallest:
-                picture.draft(None, (1, 1))
-            picture.load()
-            return picture, size
+        with Image.open(path) as image:
+            size = (image.height, image.width)
+            if reduced:
+                image.draft(None, (1, 1))
+            image.load()
+            return image, size
     except FileNotFoundError:
-        raise BadImage(f"missing {what}", f"{path}: no such {what}; fetch it, then run the phase data again") from None
+        raise BadImage(f"missing {kind}", f"{path}: no such {kind}; fetch it, then run `genseg data` again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         detail = " ".join(str(error).replace(str(path), "the file").split())
-        raise BadImage(f"unreadable {what}", f"{path}: unreadable {what} ({detail}); fetch it again") from None
+        raise BadImage(f"unreadable {kind}", f"{path}: unreadable {kind} ({detail}); fetch it again") from None
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """RGB from any mode: grey is repeated, a palette looked up, CMYK converted, alpha dropped, 16-bit grey scaled to 8."""
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.float64)
-        picture = Image.fromarray(np.rint(np.clip(values / 257, 0, 255)).astype(np.uint8))
-    if "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB: grey is repeated, 16-bit grey is scaled to 8 bits, and alpha is dropped."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.rint(np.clip(values / 257, 0, 255)).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def load_image(path: str | Path) -> Image.Image:
     """Read an image file of any mode as 8-bit RGB at its native size.
 
-    The orientation tag of EXIF is *not* applied: COCO's masks were drawn on the stored pixels.
+    The EXIF orientation is *not* applied, because COCO's masks refer to the stored pixels.
 
     Raises:
-        BadImage: (a UserError) the file is missing or corrupt; the message names it and the remedy.
+        BadImage: (a UserError) the file is missing or corrupt; the message names the file and the remedy.
     """
-    return to_rgb(open_picture(path)[0])
+    return to_rgb(open_image(path)[0])
 
 
 def check_image(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file after reading all of it. Raises BadImage as `load_image` does."""
-    picture, size = open_picture(path, smallest=True)
-    to_rgb(picture)
+    """Read an image file completely and return its (height, width). Raises BadImage as `load_image` does."""
+    image, size = open_image(path, reduced=True)
+    to_rgb(image)
     return size

@@ -1,8 +1,8 @@
-"""A folder of images, a folder of index masks and the classes' names -> phrases (CamVid, VOC, PASCAL Context, ADE layouts).
+"""Folders of images and index masks and a class file -> phrases (layouts of CamVid, VOC, PASCAL Context and ADE).
 
-A mask is a PNG of mode L, P (its palette is not looked at), 1 or 16-bit grey; its pixel values are line numbers, from 0, of
-the class file. An image and its mask have the same stem, but for `mask_suffix`. One phrase for every class in an image; there
-are no instances, so no phrase is plural.
+A mask is a PNG of mode L, P (the palette is ignored), 1 or 16-bit grey. Its pixel values are line numbers of the class file,
+starting at 0. The name of a mask is the stem of its image followed by `mask_suffix`. Every class in an image becomes a
+phrase; there are no instances, so no phrase is plural.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from genseg.artifacts.phrases import choose_images
 from genseg.artifacts.seeds import derive_seed
 from genseg.data import ImageRows, SemanticClass, Skip, Source, class_rows, masks_by_class
-from genseg.data.images import BadImage, check_image, open_picture
+from genseg.data.images import BadImage, check_image, open_image
 from genseg.errors import UserError
 from genseg.params import IndexMasks
 
@@ -29,6 +29,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 @dataclass(frozen=True)
 class Job:
+    """An image file and its mask."""
+
     image_id: int
     split: str
     image: str
@@ -36,23 +38,23 @@ class Job:
 
 
 def open_source(index_masks: IndexMasks, val_fraction: float, templates: list[str]) -> Source:
-    """Pair images with masks; nothing is decoded yet.
+    """Pair images with masks. Files are not decoded yet.
 
     Raises:
-        UserError: a folder or the class file is missing or malformed, or two images get the same id.
+        UserError: a folder or the class file is missing or malformed, or two images have the same id.
     """
     classes, unmarked = read_classes(Path(index_masks.classes), index_masks.ignore, index_masks.background)
     read = partial(read_image, classes, templates, frozenset(index_masks.ignore), index_masks.classes)
     source = Source(classes, [], read, [Path(index_masks.classes)])
     if unmarked:
-        source.counts["classes marked neither `# thing` nor `# stuff`, taken as stuff"] += unmarked
+        source.counts["classes without a mark `# thing` or `# stuff`, treated as stuff"] += unmarked
     pairs: dict[str, list[tuple[str, str, str]]] = {}
     for split in ("test", "train"):
-        pairs[split] = _pair(index_masks, split, source)
-    in_test = {Path(image).resolve() for _, image, _ in pairs["test"]}
-    for _, image, _ in [pair for pair in pairs["train"] if Path(pair[1]).resolve() in in_test]:
-        source.skips.append(Skip("image", "image of both splits", f"{image} is a test image too", 1))
-    pairs["train"] = [pair for pair in pairs["train"] if Path(pair[1]).resolve() not in in_test]
+        pairs[split] = _pair_files(index_masks, split, source)
+    test_images = {Path(image).resolve() for _, image, _ in pairs["test"]}
+    for _, image, _ in [pair for pair in pairs["train"] if Path(pair[1]).resolve() in test_images]:
+        source.skips.append(Skip("image", "image in both splits", f"{image} is also a test image", 1))
+    pairs["train"] = [pair for pair in pairs["train"] if Path(pair[1]).resolve() not in test_images]
     ids = image_ids([(split, stem) for split, members in pairs.items() for stem, _, _ in members])
     val = choose_images(np.array([ids["train", stem] for stem, _, _ in pairs["train"]]), val_fraction, 0, "val")
     for split, members in pairs.items():
@@ -64,12 +66,17 @@ def open_source(index_masks: IndexMasks, val_fraction: float, templates: list[st
 
 
 def read_classes(path: Path, ignore: list[int], background: int | None) -> tuple[list[SemanticClass], int]:
-    """Classes of a class file in index order, without the ignored indices, and how many have no mark.
+    """Read the classes of a class file in index order, without the ignored indices.
 
-    A line is a name, then perhaps `# thing` or `# stuff`. Without a mark a class is stuff: index masks tell no instances.
+    A line is a name, optionally followed by `# thing` or `# stuff`. A class without a mark is stuff, because index masks do
+    not distinguish instances.
+
+    Returns:
+        The classes, and the number of classes without a mark.
 
     Raises:
-        UserError: no such file, an empty line between names, an unknown mark, a name twice, or `background` is no line.
+        UserError: the file is missing, a line between names is empty, a mark is unknown, a name occurs twice, or
+            `background` is not a line of the file.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
@@ -80,27 +87,27 @@ def read_classes(path: Path, ignore: list[int], background: int | None) -> tuple
     for index, line in enumerate(lines):
         name, _, mark = (part.strip() for part in line.partition("#"))
         if not name:
-            raise UserError(f"{path}: line {index + 1}: no class name; line n names index n - 1, so no line may be empty")
+            raise UserError(f"{path}: line {index + 1}: expected a class name, got an empty line; line n is index n - 1")
         if mark not in ("", "thing", "stuff"):
-            raise UserError(f"{path}: line {index + 1}: mark {mark!r} is neither thing nor stuff")
+            raise UserError(f"{path}: line {index + 1}: expected the mark thing or stuff, got {mark!r}")
         if index in ignore:
             continue
         if name in [item.name for item in classes]:
-            raise UserError(f"{path}: line {index + 1}: class {name!r} is named twice")
+            raise UserError(f"{path}: line {index + 1}: duplicate class {name!r}")
         unmarked += not mark and index != background
         classes.append(SemanticClass(index, name, mark == "thing", index == background))
     if background is not None and not any(item.background for item in classes):
-        raise UserError(f"{path}: data.index_masks.background is {background}, which is no line here or is ignored")
+        raise UserError(f"{path}: data.index_masks.background is {background}, which is not a line of the file or is ignored")
     if not any(not item.background for item in classes):
-        raise UserError(f"{path}: names no class; write one name a line, in index order")
+        raise UserError(f"{path}: no class names; write one name per line, in index order")
     return classes, unmarked
 
 
 def image_ids(keys: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    """Image id of every (split, stem): the number that the stem is, if all are different numbers, else a 63-bit hash.
+    """Return the image id of every (split, stem): the stem as a number if all stems are distinct numbers, else a 63-bit hash.
 
     Raises:
-        UserError: two hashes collide.
+        UserError: two stems have the same hash.
     """
     if all(stem.isascii() and stem.isdigit() and len(stem) <= 18 for _, stem in keys):
         numbers = {key: int(key[1]) for key in keys}
@@ -110,54 +117,57 @@ def image_ids(keys: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
     for key in keys:
         other = hashed.setdefault(derive_seed(0, "image", *key), key)
         if other != key:
-            raise UserError(f"images {other[1]} ({other[0]}) and {key[1]} ({key[0]}) hash to the same id; rename one of them")
+            raise UserError(f"images {other[1]} ({other[0]}) and {key[1]} ({key[0]}) have the same hash; rename one of them")
     return {key: image_id for image_id, key in hashed.items()}
 
 
-def _pair(index_masks: IndexMasks, split: str, source: Source) -> list[tuple[str, str, str]]:
-    """(stem, image, mask) of one split, by stem; what has no partner is skipped and reported."""
+def _pair_files(index_masks: IndexMasks, split: str, source: Source) -> list[tuple[str, str, str]]:
+    """Return (stem, image, mask) of one split, sorted by stem. Images and masks without a partner are skipped."""
+    # 1. List the files.
     images_folder, masks_folder = _folder(index_masks, "images", split), _folder(index_masks, "masks", split)
     suffix = index_masks.mask_suffix
-    same = Path(images_folder).resolve() == Path(masks_folder).resolve()
+    same_folder = Path(images_folder).resolve() == Path(masks_folder).resolve()
     images: dict[str, list[str]] = defaultdict(list)
     for name in sorted(item.name for item in Path(images_folder).iterdir()):
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES and not (same and name.endswith(suffix)):
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES and not (same_folder and name.endswith(suffix)):
             images[Path(name).stem].append(name)
-    found = {item.name for item in Path(masks_folder).iterdir()}
-    stems = sorted(images.keys() | {name.removesuffix(suffix) for name in found if name.endswith(suffix)})
+    mask_names = {item.name for item in Path(masks_folder).iterdir()}
+    stems = sorted(images.keys() | {name.removesuffix(suffix) for name in mask_names if name.endswith(suffix)})
     if index_masks.lists is not None:
-        stems = _listed(index_masks.lists, split, source)
+        stems = _read_list(index_masks.lists, split, source)
+
+    # 2. Match them by stem.
     pairs = []
     for stem in stems:
         mask = f"{stem}{suffix}"
         if stem not in images:
-            source.skips.append(
-                Skip("image", "no image of this name", f"{masks_folder}/{mask}: no image {stem}.* in {images_folder}", 1)
-            )
+            message = f"{masks_folder}/{mask}: no image {stem}.* in {images_folder}"
+            source.skips.append(Skip("image", "mask without an image", message, 1))
         elif len(images[stem]) > 1:
-            where = f"{images_folder}: {' and '.join(images[stem])} have the same stem"
-            source.skips.append(Skip("image", "two images of one stem", where, 1))
-        elif mask not in found:
-            source.skips.append(
-                Skip("image", "image without a mask", f"{images_folder}/{images[stem][0]}: no {masks_folder}/{mask}", 1)
-            )
+            message = f"{images_folder}: {' and '.join(images[stem])} have the same stem"
+            source.skips.append(Skip("image", "images with the same stem", message, 1))
+        elif mask not in mask_names:
+            message = f"{images_folder}/{images[stem][0]}: no mask {masks_folder}/{mask}"
+            source.skips.append(Skip("image", "image without a mask", message, 1))
         else:
             pairs.append((stem, f"{images_folder}/{images[stem][0]}", f"{masks_folder}/{mask}"))
     return pairs
 
 
 def _folder(index_masks: IndexMasks, key: str, split: str) -> str:
+    """Return the folder of `images` or `masks` of a split."""
     folders = getattr(index_masks, key)
     if split not in folders:
-        raise UserError(f"params: data.index_masks.{key} has no {split}; give the folder of both train and test")
+        raise UserError(f"params: data.index_masks.{key} has no {split}; set a folder for both train and test")
     if not Path(folders[split]).is_dir():
         raise UserError(f"{folders[split]}: no such folder; set data.index_masks.{key}.{split}")
     return str(folders[split]).rstrip("/")
 
 
-def _listed(lists: Mapping[Any, str], split: str, source: Source) -> list[str]:
+def _read_list(lists: Mapping[Any, str], split: str, source: Source) -> list[str]:
+    """Read the stems of a split from its list, and add the list to the inputs of the source."""
     if split not in lists:
-        raise UserError(f"params: data.index_masks.lists has no {split}; give a file for both train and test, or null")
+        raise UserError(f"params: data.index_masks.lists has no {split}; set a file for both train and test, or null")
     path = Path(lists[split])
     try:
         stems = path.read_text(encoding="utf-8").split()
@@ -168,34 +178,30 @@ def _listed(lists: Mapping[Any, str], split: str, source: Source) -> list[str]:
 
 
 def read_indices(path: str | Path) -> NDArray[np.int64]:
-    """Class indices [H, W] of an index mask. Raises BadImage when it is missing, corrupt or a colour picture."""
-    picture, _ = open_picture(path, "index mask")
-    if picture.mode not in ("L", "P", "1") and not picture.mode.startswith("I"):
-        message = (
-            f"{path}: an index mask has one value a pixel, this one has mode {picture.mode}; save it as L, P or 16-bit PNG"
-        )
-        raise BadImage("index mask in colours", message)
-    return np.asarray(picture).astype(np.int64)
+    """Read the class indices [H, W] of an index mask. Raises BadImage if it is missing, corrupt or a colour image."""
+    mask, _ = open_image(path, "index mask")
+    if mask.mode not in ("L", "P", "1") and not mask.mode.startswith("I"):
+        message = f"{path}: expected one value per pixel, got mode {mask.mode}; save the mask as L, P or 16-bit PNG"
+        raise BadImage("index mask in colour", message)
+    return np.asarray(mask).astype(np.int64)
 
 
 def read_image(
     classes: list[SemanticClass], templates: list[str], ignore: frozenset[int], class_file: str, job: Job
 ) -> ImageRows:
-    """Decode one image's mask and make a phrase for every class in it."""
+    """Decode the mask of an image and create a phrase for every class in it."""
     rows = ImageRows(job.image_id, job.split, job.image)
     try:
         height, width = check_image(job.image)
         indices = read_indices(job.mask)
         if indices.shape != (height, width):
-            message = (
-                f"{job.mask}: {indices.shape[0]} x {indices.shape[1]} pixels, its image {job.image} has {height} x {width}"
-            )
+            size = f"{indices.shape[0]} x {indices.shape[1]}"
+            message = f"{job.mask}: {size} pixels, but its image {job.image} has {height} x {width}"
             raise BadImage("image and mask differ in size", message)
-        strange = sorted(set(np.unique(indices).tolist()) - {item.id for item in classes} - ignore)
-        if strange:
-            message = (
-                f"{job.mask}: index {strange[0]} is no line of {class_file}; name it there or add it to data.index_masks.ignore"
-            )
+        unknown = sorted(set(np.unique(indices).tolist()) - {item.id for item in classes} - ignore)
+        if unknown:
+            remedy = "name it there or add it to data.index_masks.ignore"
+            message = f"{job.mask}: index {unknown[0]} is not a line of {class_file}; {remedy}"
             raise BadImage("unknown class index", message)
     except BadImage as error:
         rows.skips.append(Skip("image", error.reason, str(error), 1))

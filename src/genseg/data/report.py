@@ -1,4 +1,4 @@
-"""The report of an assembly: what was left out and why, and the data's statistics beside those of the GS paper."""
+"""The report of data assembly: skipped items with reasons, and statistics of the data next to those of the GS paper."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from genseg.data import Skip
 from genseg.errors import UserError
 
 VERSION = 1
-EXAMPLES = 3
+MAX_EXAMPLES = 3
+"""Examples in the report for each reason."""
 PUBLISHED = Path("data/published/gs_section41.csv")
 STATISTICS = {
-    "narratives_train": "narratives, train + val (the paper says images)",
-    "narratives_test": "narratives, test (the paper says images)",
+    "narratives_train": "narratives, train + val (called images in the paper)",
+    "narratives_test": "narratives, test (called images in the paper)",
     "images": "images",
     "images_train": "images, train",
     "images_val": "images, val",
@@ -28,8 +29,8 @@ STATISTICS = {
     "noun_phrases": "noun phrases, grounded or not",
     "grounded_phrases": "grounded noun phrases",
     "ungrounded_phrases": "ungrounded noun phrases (counted, not evaluated)",
-    "masks": "segments that grounded phrases name",
-    "distinct_segments": "the same, each segment once",
+    "masks": "segments of grounded phrases",
+    "distinct_segments": "distinct segments of grounded phrases",
     "phrases_per_caption": "noun phrases per caption",
     "grounded_per_caption": "grounded noun phrases per caption",
     "things": "phrases, things",
@@ -37,11 +38,12 @@ STATISTICS = {
     "singulars": "phrases, singular",
     "plurals": "phrases, plural",
 }
+"""Label of every statistic, in the order of the report."""
 
 
 @dataclass
-class Skipped:
-    """All skips of one unit and reason."""
+class SkipSummary:
+    """Counts and examples of all skips with the same unit and reason."""
 
     count: int = 0
     narratives: int = 0
@@ -52,29 +54,32 @@ class Skipped:
         self.count += 1
         self.narratives += skip.narratives
         self.phrases += skip.phrases
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(skip.where)
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(skip.message)
 
 
-def line(unit: str, reason: str, skipped: Skipped) -> str:
-    """One line for stderr, e.g. `skipped 2 phrases: empty mask, e.g. FILE: row 3 ...`."""
-    lost = f" ({skipped.narratives} narratives, {skipped.phrases} phrases)" if unit == "image" else ""
-    plural = "" if skipped.count == 1 else "s"
-    return f"data: skipped {skipped.count} {unit}{plural}{lost}: {reason}, e.g. {skipped.examples[0]}"
+def skip_line(unit: str, reason: str, summary: SkipSummary) -> str:
+    """Return a line for stderr, e.g. `data: skipped 2 phrases: empty mask, e.g. FILE: row 3 ...`."""
+    details = f" ({summary.narratives} narratives, {summary.phrases} phrases)" if unit == "image" else ""
+    plural = "" if summary.count == 1 else "s"
+    return f"data: skipped {summary.count} {unit}{plural}{details}: {reason}, e.g. {summary.examples[0]}"
 
 
-def statistics(phrases: pd.DataFrame, counts: dict[str, Counter[str]]) -> dict[str, Any]:
-    """The numbers of section 4.1 of the paper, of these data.
+def compute_statistics(phrases: pd.DataFrame, counts: dict[str, Counter[str]]) -> dict[str, Any]:
+    """Compute the statistics of section 4.1 of the GS paper for these data.
 
     Args:
         phrases: phrase table.
-        counts: `images`, `narratives`, `ungrounded`, `segments` by split.
+        counts: `images`, `narratives`, `ungrounded` and `segments` by split.
+
+    Returns:
+        Value by key of `STATISTICS`, in its order; None if undefined.
     """
     total = sum(counts.values(), Counter())
     grounded = len(phrases)
     nouns = grounded + total["ungrounded"]
     segments = phrases[["image_id", "segment_ids"]].explode("segment_ids").dropna()
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "narratives_train": counts["train"]["narratives"] + counts["val"]["narratives"],
         "narratives_test": counts["test"]["narratives"],
         "images": total["images"],
@@ -90,12 +95,12 @@ def statistics(phrases: pd.DataFrame, counts: dict[str, Counter[str]]) -> dict[s
         "plurals": int(phrases["is_plural"].sum()),
         "singulars": int((~phrases["is_plural"]).sum()),
     }
-    found |= {f"images_{split}": counts[split]["images"] for split in SPLITS}
-    return {key: found[key] for key in STATISTICS}
+    values |= {f"images_{split}": counts[split]["images"] for split in SPLITS}
+    return {key: values[key] for key in STATISTICS}
 
 
 def read_published(path: Path = PUBLISHED) -> dict[str, float]:
-    """The paper's numbers by statistic; empty when the file is not here (the report then says so)."""
+    """Read the paper's values by key of `STATISTICS`, empty if the file is missing. Raises UserError if it is malformed."""
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as handle:
@@ -103,7 +108,7 @@ def read_published(path: Path = PUBLISHED) -> dict[str, float]:
     try:
         return {row["statistic"]: float(row["paper"]) for row in rows}
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: expected the columns statistic, paper and source, with numbers in paper") from None
+        raise UserError(f"{path}: expected the columns statistic, paper and source, with numbers in column paper") from None
 
 
 def write_report(
@@ -111,11 +116,18 @@ def write_report(
     source: str,
     phrases: pd.DataFrame,
     counts: dict[str, Counter[str]],
-    skipped: dict[tuple[str, str], Skipped],
+    skipped: dict[tuple[str, str], SkipSummary],
     notes: Counter[str],
 ) -> dict[str, Any]:
-    """Write report.json and report.md below `directory`; returns the statistics."""
-    found, published = statistics(phrases, counts), read_published()
+    """Write report.json and report.md to `directory` and return the statistics.
+
+    Args:
+        source: name of the data source.
+        counts: as in `compute_statistics`.
+        skipped: summaries by (unit, reason).
+        notes: further counts by description; zeros are left out.
+    """
+    statistics, published = compute_statistics(phrases, counts), read_published()
     splits = {
         split: {
             "images": counts[split]["images"],
@@ -128,21 +140,22 @@ def write_report(
     document = {
         "version": VERSION,
         "source": source,
-        "statistics": found,
+        "statistics": statistics,
         "paper": published,
         "splits": splits,
-        "skipped": [{"unit": unit, "reason": reason, **vars(item)} for (unit, reason), item in sorted(skipped.items())],
+        "skipped": [{"unit": unit, "reason": reason, **vars(summary)} for (unit, reason), summary in sorted(skipped.items())],
         "notes": {text: count for text, count in sorted(notes.items()) if count},
     }
     write_json(directory / "report.json", document)
     write_text(directory / "report.md", _markdown(document))
-    return found
+    return statistics
 
 
 def _markdown(document: dict[str, Any]) -> str:
+    """Return report.json as Markdown."""
     published = document["paper"]
     rows = [
-        f"| {text} | {_number(document['statistics'][key])} | {_number(published.get(key))} |"
+        f"| {text} | {_format(document['statistics'][key])} | {_format(published.get(key))} |"
         for key, text in STATISTICS.items()
     ]
     splits = [
@@ -155,34 +168,34 @@ def _markdown(document: dict[str, Any]) -> str:
         for item in document["skipped"]
     ]
     notes = [f"* {text}: {count:,}" for text, count in document["notes"].items()]
-    missing = [] if published else [f"`{PUBLISHED}` is not here, so the column *paper* is empty.", ""]
+    missing = [] if published else [f"The column *paper* is empty because `{PUBLISHED}` is missing.", ""]
     parts = [
         f"# Data report (source: {document['source']})",
         "",
-        "*paper*: what section 4.1 of the GS paper says of COCO + Panoptic Narrative Grounding; not measured here.",
+        "*paper*: published values of section 4.1 of the GS paper (COCO + Panoptic Narrative Grounding), not measured here.",
         "",
         *missing,
         "| statistic | here | paper |",
         "|---|---:|---:|",
         *rows,
         "",
-        "| split | images | of them with phrases | narratives | phrases |",
+        "| split | images | images with phrases | narratives | phrases |",
         "|---|---:|---:|---:|---:|",
         *splits,
         "",
-        "## Left out",
+        "## Skipped",
         "",
     ]
     if skipped:
-        head = "| unit | reason | count | narratives lost with it | grounded phrases lost with it | examples |"
+        head = "| unit | reason | count | narratives skipped | grounded phrases skipped | examples |"
         parts += [head, "|---|---|---:|---:|---:|---|", *skipped]
     else:
-        parts += ["Nothing."]
+        parts += ["None."]
     parts += ["", "## Notes", "", *(notes or ["None."]), ""]
     return "\n".join(parts)
 
 
-def _number(value: float | None) -> str:
+def _format(value: float | None) -> str:
     if value is None:
         return "—"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"

@@ -1,10 +1,9 @@
-"""The embedded data set: narrated scenes drawn from a seed, written as COCO panoptic + PNG narratives.
+"""The embedded data set: narrated scenes generated from a seed, written as COCO panoptic + PNG narratives.
 
-A scene has two or three regions of *stuff* and several *things* that differ in shape, colour, surface and size. Things
-come in families of distractors that share all attributes of another thing but one, so a model that ignores a word of
-the phrase picks the wrong one. Regions and things share hues; shading, shadows, noise and low contrast do the rest:
-colour alone does not solve it. Some (colour, shape) pairs occur only in the test scenes (`COMPOSITIONAL`), unless the params
-hold none back.
+A scene has two or three regions of *stuff* and several *things* that differ in shape, colour, surface and size. Distractors
+differ from another thing in one attribute only, so a model that ignores a word of the phrase selects the wrong thing. Things
+and regions have similar hues, and shading, shadows, noise and low contrast are added, so colour alone does not solve the task.
+Some (colour, shape) pairs occur only in the test scenes (`COMPOSITIONAL`), unless the params set `hold_back` to false.
 """
 
 from __future__ import annotations
@@ -41,19 +40,21 @@ COLOURS = {
 SURFACES = ("plain", "striped", "dotted")
 SIZES = ("small", "large")
 COMPOSITIONAL = frozenset({("red", "star"), ("green", "circle"), ("blue", "cross"), ("yellow", "square"), ("purple", "ring")})
-"""(colour, shape) pairs that no training scene holds."""
+"""(colour, shape) pairs that are held back from the training scenes."""
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 STUFF_ID = 101
 ANNOTATORS = 2
-"""Narratives of each scene."""
-QUALITY = 93
-"""Of the JPEGs."""
-VISIBLE = 0.6
-"""A thing is kept when at least this part of it stays visible."""
+"""Narratives per scene."""
+JPEG_QUALITY = 93
+MIN_VISIBLE = 0.6
+"""At least this fraction of every thing is visible."""
 
 
+# --------------------------------------------------------------------------------------------------------- attributes
 @dataclass(frozen=True)
 class Thing:
+    """Attributes of a thing in a scene."""
+
     shape: str
     colour: str
     surface: str
@@ -61,24 +62,25 @@ class Thing:
 
 
 Attributes = dict[str, tuple[str, ...]]
-"""The values each attribute takes in a data set, by its name."""
+"""Values of each attribute in a data set, by the attribute's name."""
 ATTRIBUTES: Attributes = {"shape": SHAPES, "colour": tuple(COLOURS), "surface": SURFACES, "size": SIZES}
 
 
 def attributes_of(scenes: Scenes) -> Attributes:
-    """The attributes a study's scenes use: all sizes, and the shapes, colours and surfaces its params name."""
+    """Return the attributes of a study's scenes: all sizes, and the shapes, colours and surfaces of its params."""
     return ATTRIBUTES | {"shape": tuple(scenes.shapes), "colour": tuple(scenes.colours), "surface": tuple(scenes.surfaces)}
 
 
 def unseen_pairs_of(attributes: Attributes) -> list[tuple[str, str]]:
-    """(colour, shape) pairs of `COMPOSITIONAL` that a data set with these attributes can show."""
+    """Return the (colour, shape) pairs of `COMPOSITIONAL` that are possible with these attributes."""
     return [pair for pair in sorted(COMPOSITIONAL) if pair[0] in attributes["colour"] and pair[1] in attributes["shape"]]
 
 
+# ----------------------------------------------------------------------------------------------------------- data set
 def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
-    """Write `train2017` and `val2017` scenes below `root` in COCO's panoptic and PNG's narrative layout, atomically.
+    """Write the scenes of `train2017` and `val2017` to `root` in the layout of COCO panoptic and PNG, atomically.
 
-    A scene depends on the seed, its split and its id alone, so `workers` (processes) do not change a byte.
+    A scene depends only on the seed, its split and its id, so the bytes do not depend on the number of worker processes.
     """
     categories = [{"id": i + 1, "name": name, "isthing": 1, "supercategory": "shape"} for i, name in enumerate(SHAPES)]
     categories += [{"id": STUFF_ID + i, "name": name, "isthing": 0, "supercategory": "region"} for i, name in enumerate(STUFF)]
@@ -89,64 +91,80 @@ def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
             for folder in folders:
                 folder.mkdir(parents=True)
             write = partial(_write_scene, scenes, split, *folders)
-            made = list(pool.map(write, range(first_id, first_id + count), chunksize=16))
+            records = list(pool.map(write, range(first_id, first_id + count), chunksize=16))
             document = {
-                "images": [image for image, _, _ in made],
-                "annotations": [annotation for _, annotation, _ in made],
+                "images": [image for image, _, _ in records],
+                "annotations": [annotation for _, annotation, _ in records],
                 "categories": categories,
             }
             (annotations / f"panoptic_{split}2017.json").write_text(json.dumps(document))
-            narratives = [narrative for _, _, pair in made for narrative in pair]
+            narratives = [narrative for _, _, scene_narratives in records for narrative in scene_narratives]
             (annotations / f"png_coco_{split}2017.json").write_text(json.dumps(narratives))
 
 
 def sample_scenes(scenes: Scenes, split: str, count: int) -> tuple[float, float]:
-    """(grounded phrases, bytes of the JPEG) of a scene of `train` or `val`, on average over `count` scenes that are drawn
-    and not kept: what a data set will be like that was not written yet."""
-    phrases, size = 0, 0
+    """Estimate a data set before it is written.
+
+    Args:
+        split: `train` or `val` (the test scenes).
+        count: number of scenes that are generated for the estimate.
+
+    Returns:
+        Mean number of grounded phrases and mean bytes of the JPEG per scene.
+    """
+    phrase_count, jpeg_bytes = 0, 0
     for image_id in range(count):
         rng = np.random.default_rng(derive_seed(scenes.seed, "sample scene", split, image_id))
-        picture, _, things, regions = _draw(rng, scenes, unseen_pairs=split == "val" or not scenes.hold_back)
+        image, _, things, regions = _draw(rng, scenes, unseen_pairs=split == "val" or not scenes.hold_back)
         ids = [str(number) for number in range(len(things) + len(regions))]
         for annotator in range(ANNOTATORS):
-            told = _narrate(rng, image_id, annotator, things, regions, ids)["segments"]
-            phrases += sum(bool(segment["segment_ids"]) for segment in told)
+            parts = _narrate(rng, image_id, annotator, things, regions, ids)["segments"]
+            phrase_count += sum(bool(part["segment_ids"]) for part in parts)
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "JPEG", quality=QUALITY)
-        size += len(file.getvalue())
-    return phrases / count, size / count
+        Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY)
+        jpeg_bytes += len(file.getvalue())
+    return phrase_count / count, jpeg_bytes / count
 
 
 def _write_scene(
     scenes: Scenes, split: str, images: Path, masks: Path, image_id: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """Write one picture and its panoptic PNG; returns its rows of `images`, `annotations` and the narratives."""
+    """Write the image and the panoptic PNG of a scene.
+
+    Returns:
+        Its record of `images`, its record of `annotations`, and its narratives.
+    """
+    # 1. Draw the scene.
     rng, size = np.random.default_rng(derive_seed(scenes.seed, "scene", split, image_id)), scenes.size
-    picture, segments, things, regions = _draw(rng, scenes, unseen_pairs=split == "val" or not scenes.hold_back)
+    image, segments, things, regions = _draw(rng, scenes, unseen_pairs=split == "val" or not scenes.hold_back)
     name = f"{image_id:012d}"
-    Image.fromarray(picture).save(images / f"{name}.jpg", quality=QUALITY)
-    identity = [int(value) for value in rng.choice((1 << 24) - 1, size=len(things) + len(regions), replace=False) + 1]
+    Image.fromarray(image).save(images / f"{name}.jpg", quality=JPEG_QUALITY)
+
+    # 2. Write the segments with random ids.
+    segment_ids = [int(value) for value in rng.choice((1 << 24) - 1, size=len(things) + len(regions), replace=False) + 1]
     categories = [SHAPES.index(thing.shape) + 1 for thing in things] + [STUFF_ID + STUFF.index(name) for name in regions]
-    info = []
+    segments_info = []
     colours = np.zeros((size, size, 3), np.uint8)
-    for position, (segment_id, category) in enumerate(zip(identity, categories, strict=True)):
+    for position, (segment_id, category) in enumerate(zip(segment_ids, categories, strict=True)):
         inside = segments == position
         colours[inside] = (segment_id & 255, segment_id >> 8 & 255, segment_id >> 16)
         ys, xs = np.nonzero(inside)
         box = [int(xs.min()), int(ys.min()), int(np.ptp(xs)) + 1, int(np.ptp(ys)) + 1]
-        info.append({"id": segment_id, "category_id": category, "iscrowd": 0, "bbox": box, "area": int(inside.sum())})
+        segments_info.append({"id": segment_id, "category_id": category, "iscrowd": 0, "bbox": box, "area": int(inside.sum())})
     Image.fromarray(colours).save(masks / f"{name}.png", compress_level=1)
-    ids = [str(value) for value in identity]
+
+    # 3. Return the records.
+    ids = [str(segment_id) for segment_id in segment_ids]
     return (
         {"id": image_id, "file_name": f"{name}.jpg", "height": size, "width": size},
-        {"image_id": image_id, "file_name": f"{name}.png", "segments_info": info},
+        {"image_id": image_id, "file_name": f"{name}.png", "segments_info": segments_info},
         [_narrate(rng, image_id, annotator, things, regions, ids) for annotator in range(ANNOTATORS)],
     )
 
 
-# ------------------------------------------------------------------------------------------------------ content
+# ------------------------------------------------------------------------------------------- content and narratives
 def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pairs: bool) -> list[Thing]:
-    """A referent, distractors one attribute away from it, sometimes a group of equals, and a stranger or two."""
+    """Return a referent, distractors that differ from it in one attribute, and sometimes equal and unrelated things."""
 
     def pick(attribute: str) -> str:
         return str(rng.choice(attributes[attribute]))
@@ -154,75 +172,91 @@ def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pair
     def random_thing() -> Thing:
         return Thing(pick("shape"), pick("colour"), pick("surface"), pick("size"))
 
+    # 1. The referent, which shows a pair that is not in training in 40 % of the scenes.
     referent = random_thing()
     pairs = unseen_pairs_of(attributes)
     if unseen_pairs and pairs and rng.random() < 0.4:
         colour, shape = pairs[rng.integers(len(pairs))]
         referent = Thing(shape, colour, referent.surface, referent.size)
+
+    # 2. Distractors that differ from it in one attribute.
     things = [referent]
     for attribute in rng.permutation(("shape", "colour", "colour", "surface", "size"))[: rng.integers(1, 3)]:
-        other = str(rng.choice([value for value in attributes[attribute] if value != getattr(referent, attribute)]))
-        things.append(Thing(**{**vars(referent), attribute: other}))
+        other_value = str(rng.choice([value for value in attributes[attribute] if value != getattr(referent, attribute)]))
+        things.append(Thing(**{**vars(referent), attribute: other_value}))
+
+    # 3. Things of the same shape, colour and size (for plurals), and a random thing.
     if rng.random() < 0.6:
-        leader = things[rng.integers(len(things))] if rng.random() < 0.5 else random_thing()
+        model = things[rng.integers(len(things))] if rng.random() < 0.5 else random_thing()
         for _ in range(rng.integers(1, 3)):
-            surface = leader.surface if rng.random() < 0.6 else pick("surface")
-            things.append(Thing(leader.shape, leader.colour, surface, leader.size))
+            surface = model.surface if rng.random() < 0.6 else pick("surface")
+            things.append(Thing(model.shape, model.colour, surface, model.size))
     things += [random_thing() for _ in range(rng.integers(0, 2))]
+
+    # 4. Remove the held-back pairs, and shuffle.
     if not unseen_pairs:
-        things = [thing for thing in things if (thing.colour, thing.shape) not in COMPOSITIONAL] or [
-            replace(referent, colour=_seen_colour(attributes, referent.shape))
-        ]
+        things = [thing for thing in things if (thing.colour, thing.shape) not in COMPOSITIONAL]
+        if not things:
+            things = [replace(referent, colour=_seen_colour(attributes, referent.shape))]
     return [things[i] for i in rng.permutation(len(things))]
 
 
 def _seen_colour(attributes: Attributes, shape: str) -> str:
-    """The first colour that training scenes show this shape in."""
+    """Return the first colour of a shape in the training scenes."""
     return next(colour for colour in attributes["colour"] if (colour, shape) not in COMPOSITIONAL)
 
 
-def _matches(things: list[Thing], wanted: dict[str, str]) -> list[int]:
-    return [i for i, thing in enumerate(things) if all(getattr(thing, key) == value for key, value in wanted.items())]
+def _matches(things: list[Thing], described: dict[str, str]) -> list[int]:
+    """Return the indices of the things with the described attributes."""
+    return [i for i, thing in enumerate(things) if all(getattr(thing, key) == value for key, value in described.items())]
 
 
 def _describe(rng: np.random.Generator, things: list[Thing], target: int, plural: bool) -> tuple[str, list[int]] | None:
-    """A noun phrase that is true of exactly one thing (or, plural, of all things it is true of, at least two)."""
+    """Return a noun phrase and the indices of the things that it describes, or None if there is no such phrase.
+
+    A singular phrase describes `target` alone; a plural phrase describes `target` and at least one other thing.
+    """
     extras = ["colour", "surface", "size"]
     order = [str(extra) for extra in rng.permutation(extras)]
     counts = rng.permutation([1, 1, 2, 0, 3]) if not plural else rng.permutation([0, 1, 1])
     for count in counts:
-        chosen = order[:count]
-        wanted = {"shape": things[target].shape} | {key: getattr(things[target], key) for key in chosen}
-        found = _matches(things, wanted)
-        if (len(found) == 1) == plural or len(found) > max(NUMBERS):
+        described = {key: getattr(things[target], key) for key in ["shape", *order[:count]]}
+        matches = _matches(things, described)
+        if (len(matches) == 1) == plural or len(matches) > max(NUMBERS):
             continue
-        words = [wanted[key] for key in ("size", "surface", "colour") if key in wanted]
-        noun = wanted["shape"]
+        words = [described[key] for key in ("size", "surface", "colour") if key in described]
+        noun = described["shape"]
         if plural:
             noun = PLURALS.get(noun, noun + "s")
-            head = str(rng.choice([NUMBERS[len(found)], "the"]))
+            head = str(rng.choice([NUMBERS[len(matches)], "the"]))
         else:
             head = str(rng.choice(["a", "the"]))
-        return " ".join([head, *words, noun]), found
+        return " ".join([head, *words, noun]), matches
     return None
 
 
 def _narrate(
     rng: np.random.Generator, image_id: int, annotator: int, things: list[Thing], regions: list[str], ids: list[str]
 ) -> dict[str, Any]:
-    """One PNG-format row: a caption and its ordered partition into grounded nouns, ungrounded nouns and the rest."""
+    """Return a narrative in the format of PNG: a caption and its parts (grounded nouns, ungrounded nouns and other text).
+
+    Args:
+        regions: names of the stuff regions.
+        ids: segment ids of the things, then of the regions.
+    """
+    # 1. Select up to three phrases about things, and one or two about regions.
     mentions: list[tuple[str, list[str], bool, list[str]]] = []
-    plural_done: set[tuple[int, ...]] = set()
+    mentioned: set[tuple[int, ...]] = set()
     for target in rng.permutation(len(things)):
         plural = rng.random() < 0.5
-        described = _describe(rng, things, int(target), plural) or _describe(rng, things, int(target), not plural)
-        if described is None or tuple(described[1]) in plural_done:
+        description = _describe(rng, things, int(target), plural) or _describe(rng, things, int(target), not plural)
+        if description is None or tuple(description[1]) in mentioned:
             continue
-        phrase, found = described
-        plural_done.add(tuple(found))
-        pair = (things[found[0]].colour, things[found[0]].shape)
+        phrase, members = description
+        mentioned.add(tuple(members))
+        pair = (things[members[0]].colour, things[members[0]].shape)
         tags = ["compositional"] if pair in COMPOSITIONAL and pair[0] in phrase else []
-        mentions.append((phrase, [ids[i] for i in found], len(found) > 1, tags))
+        mentions.append((phrase, [ids[i] for i in members], len(members) > 1, tags))
         if len(mentions) == 3:
             break
     for region in rng.permutation(len(regions))[: rng.integers(1, 3)]:
@@ -230,53 +264,61 @@ def _narrate(
         mentions.append((phrase, [ids[len(things) + int(region)]], False, []))
     mentions = [mentions[i] for i in rng.permutation(len(mentions))]
 
-    segments: list[dict[str, Any]] = []
-
-    def say(
-        text: str, noun: bool = False, found: list[str] | None = None, plural: bool = False, tags: list[str] | None = None
-    ) -> None:
-        segment = {"utterance": text, "segment_ids": found or [], "plural": plural, "noun": noun}
-        segments.append(segment | ({"tags": tags} if tags else {}))
-
-    say(str(rng.choice(["In", "On"])))
-    say(str(rng.choice(["this picture", "this image", "the photo"])), noun=True)
-    say(str(rng.choice(["we can see", "there is", "I can see"])))
-    for position, (phrase, named, is_plural, tags) in enumerate(mentions):
+    # 2. Join them to a caption.
+    parts = [
+        _part(str(rng.choice(["In", "On"]))),
+        _part(str(rng.choice(["this picture", "this image", "the photo"])), noun=True),
+        _part(str(rng.choice(["we can see", "there is", "I can see"]))),
+    ]
+    for position, (phrase, segment_ids, is_plural, tags) in enumerate(mentions):
         if position:
-            say(str(rng.choice([", beside", ", and also", ", near", "and"])))
-        say(phrase, noun=True, found=named, plural=is_plural, tags=tags)
-    say(".")
-    caption = " ".join(segment["utterance"] for segment in segments).replace(" ,", ",").replace(" .", ".")
-    return {"image_id": str(image_id), "annotator_id": annotator, "caption": caption, "segments": segments}
+            parts.append(_part(str(rng.choice([", beside", ", and also", ", near", "and"]))))
+        part = _part(phrase, noun=True) | {"segment_ids": segment_ids, "plural": is_plural}
+        parts.append(part | ({"tags": tags} if tags else {}))
+    parts.append(_part("."))
+    caption = " ".join(part["utterance"] for part in parts).replace(" ,", ",").replace(" .", ".")
+    return {"image_id": str(image_id), "annotator_id": annotator, "caption": caption, "segments": parts}
 
 
-# ------------------------------------------------------------------------------------------------------- pixels
+def _part(text: str, noun: bool = False) -> dict[str, Any]:
+    """Return a part of a narrative without segments."""
+    return {"utterance": text, "segment_ids": [], "plural": False, "noun": noun}
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
 def _draw(
     rng: np.random.Generator, scenes: Scenes, unseen_pairs: bool
 ) -> tuple[NDArray[np.uint8], NDArray[np.int32], list[Thing], list[str]]:
-    """Picture [size, size, 3], segment index [size, size] (things first, then regions), things, region names."""
+    """Draw a scene.
+
+    Returns:
+        The image [size, size, 3], the segment indices [size, size] (things first, then regions), the things, and the names
+        of the regions.
+    """
+    # 1. Draw the regions of stuff.
     size, radii = scenes.size, {str(name): span for name, span in scenes.radii.items()}
     y, x = (axis.astype(np.float32) for axis in np.mgrid[:size, :size])
-    wanted = [str(name) for name in rng.choice(STUFF, size=rng.integers(2, 4), replace=False)]
-    ground = _partition(rng, x, y, size, len(wanted))
+    names = [str(name) for name in rng.choice(STUFF, size=rng.integers(2, 4), replace=False)]
+    ground = _partition(rng, x, y, size, len(names))
     canvas = np.zeros((size, size, 3), np.float32)
-    for index, name in enumerate(wanted):
+    for index, name in enumerate(names):
         canvas[ground == index] = _surface_of_stuff(rng, name, x, y, size)[ground == index]
 
+    # 2. Draw the things on top. A thing is dropped if none of twelve random places keeps all things visible.
     owner = np.full((size, size), -1, np.int32)
     things: list[Thing] = []
-    full: list[int] = []
+    full_areas: list[int] = []
     for thing in _choose_things(rng, attributes_of(scenes), unseen_pairs)[: scenes.most_things]:
         for _ in range(12):
             radius = size * rng.uniform(*radii[thing.size])
             cx, cy = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
             distance = _distance(thing.shape, x - cx, y - cy, radius, rng.uniform(0, 2 * np.pi))
             trial = np.where(distance < 0, len(things), owner)
-            if all(np.sum(trial == i) >= VISIBLE * area for i, area in enumerate(full)):
+            if all(np.sum(trial == i) >= MIN_VISIBLE * area for i, area in enumerate(full_areas)):
                 break
         else:
             continue
-        if rng.random() < 0.7:  # a soft cast shadow
+        if rng.random() < 0.7:  # soft shadow
             dx, dy = rng.uniform(-0.3, 0.3, 2) * radius
             shadow = _distance(thing.shape, x - cx - dx, y - cy - dy, radius * 1.05, 0.0)
             canvas *= 1 - 0.45 * np.clip(0.5 - shadow / (0.3 * radius), 0, 1)[..., None]
@@ -285,24 +327,26 @@ def _draw(
         canvas = canvas * (1 - alpha) + colour * alpha
         owner = trial
         things.append(thing)
-        full.append(int(np.sum(distance < 0)))
+        full_areas.append(int(np.sum(distance < 0)))
 
+    # 3. Number the segments; a region may be covered completely.
     segments = np.where(owner >= 0, owner, len(things) + ground).astype(np.int32)
-    present = [index for index in range(len(wanted)) if np.any(segments == len(things) + index)]
+    present = [index for index in range(len(names)) if np.any(segments == len(things) + index)]
     for position, index in enumerate(present):
         segments[(owner < 0) & (ground == index)] = len(things) + position
 
+    # 4. Add light from one side, contrast and noise.
     angle = rng.uniform(0, 2 * np.pi)
     slope = (np.cos(angle) * (x - size / 2) + np.sin(angle) * (y - size / 2)) / size
-    canvas *= (1 + rng.uniform(0, 0.6) * slope)[..., None]  # light from one side
-    canvas = 0.5 + (canvas - 0.5) * rng.uniform(0.65, 1.05)  # contrast
+    canvas *= (1 + rng.uniform(0, 0.6) * slope)[..., None]
+    canvas = 0.5 + (canvas - 0.5) * rng.uniform(0.65, 1.05)
     canvas += rng.normal(0, rng.uniform(0.01, 0.05), canvas.shape).astype(np.float32)
-    picture = np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
-    return picture, segments, things, [wanted[index] for index in present]
+    image = np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8)
+    return image, segments, things, [names[index] for index in present]
 
 
 def _partition(rng: np.random.Generator, x: Field, y: Field, size: int, count: int) -> NDArray[np.int32]:
-    """Region index: one or two wavy cuts across the picture."""
+    """Return the region index [size, size] of an image that is divided by one or two wavy lines."""
     region = np.zeros(x.shape, np.int32)
     angle = rng.uniform(0, 2 * np.pi)
     across = np.cos(angle) * (x - size / 2) + np.sin(angle) * (y - size / 2)
@@ -315,14 +359,17 @@ def _partition(rng: np.random.Generator, x: Field, y: Field, size: int, count: i
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> Field:
-    """Noise in [-1, 1] whose features are size / cells pixels (rows, columns) large."""
+    """Return noise [size, size] in about [-1, 1] with features of size / cells pixels (rows, columns)."""
     coarse = Image.fromarray(rng.uniform(-1, 1, cells).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), np.float32)
 
 
 def _surface_of_stuff(rng: np.random.Generator, name: str, x: Field, y: Field, size: int) -> Field:
-    """Texture [size, size, 3] in about [0, 1]. Each stuff comes in two hues that are near another stuff's or a thing's, so
-    its texture, not its colour, tells what it is."""
+    """Return the texture [size, size, 3] of a stuff class, in about [0, 1].
+
+    Each stuff class has two hues that are similar to those of another stuff class or of things, so it is identified by its
+    texture, not by its colour.
+    """
     scale = size / 128
     phase = rng.uniform(0, 6.3)
     if name == "grass":
@@ -348,7 +395,7 @@ def _surface_of_stuff(rng: np.random.Generator, name: str, x: Field, y: Field, s
 
 
 def _surface_of_thing(rng: np.random.Generator, thing: Thing, x: Field, y: Field, radius: float) -> Field:
-    """Colour [size, size, 3] of a thing in its own coordinates: base, jitter, surface pattern, shading."""
+    """Return the colour [size, size, 3] of a thing, with x and y relative to its centre: base, jitter, pattern and shading."""
     colour = np.asarray(COLOURS[thing.colour], np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-0.07, 0.07, 3).astype(
         np.float32
     )
@@ -366,7 +413,7 @@ def _surface_of_thing(rng: np.random.Generator, thing: Thing, x: Field, y: Field
 
 
 def _distance(shape: str, x: Field, y: Field, radius: float, rotation: float) -> Field:
-    """Distance in pixels to the outline, negative inside (exact or a close bound near it)."""
+    """Return the distance in pixels to the outline of a shape, negative inside (near the outline exact or a close bound)."""
     u, v = np.cos(rotation) * x + np.sin(rotation) * y, -np.sin(rotation) * x + np.cos(rotation) * y
     r = np.hypot(u, v)
     if shape == "circle":
@@ -381,7 +428,8 @@ def _distance(shape: str, x: Field, y: Field, radius: float, rotation: float) ->
     if shape == "triangle":
         sides = [np.cos(a) * u + np.sin(a) * v for a in (np.pi / 2, np.pi * 7 / 6, np.pi * 11 / 6)]
         return np.maximum.reduce(sides) - 0.62 * radius
-    theta = np.mod(np.arctan2(v, u), 2 * np.pi / 5) - np.pi / 5  # star: one of five mirrored wedges
+    # A star is symmetric: fold the plane into one of its five wedges.
+    theta = np.mod(np.arctan2(v, u), 2 * np.pi / 5) - np.pi / 5
     inner, outer = 0.5 * radius, 1.1 * radius
     tip = np.array([outer * np.cos(np.pi / 5), outer * np.sin(np.pi / 5)])
     px, py = r * np.cos(theta), r * np.abs(np.sin(theta))

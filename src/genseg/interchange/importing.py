@@ -26,7 +26,7 @@ from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import read_predictions, write_predictions
 from genseg.artifacts.resample import bilinear
-from genseg.data.images import BadImage, open_picture
+from genseg.data.images import BadImage, open_image
 from genseg.data.index_masks import read_indices
 from genseg.errors import UserError
 from genseg.interchange.labels import NOTHING, Background, ClassList, Labels, Numbering, class_list, images, paint
@@ -447,7 +447,7 @@ def _soft_mask(path: Path, where: str) -> NDArray[np.float32]:
     """Values [H, W] in [0, 1] of a mask PNG: grey of 8 or 16 bits, or, of a palette or 1-bit PNG, whether the index is 0."""
     if not path.is_file():
         raise UserError(f"{where}: {path}: no such file; give its name relative to the CSV's folder")
-    picture, _ = open_picture(path, "mask")
+    picture, _ = open_image(path, "mask")
     if picture.mode in ("P", "1"):
         return (np.asarray(picture) != 0).astype(np.float32)
     if picture.mode != "L" and not picture.mode.startswith("I"):
