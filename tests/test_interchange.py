@@ -438,7 +438,7 @@ WRONG = {
     "two files": ("mmseg", lambda f: arrays(f, None, "im_3.npz"), r"im_3\.npy: im_3\.npz lies beside"),
     "mask of another size": ("index_masks", lambda f: pngs(f, GREY.T), r"im_11\.png: 5 x 8 pixels, its picture has 8 x 5"),
     "unknown value": ("index_masks", lambda f: pngs(f, GREY + 8), r"im_11\.png: value 8 is no class"),
-    "colour mask": ("index_masks", lambda f: pngs(f, np.zeros((8, 5, 3), "u1")), r"im_11\.png: an index mask has one value"),
+    "colour mask": ("index_masks", lambda f: pngs(f, np.zeros((8, 5, 3), "u1")), r"im_11\.png: expected one value per pixel"),
     "broken PNG": ("index_masks", spoilt, r"im_11\.png: unreadable"),
     "no list": ("coco_results", lambda f: text(f, "r.json", "{}"), r"r\.json: holds dict"),
     "not JSON": ("coco_results", lambda f: text(f, "r.json", "[{"), r"r\.json: not valid JSON"),

@@ -55,8 +55,8 @@ def write_store(
     Args:
         shard_rows: ids per shard.
         key: hash of everything that the rows depend on; shards with another key are written again.
-        encode: function from ids to tensors. Either every tensor has one row per id, or the rows are ragged: `offsets`
-            [n + 1] gives the first and last row of each id in the other tensors (except `pooled*`: one row per id).
+        encode: function from ids to tensors. Either every tensor has one row per id, or the rows are ragged: with a tensor
+            `offsets` [n + 1], rows offsets[i]:offsets[i + 1] belong to id i (in tensors `pooled*`, row i).
 
     Yields:
         (rows done, whether this shard was written now)

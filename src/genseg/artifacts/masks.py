@@ -122,7 +122,7 @@ def _run_ends(rles: list[bytes]) -> tuple[Integers, Mask]:
     follow, bit 4 of the last digit is the sign, and 48 is added to make the byte printable. From the fourth number on,
     a number is the difference from the run two places before (pycocotools, `rleToString`).
     """
-    # 1. Split the bytes into digits; replace malformed RLEs by an empty one.
+    # 1. Split the bytes into digits; replace malformed RLEs with an empty one.
     sizes = np.array([len(rle) for rle in rles])
     joined = b"".join(rles)
     digits = np.frombuffer(joined, np.uint8) - np.uint8(48)

@@ -207,7 +207,7 @@ def _index_by_image(
 
 
 def _count_grounded(rows: list[tuple[int, Any]]) -> tuple[int, int]:
-    """Return the numbers of narratives and of grounded phrases in some rows."""
+    """Return the numbers of narratives and of grounded phrases in a list of (row number, narrative)."""
     parts = [row["segments"] for _, row in rows if isinstance(row, dict) and isinstance(row.get("segments"), list)]
     return len(rows), sum(bool(is_noun(part) and part.get("segment_ids")) for part in chain(*parts) if isinstance(part, dict))
 

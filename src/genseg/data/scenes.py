@@ -172,7 +172,7 @@ def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pair
     def random_thing() -> Thing:
         return Thing(pick("shape"), pick("colour"), pick("surface"), pick("size"))
 
-    # 1. The referent, which shows a pair that is not in training in 40 % of the scenes.
+    # 1. The referent; in 40 % of the test scenes it is a held-back (colour, shape) pair.
     referent = random_thing()
     pairs = unseen_pairs_of(attributes)
     if unseen_pairs and pairs and rng.random() < 0.4:
@@ -187,10 +187,10 @@ def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pair
 
     # 3. Things of the same shape, colour and size (for plurals), and a random thing.
     if rng.random() < 0.6:
-        model = things[rng.integers(len(things))] if rng.random() < 0.5 else random_thing()
+        prototype = things[rng.integers(len(things))] if rng.random() < 0.5 else random_thing()
         for _ in range(rng.integers(1, 3)):
-            surface = model.surface if rng.random() < 0.6 else pick("surface")
-            things.append(Thing(model.shape, model.colour, surface, model.size))
+            surface = prototype.surface if rng.random() < 0.6 else pick("surface")
+            things.append(Thing(prototype.shape, prototype.colour, surface, prototype.size))
     things += [random_thing() for _ in range(rng.integers(0, 2))]
 
     # 4. Remove the held-back pairs, and shuffle.
