@@ -24,6 +24,7 @@ from genseg.params import validate_params
 from genseg.report.figures.evolution import choose_timesteps
 from genseg.report.figures.examples import choose_examples
 from genseg.report.render import Column, Table, escape_tex, to_markdown, to_tex
+from genseg.report.text import plural
 from synthetic_scores import NASTY_CLASS, RESULTS, ROOT, SPLITS, build_study, per_phrase, timed
 
 NAMES = [
@@ -370,6 +371,10 @@ def test_points_are_printed_with_one_decimal_and_without_negative_zero() -> None
     text = to_markdown(Table("t", "c", frame, [Column("x", "X"), Column("d", "D", "signed")]))
     assert "| 0.0 | 0.0 |" in text
     assert "| 12.3 | +1.3 |" in text
+
+
+def test_plural_adds_an_s_except_for_one() -> None:
+    assert [plural(count, "step") for count in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
 
 
 # --------------------------------------------------------------------------------------------------- figures, page

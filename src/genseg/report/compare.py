@@ -111,12 +111,12 @@ def read_entries(sweep: Sweep) -> tuple[list[Entry], list[str]]:
         UserError: scores are missing, were made with other params, or are of other phrases than the study's.
     """
     # 1. The study's own training, whose phrases all variants share.
-    study = sweep.base
-    own = read_scored_run(study.results_dir / "scores" / "main.json")
-    point = _point(study, study.sample.main)
-    choice = Choice(study.sample.main, study.sample.threshold)
-    entries = [Entry(study.study, study.study, study, choice, point["ar"], own)]
-    phrases = {"test": _phrases_digest(own.path), "val": _phrases_digest(Path(point["scores"]))}
+    base = sweep.base
+    main = read_scored_run(base.results_dir / "scores" / "main.json")
+    point = _point(base, base.sample.main)
+    choice = Choice(base.sample.main, base.sample.threshold)
+    entries = [Entry(base.study, base.study, base, choice, point["ar"], main)]
+    phrases = {"test": _phrases_digest(main.path), "val": _phrases_digest(Path(point["scores"]))}
 
     # 2. The variants. A group has no winner until all of its variants were scored on val.
     missing = [name for name, params in sweep.variants.items() if not _points_path(params).exists()]
@@ -125,7 +125,7 @@ def read_entries(sweep: Sweep) -> tuple[list[Entry], list[str]]:
         winner = sweep.best_of(scored) if len(scored) == len(members) else None
         entries += [_read_variant(sweep, name, group, name == winner, phrases) for name in scored]
 
-    order = [study.study, *sweep.variants]
+    order = [base.study, *sweep.variants]
     return sorted(entries, key=lambda entry: order.index(entry.name)), missing
 
 
@@ -189,20 +189,21 @@ def _phrases_digest(path: Path) -> str:
 # --------------------------------------------------------------------------------------------------------------- tables
 def variants_table(sweep: Sweep, entries: list[Entry], missing: list[str]) -> Table:
     """Show every training at the point chosen on val, and the lead of the study's main row on test."""
-    own = entries[0]
-    assert own.test is not None
+    study_entry = entries[0]
+    assert study_entry.test is not None
     rows = []
     for entry in entries:
         row = _row(entry)
-        if entry.test and entry is not own:
-            row |= _difference(sweep, own.test, entry.test)
+        if entry.test and entry is not study_entry:
+            row |= _difference(sweep, study_entry.test, entry.test)
         rows.append(row)
     notes = [
-        f"Test: {describe_phrases(sweep.base, own.test)}. Every variant was trained on as many samples as the study, including "
-        "its stages. Its operating point and threshold are those with the highest AR on a part of val (the study's are given "
-        "by its params); only that point was sampled on test. A dash: another variant of its group was better on val, or some "
-        "variants of the group were not run.",
-        f"Δ: AR of the main row of {own.name} minus that of the variant, paired bootstrap over images. {EVALUATION_NOTE}",
+        f"Test: {describe_phrases(sweep.base, study_entry.test)}. Every variant was trained on as many samples as the "
+        "study, including its stages. Its operating point and threshold are those with the highest AR on a part of val (the "
+        "study's are given by its params); only that point was sampled on test. A dash: another variant of its group was "
+        "better on val, or some variants of the group were not run.",
+        f"Δ: AR of the main row of {study_entry.name} minus that of the variant, paired bootstrap over images. "
+        f"{EVALUATION_NOTE}",
     ]
     if missing:
         notes.append(f"Not run: {', '.join(missing)}.")
@@ -266,11 +267,11 @@ def choose_picks(sweep: Sweep, entries: list[Entry]) -> dict[str, Entry]:
     return picks
 
 
-def picks_tables(sweep: Sweep, own: Entry, picks: dict[str, Entry]) -> list[Table]:
+def picks_tables(sweep: Sweep, study_entry: Entry, picks: dict[str, Entry]) -> list[Table]:
     """Build the table of the picks and, if there are two or more, the table of their pairwise differences on test."""
     # 1. The picks.
-    assert own.test is not None
-    note = f"Each pick is the best of its candidates on val. Test: {describe_phrases(sweep.base, own.test)}."
+    assert study_entry.test is not None
+    note = f"Each pick is the best of its candidates on val. Test: {describe_phrases(sweep.base, study_entry.test)}."
     tables = [
         Table(
             name="picks",

@@ -30,7 +30,7 @@ class ScoredRun:
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What was scored: the run's name, role, method and sampling settings."""
+        """The run's name, role, method and sampling settings."""
         entry: dict[str, Any] = self.summary["run"]
         return entry
 
@@ -117,10 +117,10 @@ def read_study_scores(params: Params) -> StudyScores:
     main, discriminative = read_scored_run(folder / "main.json"), read_scored_run(folder / "discriminative.json")
 
     # The study's own protocol comes first; its scores are the main files.
-    own: str = params.score.protocol
-    protocols = {("main", own): main, ("discriminative", own): discriminative}
+    own_protocol: str = params.score.protocol
+    protocols = {("main", own_protocol): main, ("discriminative", own_protocol): discriminative}
     for protocol in params.score.also:
-        if protocol != own:
+        if protocol != own_protocol:
             for name in ("main", "discriminative"):
                 protocols[name, protocol] = read_scored_run(folder / "protocols" / f"{name}.{protocol}.json")
 

@@ -30,7 +30,7 @@ CONTROLS = {
     "g4seg_crf": "dense CRF on the masks of G4Seg",
     "trained": "a small network, trained on the training phrases' ground truth made inexact",
 }
-"""What each control does differently."""
+"""The difference of each control from G4Seg."""
 
 _CHANGE_COLUMNS = [
     Column("miou_before", "before", over="mIoU"),
@@ -113,8 +113,8 @@ def refinement_controls(params: Params, scores: StudyScores) -> Table:
             f"G4Seg itself, Δ mIoU: {g4seg_gains}. {_protocol_note(params, scores)} Rows of single coarse masks: "
             "refinement_controls.csv.",
             " ".join(f"{name}: {CONTROLS[name]}." for name in names),
-            "Mean of: number of methods, or of real methods, that a control was run on. Passes: forward passes of the U-Net "
-            f"per mask; measured seconds: {costs_dir(params) / 'refinement_costs.md'}.",
+            "of: number of methods in the mean. Passes: forward passes of the U-Net per mask; "
+            f"measured seconds: {costs_dir(params) / 'refinement_costs.md'}.",
         ],
         small=True,
     )
