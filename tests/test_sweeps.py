@@ -346,14 +346,14 @@ def test_comparison_refuses_what_does_not_belong(finished_sweep, tmp_path, capsy
     with pytest.raises(UserError, match="other test phrases than study smoke"):
         compare(sweep)
     _finished(params, (cells[1], 0.4), [0.3, 0.4, 0.7], ious["c"])
-    with pytest.raises(UserError, match="not at the point that val chooses"):
+    with pytest.raises(UserError, match="not at the point chosen on val"):
         compare(sweep)
     _finished(params, (cells[2], 0.4), [0.3, 0.4, 0.7], ious["c"])
     write_json(params.results_dir / "model" / "manifest.json", {"params": {}})
     Path("params.yaml").write_text((ROOT / "params/smoke.yaml").read_text())
     assert main(["compare", "--sweep", str(tmp_path / "some.yaml")]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.endswith("trained with other params than the sweep now gives; run `genseg sweep`")
+    assert line.endswith("trained with other params than the sweep's; run `genseg sweep`")
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

@@ -7,12 +7,12 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
-    parser.add_argument("--sweep", required=True, metavar="FILE", help="the variants, e.g. sweeps/objectives.yaml")
+    parser.add_argument("--sweep", required=True, metavar="FILE", help="sweep document, e.g. sweeps/objectives.yaml")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from genseg.params import load_params
     from genseg.report.compare import compare
     from genseg.sweeps import load_sweep
 
-    print(compare(load_sweep(arguments.sweep, load_params(arguments.params))))
+    print(compare(load_sweep(args.sweep, load_params(args.params))))

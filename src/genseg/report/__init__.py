@@ -1,6 +1,6 @@
-"""Tables and figures: what a paper prints, made from scores and published numbers alone."""
+"""Tables, figures and the page of a study, made from its scores and the published numbers."""
 
-from genseg.report.study import StudyScores, read_study
+from genseg.report.scores import StudyScores, read_study_scores
 from genseg.report.tables import build_tables
 
-__all__ = ["StudyScores", "build_tables", "read_study"]
+__all__ = ["StudyScores", "build_tables", "read_study_scores"]

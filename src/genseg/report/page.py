@@ -1,4 +1,4 @@
-"""The study on one page: tables, figures, and what they were made with, for a browser."""
+"""The study on one HTML page: its tables, figures and provenance."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 from genseg.artifacts.manifest import read_manifest
 from genseg.params import Params, digest
-from genseg.report.render import DASH, Table, to_html
-from genseg.report.study import StudyScores
-from genseg.report.tables import caution, data, sentence, where
+from genseg.report.render import Table, to_html
+from genseg.report.scores import StudyScores
+from genseg.report.tables.parts import comparability_note, describe_phrases, describe_study
+from genseg.report.text import DASH, plural, sentence
 
 _STYLE = """
 :root { --ink: #1c1f23; --soft: #626a73; --line: #d9dde2; --tint: #f5f7f9; --accent: #0b6e4f; }
@@ -66,7 +67,7 @@ _PAGE = """<!DOCTYPE html>
 
 
 def manifest_paths(params: Params) -> dict[str, Path]:
-    """Phase -> manifest of everything that stands behind the scores."""
+    """Return phase -> manifest for every phase that the scores depend on, and for the scores."""
     results = params.results_dir
     return {
         "data": params.data_dir / "manifest.json",
@@ -81,73 +82,87 @@ def manifest_paths(params: Params) -> dict[str, Path]:
     }
 
 
+# ------------------------------------------------------------------------------------------------------------- the page
 def build_page(params: Params, scores: StudyScores, tables: list[Table], figures: dict[str, str]) -> str:
-    """HTML of the page; `figures` maps a PNG's file name in `../figures/` to its caption.
+    """Return the HTML of the page.
+
+    Args:
+        figures: file name of a PNG in `../figures/` -> its caption.
 
     Raises:
         UserError: a phase's manifest is missing.
     """
-    named = {table.name: table for table in tables}
-    order: dict[str, list[str]] = {
+    # 1. Sort the tables into sections.
+    by_name = {table.name: table for table in tables}
+    sections = {
         "Results": ["table2", "controls"],
-        "Refinement": [name for name in ("refinement", "refinement_controls", "refinement_sensitivity") if name in named],
+        "Refinement": ["refinement", "refinement_controls", "refinement_sensitivity"],
         "Sampling": ["evaluations", "table3", "table4", "table5", "readouts"],
-        "Evaluation": [name for name in ("ceilings", "breakdown", "miou", "comparisons") if name in named],
+        "Evaluation": ["ceilings", "breakdown", "miou", "comparisons"],
     }
-    anchors = ["figures", *(name for names in order.values() for name in names), "provenance"]
+    sections = {heading: [name for name in names if name in by_name] for heading, names in sections.items()}
+
+    # 2. Write the lead, the main numbers, the links and the figures.
+    lead = f"Measured on {describe_phrases(params, scores.main)}. {comparability_note(params)}"
+    anchors = ["figures", *(name for names in sections.values() for name in names), "provenance"]
     body = [
-        '<p class="lead">' + html.escape(f"Measured on {where(params, scores.main)}. {caution(params)}") + "</p>",
+        f'<p class="lead">{html.escape(lead)}</p>',
         _cards(scores),
         "<nav>" + " · ".join(f'<a href="#{name}">{name}</a>' for name in anchors) + "</nav>",
         '<h2 id="figures">Figures</h2>',
         *(_picture(name, caption) for name, caption in figures.items()),
     ]
-    for heading, names in order.items():
-        body += [f"<h2>{heading}</h2>", *(to_html(named[name]) for name in names)]
+
+    # 3. Write the tables and their provenance.
+    for heading, names in sections.items():
+        body += [f"<h2>{heading}</h2>", *(to_html(by_name[name]) for name in names)]
     body += ['<h2 id="provenance">Provenance</h2>', _provenance(params)]
     title = html.escape(f"GS label diffusion: study {params.study}")
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
 
 
+# ------------------------------------------------------------------------------------------------------------ its parts
 def _picture(name: str, caption: str) -> str:
     text = html.escape(caption)
     return f'<figure class="picture"><figcaption>{text}</figcaption><img src="../figures/{name}" alt="{text}"></figure>'
 
 
 def _cards(scores: StudyScores) -> str:
-    """The numbers a reader asks for first; things with the wrong text stand beside things with the right one."""
-    permuted = scores.text_permuted
-    interval, run = scores.main.summary["interval"]["overall"], scores.main.summary["run"]
-    around = f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else ""
-    cards = [
-        ("GS, overall AR", scores.main.summary["ar"]["overall"], around),
-        ("GS, AR of things", scores.main.summary["ar"]["things"], f"{scores.main.phrases} phrases in all"),
+    """Show the main numbers; AR of things with permuted text is next to AR of things with the right text."""
+    main, permuted = scores.main, scores.text_permuted
+    interval, entry = main.summary["interval"]["overall"], main.entry
+    values = [
         (
-            "Text permuted, things",
-            scores.text_permuted.summary["ar"]["things"],
-            f"{scores.text_permuted.phrases} phrases in all",
+            "GS, overall AR",
+            main.summary["ar"]["overall"],
+            f"95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}" if interval else "",
         ),
-        ("Discriminative", scores.discriminative.summary["ar"]["overall"], "overall AR, one pass"),
+        ("GS, AR of things", main.summary["ar"]["things"], f"{plural(main.phrases, 'phrase')} in all"),
+        ("Text permuted, things", permuted.summary["ar"]["things"], f"{plural(permuted.phrases, 'phrase')} in all"),
+        ("Discriminative", scores.discriminative.summary["ar"]["overall"], "overall AR, one forward pass"),
         ("Colour threshold", scores.colour_threshold.summary["ar"]["overall"], "overall AR"),
     ]
-    shown = [(name, DASH if value is None else f"{100 * value:.1f}", small) for name, value, small in cards]
-    cell = f"{run['size']} px, {run['steps']} steps, guidance {run['guidance']:g}"
-    shown.append(("Evaluations per mask", str(run["evaluations"]), cell))
-    items = [f"<div><dt>{name}</dt><dd>{value}<small>{html.escape(small)}</small></dd></div>" for name, value, small in shown]
+    cards = [(name, DASH if ar is None else f"{100 * ar:.1f}", detail) for name, ar, detail in values]
+    sampling = f"{entry['size']} px, {plural(entry['steps'], 'step')}, guidance {entry['guidance']:g}"
+    cards.append(("Evaluations per mask", str(entry["evaluations"]), sampling))
+    items = [f"<div><dt>{name}</dt><dd>{value}<small>{html.escape(detail)}</small></dd></div>" for name, value, detail in cards]
     return f'<dl class="cards">{"".join(items)}</dl>'
 
 
 def _provenance(params: Params) -> str:
+    """Show device, params digest, code hash and manifest of every phase."""
     rows = []
     for phase, path in manifest_paths(params).items():
         manifest = read_manifest(path)
         codes = (digest(manifest["params"]), manifest["code"], str(path))
         cells = [phase, html.escape(manifest["device"]), *(f"<code>{html.escape(code)}</code>" for code in codes)]
         rows.append("<tr>" + "".join(f'<td class="text">{cell}</td>' for cell in cells) + "</tr>")
-    head = "".join(f'<th class="text">{name}</th>' for name in ("Phase", "Device", "Params digest", "Code", "Manifest"))
+    heads = ("Phase", "Device", "Params digest", "Code", "Manifest")
+    head = "".join(f'<th class="text">{name}</th>' for name in heads)
     return (
-        f'<p class="lead">{html.escape(sentence(data(params)))} Seed {params.seed}. Every row of a table names its scores '
-        'file, in the CSV and as a tooltip; what this page was made of is in <a href="manifest.json">manifest.json</a>.</p>\n'
+        f'<p class="lead">{html.escape(sentence(describe_study(params)))} Seed {params.seed}. Every table row names its scores '
+        'file, in the CSV and as a tooltip; the inputs of this page are listed in <a href="manifest.json">manifest.json</a>.'
+        "</p>\n"
         f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></figure>"
     )

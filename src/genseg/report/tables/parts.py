@@ -1,0 +1,119 @@
+"""Parts that several tables share: the columns of measured rows, and phrases of captions and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from genseg.params import Cell, Params
+from genseg.report.render import Column
+from genseg.report.scores import SPLITS, ScoredRun
+from genseg.report.text import plural, to_points
+
+SOURCES = {
+    "scenes": "generated scenes",
+    "png": "COCO panoptic with narratives, in the files of the PNG benchmark",
+    "index_masks": "images with index masks, class names as phrases",
+    "coco_object": "COCO-Object, class names as phrases",
+}
+"""`data.source` in words."""
+SHORT_LABELS = {
+    "cross_attention": "Cross-attention",
+    "diffpng_cross": "DiffPNG, cross",
+    "diffpng_cross_self": "DiffPNG + self",
+    "diffseg": "DiffSeg (ours)",
+    "inexact_scribble": "Hull of a scribble",
+}
+"""Printed labels of baselines whose full label is too long for a column."""
+EVALUATION_NOTE = (
+    "An evaluation is one forward pass of the U-Net for one phrase; a step with classifier-free guidance takes two."
+)
+
+AR_COLUMNS = [Column(split, split, over="Average recall") for split in SPLITS]
+DIFFERENCE_COLUMNS = [Column("difference", "Δ", "signed"), Column("difference", "95 % CI", "interval")]
+
+_COUNTS = ("n", "images", "evaluations", "size", "steps")
+
+
+# ------------------------------------------------------------------------------------------------------ rows and frames
+def measured_columns(params: Params, run: ScoredRun) -> dict[str, Any]:
+    """Return the columns that every measured row has: the data, AR with interval, boundary IoU and ceilings, in points."""
+    summary = run.summary
+    low, high = summary["interval"]["overall"] or (None, None)
+    return {
+        "source": "measured",
+        "data": f"{params.study} ({params.data.source})",
+        "protocol": summary["protocol"],
+        "n": run.phrases,
+        "images": run.images,
+        "evaluations": run.entry.get("evaluations"),
+        **{split: to_points(summary["ar"][split]) for split in SPLITS},
+        "ci_low": to_points(low),
+        "ci_high": to_points(high),
+        "boundary_iou": to_points(summary["boundary_iou"]["overall"]),
+        "ceiling": to_points(summary["ceiling"]["overall"]),
+        "ceiling_latent": to_points((summary["ceiling_latent"] or {}).get("overall")),
+        "scores": str(run.path),
+    }
+
+
+def difference_columns(comparison: dict[str, Any], name: str = "difference") -> dict[str, Any]:
+    """Return the columns `<name>_n`, `<name>`, `<name>_low` and `<name>_high` of a paired difference, in points."""
+    return {
+        f"{name}_n": comparison["n"],
+        name: to_points(comparison["difference"]),
+        f"{name}_low": to_points(comparison["ci_low"]),
+        f"{name}_high": to_points(comparison["ci_high"]),
+    }
+
+
+def build_frame(rows: list[dict[str, Any]], first: Sequence[str] = ()) -> pd.DataFrame:
+    """Build a frame with the columns `first` in front. Counts stay integers where some are missing."""
+    frame = pd.DataFrame(rows)
+    frame = frame[[*first, *(name for name in frame.columns if name not in first)]]
+    for name in frame.columns:
+        if name in _COUNTS or name.endswith("_n"):
+            frame[name] = frame[name].astype("Int64")
+    return frame
+
+
+# --------------------------------------------------------------------------------------------------- captions and notes
+def describe_study(params: Params) -> str:
+    """Return the study's name and the kind of its data, e.g. "study mini (generated scenes)"."""
+    return f"study {params.study} ({SOURCES[params.data.source]})"
+
+
+def describe_phrases(params: Params, run: ScoredRun) -> str:
+    """Describe the phrases that a run was scored on: study, split, counts and protocol."""
+    counts = f"{plural(run.phrases, 'phrase')} in {plural(run.images, 'image')}"
+    return f"{describe_study(params)}, {run.summary['split']} split, {counts}, protocol {run.summary['protocol']}"
+
+
+def describe_cell(cell: Cell) -> str:
+    """Return the size, steps and guidance of a cell of the sampling grid."""
+    return f"size {cell.size}, {plural(cell.steps, 'step')}, guidance {cell.guidance:g}"
+
+
+def describe_ceilings(run: ScoredRun) -> str:
+    """Return the AR of a perfect prediction and of the ground truth at label-latent size, in points."""
+    values = {
+        "a perfect prediction scores": run.summary["ceiling"]["overall"],
+        "the ground truth at label-latent size": (run.summary["ceiling_latent"] or {}).get("overall"),
+    }
+    return ", ".join(f"{text} {100 * value:.1f}" for text, value in values.items() if value is not None)
+
+
+def describe_skipped(run: ScoredRun) -> str:
+    """Count the phrases that were not scored in the usual way; empty if there are none."""
+    reasons = {"missing": "without a prediction (IoU 0)", "empty_union": "with an empty union (a miss)", "left_out": "left out"}
+    counts = run.summary["counts"]
+    return ", ".join(f"{plural(counts[key], 'phrase')} {text}" for key, text in reasons.items() if counts.get(key))
+
+
+def comparability_note(params: Params) -> str:
+    """Say whether measured and published rows can be compared."""
+    if params.data.source == "png":
+        return "Comparable with the published rows only if these are the files of the PNG benchmark, scored by its protocol."
+    return "The published rows were measured on other data, so they are not comparable with the measured ones."
