@@ -1,4 +1,4 @@
-"""`genseg score` as a user types it: one set of predictions, and a whole study."""
+"""The command `genseg score`, for one set of predictions and for a whole study."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def box(left, right, height=HEIGHT, width=WIDTH):
 
 
 def phrase_table():
-    """Four test phrases of two images, each the left half; one val phrase."""
+    """Return four test phrases of two images and one val phrase, each the left half of its image."""
     rows = [
         (1, "a", 0, "test", True, False, [1], ["new"]),
         (1, "a", 2, "test", True, True, [2, 3], []),
@@ -46,7 +46,7 @@ def phrase_table():
 
 
 def prediction_table():
-    """IoU 1, 0.5, 0.25 for the phrases of image 1, none for the one of image 2."""
+    """Return predictions with IoU 1, 0.5 and 0.25 for the phrases of image 1, and none for the phrase of image 2."""
     frame = phrase_table().iloc[:3][KEY]
     return frame.assign(mask=[box(0, 8), box(0, 4), box(0, 2)], score=[0.9, 0.8, 0.7])
 
@@ -63,13 +63,14 @@ COMMAND = ["score", "--phrases", "T.parquet", "--predictions", "P.parquet", "--o
 
 
 def score(capsys, *options):
-    """Summary that the command printed, and what it said beside."""
+    """Run the command; return the summary from stdout, and stderr."""
     assert main([*COMMAND, *options]) == 0
     out, err = capsys.readouterr()
     return json.loads(out), err
 
 
 def refused(capsys, *options, command=COMMAND):
+    """Run a command that fails; return its one-line error message."""
     assert main([*command, *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -77,7 +78,7 @@ def refused(capsys, *options, command=COMMAND):
     return err
 
 
-def test_scores_of_plain_pandas_tables(folder, capsys):
+def test_tables_written_by_plain_pandas_are_scored(folder, capsys):
     summary, err = score(capsys)
     assert json.loads(Path("scores.json").read_text()) == summary
     assert summary["ar"] == {
@@ -91,20 +92,20 @@ def test_scores_of_plain_pandas_tables(folder, capsys):
         **{"phrases": 4, "images": 2, "narratives": 3, "missing": 1, "left_out": 0, "other_split": 0},
         **{"empty_union": 0, "empty_ground_truth": 0, "plural_by_flag": 0},
     }
-    assert "1 phrases without a prediction, counted as IoU 0" in err
+    assert "phrases without a prediction, counted as IoU 0: 1\n" in err
     assert (summary["protocol"], summary["protocol_version"], summary["split"]) == ("native", 1, "test")
     assert summary["ceiling"] == dict.fromkeys(SPLITS, 1.0)
     assert summary["miou"] is None
     assert summary["ar_by_size"] == {"small": None, "medium": None, "large": pytest.approx(1.75 / 4)}
     assert summary["tags"] == {"new": {"n": 2, "overall": pytest.approx(0.625)}}
     low, high = summary["interval"]["overall"]
-    assert (low, high) == (0.0, pytest.approx(1.75 / 3))  # images: three phrases of 1.75 in all, one of 0
+    assert (low, high) == (0.0, pytest.approx(1.75 / 3))  # image 1 has three phrases with a total of 1.75, image 2 one with 0
     per_phrase = read_per_phrase("scores.json")
     assert per_phrase["iou"].tolist() == pytest.approx([1, 0.5, 0.25, 0])
     assert per_phrase["area"].tolist() == [96] * 4
 
 
-def test_order_extra_columns_and_wide_types_do_not_matter(folder, capsys):
+def test_row_order_extra_columns_and_wide_types_do_not_change_scores(folder, capsys):
     before, _ = score(capsys)
     shuffled = phrase_table().sample(frac=1, random_state=1).assign(extra=1)
     table = pa.Table.from_pandas(shuffled, preserve_index=True)
@@ -115,17 +116,17 @@ def test_order_extra_columns_and_wide_types_do_not_matter(folder, capsys):
     assert after == before
 
 
-def test_optional_numbers(folder, capsys):
+def test_optional_numbers_are_reported_on_request(folder, capsys):
     summary, _ = score(capsys, "--boundary-ratio", "0.05", "--label-latent", "4", "--bootstrap", "0")
     assert summary["interval"] == dict.fromkeys(SPLITS)
     assert 0 < summary["boundary_iou"]["overall"] < summary["ar"]["overall"]
-    assert summary["ceiling_latent"]["overall"] == 1.0  # halves lie on the grid of 4 x 4 cells
+    assert summary["ceiling_latent"]["overall"] == 1.0  # Halves align with the grid of 4 x 4 cells.
     narrow, _ = score(capsys, "--label-latent", "1")
-    assert narrow["ceiling_latent"]["overall"] == 0.5  # one cell, half full, is read as foreground
+    assert narrow["ceiling_latent"]["overall"] == 0.5  # One half-full cell is read as foreground.
     assert narrow["boundary_iou"] == dict.fromkeys(SPLITS)
 
 
-def test_threshold_grids(folder, capsys):
+def test_threshold_grids_agree_within_1e_4(folder, capsys):
     exact, _ = score(capsys)
     for grid in ("official", "drmn", "gs_eq12"):
         summary, _ = score(capsys, "--threshold-grid", grid)
@@ -135,7 +136,7 @@ def test_threshold_grids(folder, capsys):
     assert summary["ar"]["overall"] == pytest.approx((0.9999 + 0.5 + 0.25) / 4)
 
 
-def test_other_protocols(folder, capsys):
+def test_other_protocols_differ_from_native_in_ar_and_ceiling(folder, capsys):
     phrase_table().drop(columns="segment_ids").to_parquet("flags.parquet")
     native, _ = score(capsys)
     for protocol in ("png-official", "ppmn"):
@@ -146,27 +147,27 @@ def test_other_protocols(folder, capsys):
         by_flag, err = score(capsys, "--protocol", protocol, "--phrases", "flags.parquet")
         assert by_flag["ar"] == summary["ar"]
         assert by_flag["counts"]["plural_by_flag"] == 4
-        assert "4 phrases without segment_ids" in err
+        assert f"phrases without segment_ids, plural by the table's flag instead of {protocol}'s rule: 4\n" in err
 
 
-def test_other_splits(folder, capsys):
+def test_other_split_is_scored_and_absent_split_is_rejected(folder, capsys):
     summary, err = score(capsys, "--split", "val")
     assert summary["counts"]["missing"] == 1
     assert summary["counts"]["other_split"] == 3
-    assert "3 predictions for other splits than val" in err
+    assert "predictions for splits other than val, not scored: 3\n" in err
     assert refused(capsys, "--split", "train").endswith(
-        "T.parquet: no phrase of split 'train'; splits in it: test, val; choose one with --split\n"
+        "T.parquet: no phrase has split 'train'; splits in the table: test, val; choose one with --split\n"
     )
 
 
-def test_an_empty_union_is_a_miss_and_counted(folder, capsys):
-    nothing = encode(np.zeros((HEIGHT, WIDTH)))
+def test_empty_union_has_iou_0_and_is_counted(folder, capsys):
+    empty_mask = encode(np.zeros((HEIGHT, WIDTH)))
     table = phrase_table()
-    table.loc[[0, 1], "mask"] = pd.Series([nothing] * 2, dtype=object)
+    table.loc[[0, 1], "mask"] = pd.Series([empty_mask] * 2, dtype=object)
     table.to_parquet("T.parquet")
-    found = prediction_table()
-    found.loc[0, "mask"] = nothing
-    found.to_parquet("P.parquet")
+    predictions = prediction_table()
+    predictions.loc[0, "mask"] = empty_mask
+    predictions.to_parquet("P.parquet")
     summary, _ = score(capsys)
     assert summary["counts"]["empty_union"] == 1
     assert summary["counts"]["empty_ground_truth"] == 2
@@ -174,8 +175,8 @@ def test_an_empty_union_is_a_miss_and_counted(folder, capsys):
     assert summary["ceiling"]["overall"] == 0.5
 
 
-def test_codes_with_empty_runs_inside_are_read_right(folder, capsys):
-    """The left half as 40 + 0 + 56 pixels: legal, but pycocotools' own IoU stops where both masks have an empty run."""
+def test_codes_with_empty_inner_runs_are_decoded_correctly(folder, capsys):
+    """The left half is encoded as 40 + 0 + 56 pixels, which is valid, but the IoU of pycocotools stops at common empty runs."""
     from pycocotools import mask as coco_mask
 
     runs = [[0, 40, 0, 56, 96], [0, 40, 0, 8, 144]]
@@ -194,63 +195,63 @@ MISFIT = ": the RLE of a mask does not fit 12 x 16 pixels"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda frame: frame.assign(image_id=[1, 1, 77]),
-            "P.parquet: row 2 (image_id 77, narrative_id 'b', phrase_id 0) is no phrase of T.parquet (1 such rows)",
+            "P.parquet: row 2 (image_id 77, narrative_id 'b', phrase_id 0): no such phrase in T.parquet (1 of 3 rows)",
         ),
-        (lambda frame: frame.assign(mask=[box(0, 8), box(0, 8, 6, 8), box(0, 8)]), f"{ROW_1}{MISFIT} (1 such rows)"),
+        (lambda frame: frame.assign(mask=[box(0, 8), box(0, 8, 6, 8), box(0, 8)]), f"{ROW_1}{MISFIT} (1 of 4 rows)"),
         (lambda frame: frame.assign(mask=[box(0, 4), box(0, 4), b"\x00\xff"]), f"{ROW_2}{MISFIT}"),
-        (lambda frame: frame.assign(mask=[mask[:-1] for mask in frame["mask"]]), f"{ROW_0}{MISFIT} (3 such rows)"),
+        (lambda frame: frame.assign(mask=[mask[:-1] for mask in frame["mask"]]), f"{ROW_0}{MISFIT} (3 of 4 rows)"),
         (
             lambda frame: pd.concat([frame, frame.iloc[1:2]]),
             "row 3: (image_id, narrative_id, phrase_id) = (1, 'a', 2) occurs twice",
         ),
         (lambda frame: frame.assign(score=[0.1, np.nan, 0.2]), "row 1: no value in column score"),
-        (lambda frame: frame.assign(score=[0.1, 0.2, np.inf]), f"{ROW_2}: score inf is no finite number"),
+        (lambda frame: frame.assign(score=[0.1, 0.2, np.inf]), f"{ROW_2}: expected a finite score, got inf"),
         (lambda frame: frame.drop(columns="mask"), "predictions without column mask"),
         (lambda frame: frame.assign(mask=[1, 2, 3]), "column mask"),
     ],
 )
-def test_bad_predictions_are_one_line(folder, capsys, change, told):
+def test_invalid_predictions_are_rejected_in_one_line(folder, capsys, change, message):
     change(prediction_table()).to_parquet("P.parquet")
-    assert told in refused(capsys)
+    assert message in refused(capsys)
     assert not Path("scores.json").exists()
 
 
-def test_a_nan_score_that_arrow_wrote_is_refused(folder, capsys):
+def test_nan_score_written_by_arrow_is_rejected(folder, capsys):
     table = pa.Table.from_pandas(prediction_table(), preserve_index=False)
-    at = table.schema.get_field_index("score")
-    pq.write_table(table.set_column(at, "score", pa.array([0.1, float("nan"), 0.2], from_pandas=False)), "P.parquet")
-    assert "row 1 (image_id 1, narrative_id 'a', phrase_id 2): score nan is no finite number" in refused(capsys)
+    column = table.schema.get_field_index("score")
+    pq.write_table(table.set_column(column, "score", pa.array([0.1, float("nan"), 0.2], from_pandas=False)), "P.parquet")
+    assert "row 1 (image_id 1, narrative_id 'a', phrase_id 2): expected a finite score, got nan" in refused(capsys)
 
 
-def test_bad_phrase_tables_are_one_line(folder, capsys):
+def test_invalid_phrase_tables_are_rejected_in_one_line(folder, capsys):
     phrase_table().assign(height=[HEIGHT, HEIGHT, 5, HEIGHT, HEIGHT]).to_parquet("T.parquet")
     assert "T.parquet: row 2 (image_id 1, narrative_id 'b', phrase_id 0)" in refused(capsys)
     phrase_table().assign(height=-1).to_parquet("T.parquet")
     assert "T.parquet: row 0" in refused(capsys)
     phrase_table().iloc[:0].to_parquet("T.parquet")
     prediction_table().iloc[:0].to_parquet("P.parquet")
-    assert "no phrase of split 'test'; splits in it: none" in refused(capsys)
+    assert "no phrase has split 'test'; splits in the table: none" in refused(capsys)
     Path("T.parquet").write_bytes(Path("T.parquet").read_bytes()[:-20])
     assert "T.parquet: not a readable Parquet file" in refused(capsys)
     Path("T.parquet").unlink()
     assert "T.parquet: no such phrase table file" in refused(capsys)
 
 
-def test_no_predictions_at_all_are_all_missing(folder, capsys):
+def test_empty_predictions_count_all_phrases_as_missing(folder, capsys):
     prediction_table().iloc[:0].to_parquet("P.parquet")
     summary, _ = score(capsys)
     assert summary["counts"]["missing"] == 4
     assert summary["ar"]["overall"] == 0
 
 
-def test_wrong_options_are_one_line(folder, capsys):
-    assert "give --predictions, --out" in refused(capsys, command=["score", "--phrases", "T.parquet"])
+def test_invalid_options_are_rejected_in_one_line(folder, capsys):
+    assert "missing --predictions, --out to score" in refused(capsys, command=["score", "--phrases", "T.parquet"])
     assert "leave out --phrases, --predictions, --out" in refused(capsys, "--params", "params.yaml")
-    assert "ends in .json" in refused(capsys, "--out", "scores")
+    assert "--out scores: expected a name that ends in .json" in refused(capsys, "--out", "scores")
     assert "would overwrite P.parquet" in refused(capsys, "--out", "P.json")
     assert "would overwrite T.parquet" in refused(capsys, "--out", str(folder / "T.json"))
     assert "--boundary-ratio 2.0" in refused(capsys, "--boundary-ratio", "2")
@@ -262,9 +263,9 @@ def test_wrong_options_are_one_line(folder, capsys):
 
 def test_torch_is_not_imported(folder):
     code = f"import sys; from genseg.cli import main; s = main({COMMAND!r}); assert 'torch' not in sys.modules; sys.exit(s)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["counts"]["phrases"] == 4
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["counts"]["phrases"] == 4
 
 
 # ----------------------------------------------------------------------------------------------------------- study
@@ -291,10 +292,10 @@ def shapes(seed, count, height=24, width=32):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study of twelve images whose predictions are the ground truth read through label latents, and worse ones."""
+    """Write a study of twelve images whose predictions are the ground truth read from label latents, shifted for controls."""
     monkeypatch.chdir(tmp_path)
     document = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
-    document["sample"]["runs"] = ["main", "controls", "grid"]  # a study without val's points refines nothing
+    document["sample"]["runs"] = ["main", "controls", "grid"]  # A study without runs on val has no refined masks.
     document["study"], document["sample"]["base"] = "small", {"size": 32, "steps": 50, "guidance": 7.5}
     document["score"] = document["score"] | {"protocol": "native", "also": ["native", "ppmn"], "bootstrap": 50}
     Path("params.yaml").write_text(yaml.safe_dump(document))
@@ -310,26 +311,26 @@ def study(tmp_path, monkeypatch):
     write_phrases(frame, "data/small/phrases.parquet")
     classes = [{"id": 7 + index, "name": name, "is_thing": True} for index, name in enumerate(("disk", "disc", "none"))]
     write_json("data/small/classes.json", classes)
-    every = frame[frame["split"] == "test"].assign(narrative_id="class")
-    every.loc[every["phrase_id"] == 2, "mask"] = encode(np.zeros((24, 32)))  # no image has the third class
-    write_phrases(every, "data/small/class_phrases.parquet")
+    class_rows = frame[frame["split"] == "test"].assign(narrative_id="class")
+    class_rows.loc[class_rows["phrase_id"] == 2, "mask"] = encode(np.zeros((24, 32)))  # The third class has no pixel.
+    write_phrases(class_rows, "data/small/class_phrases.parquet")
 
     runs = [dict(zip(FIELDS, run, strict=True)) | {"evaluations": None} for run in RUNS]
     for run in runs:
         path = Path("results/small/predictions") / run["name"] / "predictions.parquet"
-        rows = every if run["role"] == "class_phrases" else frame[frame["split"] == "test"]
+        rows = class_rows if run["role"] == "class_phrases" else frame[frame["split"] == "test"]
         if run["phrases"] == "grid":
             rows = rows[rows["image_id"] < 5]
         if run["phrases"] == "permutable":
             rows = rows[rows["image_id"] != 5]
-        quality = {"text_permuted": 3, "colour_threshold": 6, "discriminative": 4}.get(run["name"].split("_class")[0], 0)
-        absent = run["role"] == "class_phrases"
+        shift = {"text_permuted": 3, "colour_threshold": 6, "discriminative": 4}.get(run["name"].split("_class")[0], 0)
+        is_class_run = run["role"] == "class_phrases"
         keys = zip(rows["image_id"], rows["phrase_id"], strict=True)
-        truths = [masks[image, phrase] & (not absent or phrase < 2) for image, phrase in keys]
+        truths = [masks[image, phrase] & (not is_class_run or phrase < 2) for image, phrase in keys]
         side = (run["size"] or 32) // 4
-        maps = np.stack([area_reduce(np.roll(mask, quality, 1), side, side) for mask in truths])
-        read = bilinear(maps, 24, 32) >= 0.5 - 1e-6
-        write_predictions(rows[KEY].assign(mask=[encode(mask) for mask in read], score=maps.max((1, 2))), path)
+        maps = np.stack([area_reduce(np.roll(mask, shift, 1), side, side) for mask in truths])
+        predicted = bilinear(maps, 24, 32) >= 0.5 - 1e-6
+        write_predictions(rows[KEY].assign(mask=[encode(mask) for mask in predicted], score=maps.max((1, 2))), path)
         if run["name"] != "colour_threshold":
             write_maps(maps, path)
     write_manifest("results/small/predictions/manifest.json", "sample", {}, [], [], 0.0, code="c", runs=runs)
@@ -339,41 +340,46 @@ def study(tmp_path, monkeypatch):
 STUDY = ["score", "--params", "params.yaml"]
 
 
-def everything(folder):
+def file_contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_study_is_scored_as_its_layout_says(study, capsys):
+def test_study_scores_have_the_documented_files_and_contents(study, capsys):
     assert main(STUDY) == 0
     names = [run[0] for run in RUNS[:-2]] + ["protocols/main.ppmn", "protocols/discriminative.ppmn"]
-    wanted = {f"{name}{suffix}" for name in names for suffix in (".json", ".parquet")} | {"comparisons.json", "manifest.json"}
-    assert set(everything(study)) == wanted
-    found = {name: json.loads((study / f"{name}.json").read_text()) for name in names}
+    expected_files = {f"{name}{suffix}" for name in names for suffix in (".json", ".parquet")} | {
+        "comparisons.json",
+        "manifest.json",
+    }
+    assert set(file_contents(study)) == expected_files
+    scores = {name: json.loads((study / f"{name}.json").read_text()) for name in names}
 
-    top = found["main"]
-    assert top["run"]["name"] == "main"
-    assert top["split"] == "test"
-    assert top["counts"]["phrases"] == 33
-    assert top["counts"]["left_out"] == top["counts"]["missing"] == 0
-    assert top["ceiling"] == dict.fromkeys(SPLITS, 1.0)
-    assert top["ceiling_latent"] == pytest.approx(top["ar"], abs=1e-3)  # predictions here are the ceiling
-    assert set(top["interval"]) == set(SPLITS)
-    assert 0 < top["boundary_iou"]["overall"] < top["ar"]["overall"]
-    assert top["miou"]["per_class"]["none"] is None
-    assert top["miou"]["mean"] == pytest.approx((top["miou"]["per_class"]["disk"] + top["miou"]["per_class"]["disc"]) / 2)
-    assert top["miou"]["interval"][0] <= top["miou"]["mean"] <= top["miou"]["interval"][1]
-    assert found["discriminative"]["miou"]["mean"] < top["miou"]["mean"]
-    assert found["text_permuted"]["miou"] is None
-    assert found["text_permuted"]["counts"]["left_out"] == 3
-    assert found["colour_threshold"]["ceiling_latent"] is None
+    main_scores = scores["main"]
+    assert main_scores["run"]["name"] == "main"
+    assert main_scores["split"] == "test"
+    assert main_scores["counts"]["phrases"] == 33
+    assert main_scores["counts"]["left_out"] == main_scores["counts"]["missing"] == 0
+    assert main_scores["ceiling"] == dict.fromkeys(SPLITS, 1.0)
+    assert main_scores["ceiling_latent"] == pytest.approx(main_scores["ar"], abs=1e-3)  # The predictions equal the ceiling.
+    assert set(main_scores["interval"]) == set(SPLITS)
+    assert 0 < main_scores["boundary_iou"]["overall"] < main_scores["ar"]["overall"]
+    assert main_scores["miou"]["per_class"]["none"] is None
+    assert main_scores["miou"]["mean"] == pytest.approx(
+        (main_scores["miou"]["per_class"]["disk"] + main_scores["miou"]["per_class"]["disc"]) / 2
+    )
+    assert main_scores["miou"]["interval"][0] <= main_scores["miou"]["mean"] <= main_scores["miou"]["interval"][1]
+    assert scores["discriminative"]["miou"]["mean"] < main_scores["miou"]["mean"]
+    assert scores["text_permuted"]["miou"] is None
+    assert scores["text_permuted"]["counts"]["left_out"] == 3
+    assert scores["colour_threshold"]["ceiling_latent"] is None
 
-    base, small = (found[f"grid/size=00{size}/steps=0050/cfg=07.50"] for size in (32, 16))
+    base, small = (scores[f"grid/size=00{size}/steps=0050/cfg=07.50"] for size in (32, 16))
     assert base["counts"]["phrases"] == 12
     assert base["counts"]["left_out"] == 21
     assert base["counts"]["missing"] == 0
     assert small["ceiling_latent"]["overall"] < base["ceiling_latent"]["overall"] < 1
-    assert found["protocols/main.ppmn"]["protocol"] == "ppmn"
-    assert found["protocols/main.ppmn"]["boundary_iou"] == dict.fromkeys(SPLITS)
+    assert scores["protocols/main.ppmn"]["protocol"] == "ppmn"
+    assert scores["protocols/main.ppmn"]["boundary_iou"] == dict.fromkeys(SPLITS)
 
     comparisons = json.loads((study / "comparisons.json").read_text())
     cell = "grid/size=00{}/steps=0050/cfg=07.50".format
@@ -385,28 +391,28 @@ def test_a_study_is_scored_as_its_layout_says(study, capsys):
     assert 0 < permuted["ci_low"] < permuted["difference"] < permuted["ci_high"]
     assert comparisons["main - text_permuted (things)"]["n"] == 20
     assert comparisons[f"main - {cell(32)}"]["difference"] == 0
-    both = found["main"]["ar"]["overall"] - found["discriminative"]["ar"]["overall"]
-    assert comparisons["main - discriminative"]["difference"] == pytest.approx(both)
+    difference = scores["main"]["ar"]["overall"] - scores["discriminative"]["ar"]["overall"]
+    assert comparisons["main - discriminative"]["difference"] == pytest.approx(difference)
     assert comparisons["main - discriminative (miou)"]["ci_low"] > 0
 
     manifest = read_manifest(study / "manifest.json", verify=True)
-    assert set(manifest["outputs"]) == {f"results/small/scores/{name}" for name in wanted - {"manifest.json"}}
+    assert set(manifest["outputs"]) == {f"results/small/scores/{name}" for name in expected_files - {"manifest.json"}}
     assert {"data/small/phrases.parquet", "data/small/classes.json"} <= set(manifest["inputs"])
     assert manifest["phase"] == "score"
 
 
-def test_scoring_again_gives_the_same_bytes_and_removes_what_is_gone(study, capsys):
+def test_scoring_again_writes_the_same_bytes_and_removes_stale_scores(study, capsys):
     assert main(STUDY) == 0
-    before = everything(study)
+    before = file_contents(study)
     (study / "grid" / "old.json").write_text("{}")
     (study / "grid" / "old.parquet").write_text("")
     assert main(STUDY) == 0
-    after = everything(study)
+    after = file_contents(study)
     assert {name for name in before if before[name] != after.get(name)} <= {"manifest.json"}
     assert set(after) == set(before)
 
 
-def test_miou_falls_back_to_masks(study, capsys):
+def test_miou_is_computed_from_masks_without_soft_maps(study, capsys):
     assert main(STUDY) == 0
     soft = json.loads((study / "main.json").read_text())["miou"]["mean"]
     maps_path("results/small/predictions/class_phrases/predictions.parquet").unlink()
@@ -415,22 +421,28 @@ def test_miou_falls_back_to_masks(study, capsys):
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "message"),
     [
-        (lambda results: (results / "manifest.json").unlink(), "no predictions of study small yet; run `genseg sample`"),
+        (
+            lambda results: (results / "manifest.json").unlink(),
+            "predictions/manifest.json: no such file; run `genseg sample` with the params of study small",
+        ),
         (lambda results: (results / "main/predictions.parquet").unlink(), "main/predictions.parquet: no such predictions file"),
         (
             lambda results: write_maps(np.zeros((2, 8, 8)), results / "class_phrases/predictions.parquet"),
-            "class_phrases/predictions.safetensors: 2 soft maps for 33 predictions",
+            "class_phrases/predictions.safetensors: expected 33 soft maps, one for each prediction, got 2",
         ),
-        (lambda results: write_json("data/small/classes.json", [{"name": "disk"}]), "phrase_id 1 is no index of the 1 classes"),
+        (
+            lambda results: write_json("data/small/classes.json", [{"name": "disk"}]),
+            "phrase_id 1 is not the index of one of 1 classes",
+        ),
     ],
 )
-def test_a_broken_study_is_one_line_and_has_no_manifest(study, capsys, harm, told):
+def test_broken_study_is_rejected_in_one_line_and_has_no_manifest(study, capsys, damage, message):
     assert main(STUDY) == 0
     capsys.readouterr()
-    harm(Path("results/small/predictions"))
+    damage(Path("results/small/predictions"))
     assert main(STUDY) == 2
-    assert told in capsys.readouterr().err
-    unread = not Path("results/small/predictions/manifest.json").exists()  # then the old scores are left alone
-    assert (study / "manifest.json").exists() == unread
+    assert message in capsys.readouterr().err
+    keeps_old_scores = not Path("results/small/predictions/manifest.json").exists()
+    assert (study / "manifest.json").exists() == keeps_old_scores

@@ -1,7 +1,7 @@
 """Bootstrap over images: 95 % percentile intervals of AR and mIoU, and of paired differences.
 
-Phrases of one image are not independent, so images are what is drawn. Every statistic here is a function of sums over
-images; a replicate therefore needs only how often each image was drawn.
+Phrases of one image are not independent, so images are drawn instead of phrases. Every statistic here is a function of
+sums over images; a replicate therefore only needs the sums over the drawn images.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Interval = list[float] | None
 
 
 def resampled_sums(per_image: NDArray[np.generic], replicates: int, seed: int) -> Floats:
-    """Sums over images drawn with replacement: [images, ...] -> [replicates, ...].
+    """Return sums over images drawn with replacement: [images, ...] -> [replicates, ...].
 
-    The draws depend on `seed` and the number of images alone, so that two statistics of the same images are paired.
+    The draws depend only on `seed` and the number of images, so that two statistics of the same images are paired.
     """
     images = len(per_image)
     flat = np.asarray(per_image, np.float64).reshape(images, -1)
@@ -37,28 +37,38 @@ def resampled_sums(per_image: NDArray[np.generic], replicates: int, seed: int) -
 
 
 def percentile_interval(statistic: Floats) -> Interval:
-    """2.5 % and 97.5 % percentile of a statistic's replicates; null without replicates. NaN (an empty one) is left out."""
-    found = statistic[np.isfinite(statistic)]
-    return [float(bound) for bound in np.percentile(found, [2.5, 97.5])] if len(found) else None
+    """Return the 2.5 % and 97.5 % percentiles of a statistic's replicates [replicates].
+
+    NaN replicates are left out. Returns None if no replicate remains.
+    """
+    finite = statistic[np.isfinite(statistic)]
+    return [float(bound) for bound in np.percentile(finite, [2.5, 97.5])] if len(finite) else None
 
 
 def recall_intervals(
     image_ids: NDArray[np.int64], values: Floats, members: dict[str, Flags], replicates: int, seed: int
 ) -> dict[str, Interval]:
-    """Interval of the mean value of each group of phrases; `values` [N] are `recall.recall_values`."""
-    chosen = np.stack(list(members.values()), 1).astype(np.float64)
-    sums = resampled_sums(_by_image(image_ids, np.stack([chosen * values[:, None], chosen], 1)), replicates, seed)
-    return {name: percentile_interval(ratio) for name, ratio in zip(members, _ratio(sums[:, 0], sums[:, 1]).T, strict=True)}
+    """Return the 95 % interval of each group's AR.
+
+    Args:
+        image_ids: [N], one for each phrase.
+        values: [N], from `recall.recall_values`.
+        members: group -> its phrases [N].
+    """
+    included = np.stack(list(members.values()), 1).astype(np.float64)
+    sums = resampled_sums(_by_image(image_ids, np.stack([included * values[:, None], included], 1)), replicates, seed)
+    ratios = _ratio(sums[:, 0], sums[:, 1])  # [replicates, groups]
+    return {name: percentile_interval(ratio) for name, ratio in zip(members, ratios.T, strict=True)}
 
 
 def paired_difference(a: pd.DataFrame, b: pd.DataFrame, replicates: int, seed: int) -> dict[str, Any] | None:
-    """Difference of AR, a - b, on the phrases that both per-phrase tables hold; null when they share none.
+    """Return the difference of AR, a - b, on the phrases that both per-phrase tables contain.
 
     Args:
-        a, b: the key columns and `iou`.
+        a, b: tables with the key columns and `iou`.
 
     Returns:
-        `n` (shared phrases), `difference`, `ci_low`, `ci_high` (null when `replicates` is 0).
+        `n` (shared phrases), `difference`, `ci_low`, `ci_high` (None if `replicates` is 0); None if no phrase is shared.
     """
     both = a[[*KEY, "iou"]].merge(b[[*KEY, "iou"]], on=KEY, suffixes=("_a", "_b"))
     if both.empty:
@@ -70,27 +80,33 @@ def paired_difference(a: pd.DataFrame, b: pd.DataFrame, replicates: int, seed: i
 
 
 def paired_miou_difference(a: NDArray[np.int64], b: NDArray[np.int64], replicates: int, seed: int) -> dict[str, Any]:
-    """Difference of mIoU, a - b, of two `Semantic.counts` [images, 3, classes] over the same images; `n` counts images."""
+    """`paired_statistic_difference` of mIoU, of two `PixelCounts.counts` [images, 3, classes] of the same images."""
     return paired_statistic_difference(mean_iou, a, b, replicates, seed)
 
 
 def paired_statistic_difference(
     statistic: Callable[[Any], Floats], a: NDArray[Any], b: NDArray[Any], replicates: int, seed: int
 ) -> dict[str, Any]:
-    """Difference statistic(a) - statistic(b) of a function of sums over images, of the same images [images, ...]."""
-    whole = float(statistic(a.sum(0)) - statistic(b.sum(0)))
+    """Return statistic(a) - statistic(b) as `paired_difference` does; `n` is the number of images.
+
+    Args:
+        statistic: function of sums over images, [..., *rest] -> [...].
+        a, b: [images, *rest], of the same images.
+    """
+    difference = float(statistic(a.sum(0)) - statistic(b.sum(0)))
     replicated = statistic(resampled_sums(a, replicates, seed)) - statistic(resampled_sums(b, replicates, seed))
-    return _difference(len(a), whole, percentile_interval(replicated))
+    return _difference(len(a), difference, percentile_interval(replicated))
 
 
 def _by_image(image_ids: NDArray[np.int64], columns: Floats) -> Floats:
-    """Sums by image, images in the order of their ids: [N, ...] -> [images, ...]."""
+    """Sums by image: [N, ...] -> [images, ...], in the order of the image ids."""
     order = np.argsort(image_ids, kind="stable")
     _, starts = np.unique(image_ids[order], return_index=True)
     return np.asarray(np.add.reduceat(columns[order], starts, axis=0), np.float64)
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
+    """Elementwise ratio; NaN where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=np.asarray(denominator) > 0)
 
 

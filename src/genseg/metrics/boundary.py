@@ -10,27 +10,31 @@ from genseg.metrics.protocols import Pairs
 
 
 def boundary_ious(pairs: Pairs, ratio: float) -> NDArray[np.float64]:
-    """IoU [N] of the bands inside the contours of ground truth and prediction; 0 where both masks are empty."""
+    """Return the IoU [N] of the bands inside the contours of ground truth and prediction; 0 where both masks are empty.
+
+    Args:
+        ratio: width of the band as a fraction of the image's diagonal.
+    """
     return np.array([_boundary_iou(*row, ratio) for row in pairs.rows()], np.float64)
 
 
 def _boundary_iou(truth: bytes, prediction: bytes, height: int, width: int, ratio: float) -> float:
     distance = band_width(height, width, ratio)
-    first = boundary_band(decode_checked(truth, height, width), distance)
-    second = boundary_band(decode_checked(prediction, height, width), distance)
-    union = np.count_nonzero(first | second)
-    return np.count_nonzero(first & second) / union if union else 0.0
+    truth_band = boundary_band(decode_checked(truth, height, width), distance)
+    predicted_band = boundary_band(decode_checked(prediction, height, width), distance)
+    union = np.count_nonzero(truth_band | predicted_band)
+    return np.count_nonzero(truth_band & predicted_band) / union if union else 0.0
 
 
 def band_width(height: int, width: int, ratio: float) -> int:
-    """Width of the band in pixels: `ratio` of the image's diagonal (0.02 in the paper), at least one."""
+    """Return the width of the band in pixels: `ratio` (0.02 in the paper) times the image's diagonal, at least 1."""
     return max(1, round(ratio * float(np.hypot(height, width))))
 
 
 def boundary_band(mask: Mask, distance: int) -> Mask:
-    """Pixels of a mask [H, W] that erosion by a square of side 2 * distance + 1 removes.
+    """Return the pixels of a mask [H, W] that erosion by a square of side 2 * distance + 1 removes.
 
-    As in the authors' `mask_to_boundary`, what lies outside of the image counts as background, so a mask that touches the
+    As in the authors' `mask_to_boundary`, the outside of the image counts as background, so a mask that touches the image
     border has a band there.
     """
     band = mask.copy()
@@ -47,11 +51,11 @@ def boundary_band(mask: Mask, distance: int) -> Mask:
 
 
 def _all_in_window(mask: Mask, side: int) -> Mask:
-    """Logical and over windows of `side` rows: [H, W] -> [H - side + 1, W], by doubling the window."""
+    """Logical "and" over windows of `side` rows, by doubling the window: [H, W] -> [H - side + 1, W]."""
     rows = mask.shape[0] - side + 1
     width = 1
     while 2 * width <= side:
         mask = mask[:-width] & mask[width:]
         width *= 2
-    rest = side - width
-    return mask[:rows] & mask[rest : rest + rows]
+    shift = side - width
+    return mask[:rows] & mask[shift : shift + rows]

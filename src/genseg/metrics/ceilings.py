@@ -1,6 +1,6 @@
-"""Oracle ceilings: what a perfect prediction scores, and what any label latent of a size can.
+"""Oracle ceilings: the score of a perfect prediction, and of a perfect label latent of a given size.
 
-Values are remembered by mask, because the runs of a study and the narratives of an image share their ground truths.
+Values are cached by mask, because the runs of a study and the narratives of an image share their ground truths.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 
 def protocol_ceiling(protocol: str, pairs: Pairs) -> Floats:
-    """IoU [N] of a prediction that equals the ground truth. `native` gives 1, or 0 for a mask without a pixel."""
+    """Return the IoU [N] of predictions that equal the ground truth; with `native` 1, or 0 for an empty mask."""
     if protocol == "native":
         return (pairs.truth_area > 0).astype(np.float64)
     return np.array([_perfect(protocol, truth, *size) for truth, _, *size in pairs.rows()], np.float64)
@@ -31,15 +31,18 @@ def _perfect(protocol: str, truth: bytes, height: int, width: int) -> float:
 
 
 def latent_ceiling(pairs: Pairs, latent: tuple[int, int]) -> Floats:
-    """`native` IoU [N] of the ground truth reduced by area to latent (h, w) and read back: bilinear, >= 0.5."""
+    """Return the native IoU [N] of the ground truth reduced to latent size and read back.
+
+    Args:
+        latent: (h, w). The mask is averaged over the area of each cell, up-sampled bilinearly and cut at 0.5.
+    """
     return np.array([_through_latent(truth, *size, *latent) for truth, _, *size in pairs.rows()], np.float64)
 
 
 @lru_cache(maxsize=65536)
 def _through_latent(truth: bytes, height: int, width: int, latent_height: int, latent_width: int) -> float:
     mask = decode_checked(truth, height, width)
-    read = (
-        bilinear(area_reduce(mask, latent_height, latent_width), height, width) >= 0.5 - 1e-6
-    )  # one half, however it is rounded
-    union = np.count_nonzero(mask | read)
-    return np.count_nonzero(mask & read) / union if union else 0.0
+    upsampled = bilinear(area_reduce(mask, latent_height, latent_width), height, width)
+    restored = upsampled >= 0.5 - 1e-6  # The tolerance includes values of 0.5 that were rounded down.
+    union = np.count_nonzero(mask | restored)
+    return np.count_nonzero(mask & restored) / union if union else 0.0

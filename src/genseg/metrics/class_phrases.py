@@ -1,9 +1,10 @@
-"""The class phrases of test, and the pixels that predictions for them get right, by class and image."""
+"""The class phrases of test, and the pixel counts and mIoU of predictions for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +13,14 @@ from genseg.artifacts.files import read_json
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions
 from genseg.errors import UserError
-from genseg.metrics.scoring import fitting_pairs, match
-from genseg.metrics.semantic import Semantic, count_pixels
+from genseg.metrics.bootstrap import percentile_interval, resampled_sums
+from genseg.metrics.scoring import mask_pairs, match
+from genseg.metrics.semantic import PixelCounts, class_ious, count_pixels, mean_iou
 from genseg.params import Params
 
 
 class ClassPhrases:
-    """The table and the classes, read once; of all test images or of some."""
+    """A study's class list and class-phrase table, for the test images with ids `images`, or all if None."""
 
     def __init__(self, params: Params, images: Sequence[int] | None = None) -> None:
         self.path = params.data_dir / "class_phrases.parquet"
@@ -32,29 +34,53 @@ class ClassPhrases:
     def has_background(self) -> bool:
         return any(item.get("background") for item in self.classes)
 
-    def count(self, path: Path, threshold: float | None = None) -> Semantic:
-        """Pixel counts of a predictions file, from its soft maps where it has them and its masks otherwise.
+    def count(self, path: Path, threshold: float | None = None) -> PixelCounts:
+        """Count the pixels of a predictions file, from its soft maps if it has them, otherwise from its masks.
 
         Args:
-            threshold: of the background rule; that of the params when None.
+            threshold: threshold in [0, 1] of the background rule; that of the params if None.
+
+        Raises:
+            UserError: the file is missing or broken, or does not match the class-phrase table.
         """
         origins = (str(self.path), str(path))
         predictions = read_predictions(path)
         shape = maps_shape(path)
         if shape is not None and shape[0] != len(predictions):
-            raise UserError(f"{maps_path(path)}: {shape[0]} soft maps for {len(predictions)} predictions; make both again")
-        kept = np.arange(len(predictions))
+            raise UserError(
+                f"{maps_path(path)}: expected {len(predictions)} soft maps, one for each prediction, got {shape[0]}; "
+                f"make it and {path.name} again"
+            )
+        file_rows = np.arange(len(predictions))
         if self.images is not None:
-            kept = np.flatnonzero(predictions["image_id"].isin(self.images))
-            predictions = predictions.iloc[kept].reset_index(drop=True)
+            file_rows = np.flatnonzero(predictions["image_id"].isin(self.images))
+            predictions = predictions.iloc[file_rows].reset_index(drop=True)
         rows, _ = match(self.table, predictions, "test", False, origins)
-        pairs = fitting_pairs(rows, origins)
+        pairs = mask_pairs(rows, origins)
         rows = rows.assign(mask=pairs.truths, predicted_mask=pairs.predictions, area=pairs.truth_area)
 
-        def maps(chosen: NDArray[np.int64]) -> NDArray[np.float32]:
-            inside = kept[chosen]
-            low, high = (int(inside.min()), int(inside.max()) + 1) if len(inside) else (0, 0)
-            return read_maps(path, slice(low, high))[inside - low]  # an image's rows lie together
+        def maps(predicted_rows: NDArray[np.int64]) -> NDArray[np.float32]:
+            """Read the range of rows that contains `predicted_rows`; the rows of an image are adjacent."""
+            positions = file_rows[predicted_rows]
+            start, stop = (int(positions.min()), int(positions.max()) + 1) if len(positions) else (0, 0)
+            return read_maps(path, slice(start, stop))[positions - start]
 
-        bound = self.threshold if threshold is None else threshold
-        return count_pixels(rows, None if shape is None else maps, self.classes, bound, origins[0])
+        threshold = self.threshold if threshold is None else threshold
+        return count_pixels(rows, None if shape is None else maps, self.classes, threshold, origins[0])
+
+
+def miou_summary(params: Params, pixels: PixelCounts) -> dict[str, Any]:
+    """Return the `miou` of a scores file: `mean` and `per_class` in [0, 1] (null without ground truth), the 95 % `interval`
+    of the mean, and the numbers of images, labelled pixels and missing predictions."""
+    total = pixels.counts.sum(0)
+    mean = float(mean_iou(total))
+    ious = zip(pixels.names, class_ious(total), strict=True)
+    return {
+        "mean": None if np.isnan(mean) else mean,
+        "per_class": {name: None if np.isnan(iou) else float(iou) for name, iou in ious},
+        "interval": percentile_interval(mean_iou(resampled_sums(pixels.counts, params.score.bootstrap, params.seed))),
+        "background_threshold": params.score.background_threshold,
+        "images": len(pixels.image_ids),
+        "pixels": int(total[1].sum()),
+        "missing": pixels.missing,
+    }

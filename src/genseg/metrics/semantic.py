@@ -1,7 +1,7 @@
-"""mIoU from class phrases: every class of the list is asked for in every image, and a pixel takes the best answer.
+"""mIoU from class phrases: every class is predicted in every image, and a pixel takes the class with the highest value.
 
-One confusion matrix over the whole data set at native size; IoU = TP / (T + P - TP); mean over the classes with ground
-truth. Kept per image as TP, T and P by class, so that the bootstrap can draw images.
+There is one confusion matrix over the whole data set at native size. IoU = TP / (T + P - TP); mIoU is the mean over the
+classes with ground truth. TP, T and P are stored per image and class, so that the bootstrap can draw images.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from genseg.errors import UserError
 
 Labels = NDArray[np.int64]
 Maps = Callable[[NDArray[np.int64]], NDArray[np.float32]]
-"""Rows of the predictions -> their soft maps [n, h, w] in [0, 1]."""
+"""Function from row numbers [n] of the predictions to their soft maps [n, h, w] in [0, 1]."""
 
 IGNORED = -1
+"""Label of pixels without ground truth."""
 
 
 @dataclass(frozen=True)
-class Semantic:
-    """Pixel counts of one set of class predictions."""
+class PixelCounts:
+    """Pixel counts of one set of predictions for class phrases."""
 
     image_ids: Labels
     """[images], ascending."""
     counts: Labels
-    """[images, 3, classes]: true positives, ground truth, predicted; labelled pixels only."""
+    """[images, 3, classes]: labelled pixels that are true positives, of the ground truth, predicted."""
     names: list[str]
+    """[classes]."""
     missing: int
-    """Class phrases (but the background's) without a prediction; such a class cannot win a pixel."""
+    """Number of class phrases without a prediction, except the background's; their classes get no pixel."""
 
 
 def count_pixels(
@@ -44,78 +46,86 @@ def count_pixels(
     classes: Sequence[dict[str, Any]],
     background_threshold: float,
     origin: str = "class phrases",
-) -> Semantic:
+) -> PixelCounts:
     """Count pixels by class over the images of a class-phrase table.
 
-    Ground truth: the classes' masks; where they overlap, the one with fewer pixels in this image is in front. A class
-    marked `background` in `classes` is either a row of the table like the others, or, without a row, every pixel that no
-    class covers. A pixel that then has no class is unlabelled and not counted at all.
+    Ground truth: the masks of the classes; where they overlap, the class with fewer pixels in this image is in front. A class
+    marked `background` in `classes` either has rows in the table like the others or, without a row, consists of every pixel
+    that no class covers. Pixels that still have no class are unlabelled and not counted.
 
-    Prediction: the class whose soft map, read bilinearly at native size, is highest; where `maps` is None, the class
-    whose mask covers the pixel, the higher `score` first; equal ones: the lower index. Background rule (data sets with a
-    background class only): a pixel whose highest value is under `background_threshold`, or that no mask covers, is
-    background; a prediction for the background itself is not read. Without a background class, a pixel that no mask covers
-    is predicted as nothing: a miss for its class, a false positive for none.
+    Prediction: the class whose soft map, up-sampled bilinearly to native size, is highest. If `maps` is None, the class
+    whose mask covers the pixel; of several the one with the highest `score`. Ties go to the lower class index.
+
+    Background rule, for data sets with a background class only: a pixel is background if its highest value is below
+    `background_threshold`, or if no mask covers it. A prediction for the background itself is ignored. Without a background
+    class, a pixel that no mask covers has no predicted class: a miss for its true class, a false positive for none.
 
     Args:
-        rows: class phrases beside their predictions (`scoring.match`) with masks that fit their images; `phrase_id` is the
-            index into `classes`, `area` the pixels of `mask`, `predicted_row` the row of the soft map.
-        origin: what messages call the class-phrase table.
+        rows: class phrases with their predictions (`scoring.match`) and masks that fit their images; `phrase_id` is the
+            index into `classes`, `area` the number of pixels in `mask`, `predicted_row` the row of the soft map.
+        classes: dictionaries with `name` and, for at most one class, `background`.
+        background_threshold: in [0, 1].
+        origin: name of the class-phrase table in error messages.
+
+    Raises:
+        UserError: a `phrase_id` is not the index of a class.
     """
     count = len(classes)
     background = next((index for index, item in enumerate(classes) if item.get("background")), None)
-    strange = ~rows["phrase_id"].between(0, count - 1)
-    if strange.any():
-        raise UserError(
-            f"{origin}: phrase_id {rows.loc[strange, 'phrase_id'].iloc[0]} is no index of the {count} classes; assemble again"
-        )
-    rows = rows.sort_values(["image_id", "phrase_id"])
+    unknown = ~rows["phrase_id"].between(0, count - 1)
+    if unknown.any():
+        phrase_id = rows.loc[unknown, "phrase_id"].iloc[0]
+        raise UserError(f"{origin}: phrase_id {phrase_id} is not the index of one of {count} classes; run `genseg data` again")
     counts, missing = [], 0
-    images = rows.groupby("image_id", sort=True)
+    images = rows.sort_values(["image_id", "phrase_id"]).groupby("image_id", sort=True)
     for _, image in images:
         height, width = int(image["height"].iloc[0]), int(image["width"].iloc[0])
-        asked = image[image["phrase_id"] != (-1 if background is None else background)]
-        answered = asked[asked["predicted_row"] >= 0]
-        missing += len(asked) - len(answered)
+        foreground = image[image["phrase_id"] != (-1 if background is None else background)]
+        predicted = foreground[foreground["predicted_row"] >= 0]
+        missing += len(foreground) - len(predicted)
         if maps is None:
-            values = _mask_scores(answered, height, width)
+            values = _mask_scores(predicted, height, width)
         else:
-            values = bilinear(maps(answered["predicted_row"].to_numpy(np.int64)), height, width)
-        predicted = _winner(values, answered["phrase_id"].to_numpy(np.int64), count, background)
+            values = bilinear(maps(predicted["predicted_row"].to_numpy(np.int64)), height, width)
+        labels = _highest(values, predicted["phrase_id"].to_numpy(np.int64), count, background)
         if background is not None and maps is not None and len(values):
-            predicted[values.max(0) < background_threshold] = background
-        counts.append(_count(_truth(image, height, width, background), predicted, count))
-    return Semantic(np.array(list(images.groups), np.int64), np.stack(counts), [str(item["name"]) for item in classes], missing)
+            labels[values.max(0) < background_threshold] = background
+        counts.append(_count(_truth(image, height, width, background), labels, count))
+    image_ids = np.array(list(images.groups), np.int64)
+    return PixelCounts(image_ids, np.stack(counts), [str(item["name"]) for item in classes], missing)
 
 
 def _truth(rows: pd.DataFrame, height: int, width: int, background: int | None) -> Labels:
-    """Label map [H, W] of class indices."""
+    """Class indices [H, W] of the ground truth of one image."""
     has_row = background is not None and bool((rows["phrase_id"] == background).any())
     truth = np.full((height, width), IGNORED if background is None or has_row else background, np.int64)
-    behind_first = rows[rows["area"] > 0].sort_values("area", ascending=False, kind="stable")
-    for index, mask in zip(behind_first["phrase_id"], behind_first["mask"], strict=True):
+    back_to_front = rows[rows["area"] > 0].sort_values("area", ascending=False, kind="stable")
+    for index, mask in zip(back_to_front["phrase_id"], back_to_front["mask"], strict=True):
         truth[decode_checked(mask, height, width)] = index
     return truth
 
 
-def _mask_scores(answered: pd.DataFrame, height: int, width: int) -> NDArray[np.float32]:
-    """Score inside of each mask, -inf outside: [n, H, W]."""
-    values = np.full((len(answered), height, width), -np.inf, np.float32)
-    for layer, mask, score in zip(values, answered["predicted_mask"], answered["score"], strict=True):
+def _mask_scores(rows: pd.DataFrame, height: int, width: int) -> NDArray[np.float32]:
+    """Scores [n, H, W]: the prediction's score inside its mask, -inf outside."""
+    values = np.full((len(rows), height, width), -np.inf, np.float32)
+    for layer, mask, score in zip(values, rows["predicted_mask"], rows["score"], strict=True):
         layer[decode_checked(mask, height, width)] = score
     return values
 
 
-def _winner(values: NDArray[np.float32], indices: Labels, count: int, background: int | None) -> Labels:
-    """Class index [H, W] of the highest of `values` [n, H, W]; background, or `count` for nothing, where none is finite."""
-    nothing = count if background is None else background
+def _highest(values: NDArray[np.float32], indices: Labels, count: int, background: int | None) -> Labels:
+    """Class indices [H, W] of the highest `values` [n, H, W], whose classes are `indices` [n].
+
+    Where no value is finite, the label is the background or, without a background class, `count`.
+    """
+    default = count if background is None else background
     if not len(values):
-        return np.full(values.shape[1:], nothing, np.int64)
-    return np.where(np.isfinite(values.max(0)), indices[values.argmax(0)], nothing)
+        return np.full(values.shape[1:], default, np.int64)
+    return np.where(np.isfinite(values.max(0)), indices[values.argmax(0)], default)
 
 
 def _count(truth: Labels, predicted: Labels, count: int) -> Labels:
-    """TP, T and P by class [3, classes] of one image."""
+    """TP, T and P [3, classes] of one image, from class indices [H, W]."""
     labelled = truth != IGNORED
     pairs = np.bincount(truth[labelled] * (count + 1) + predicted[labelled], minlength=count * (count + 1))
     confusion = pairs.reshape(count, count + 1)
@@ -123,13 +133,14 @@ def _count(truth: Labels, predicted: Labels, count: int) -> Labels:
 
 
 def class_ious(counts: NDArray[np.generic]) -> NDArray[np.float64]:
-    """IoU = TP / (T + P - TP) of counts [..., 3, classes] (TP, T, P); NaN for a class without ground truth."""
-    hit, truth, predicted = (counts[..., part, :].astype(np.float64) for part in range(3))
-    return np.divide(hit, truth + predicted - hit, out=np.full(hit.shape, np.nan), where=truth > 0)
+    """Return IoU = TP / (T + P - TP) [..., classes] of counts [..., 3, classes]; NaN for a class without ground truth."""
+    true_positives, truth, predicted = (counts[..., index, :].astype(np.float64) for index in range(3))
+    union = truth + predicted - true_positives
+    return np.divide(true_positives, union, out=np.full(union.shape, np.nan), where=truth > 0)
 
 
 def mean_iou(counts: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Mean over the classes with ground truth: [..., 3, classes] -> [...]; NaN where there is none."""
+    """Return the mean IoU [...] over the classes with ground truth, of counts [..., 3, classes]; NaN without any."""
     ious = class_ious(counts)
     present = np.isfinite(ious)
     total = np.where(present, ious, 0).sum(-1)
