@@ -7,13 +7,11 @@ micro-batch and the number of processes change nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 
 from genseg.artifacts.files import atomic_path, file_sha256
 from genseg.artifacts.latents import LatentStore
@@ -22,7 +20,7 @@ from genseg.artifacts.phrases import read_phrases
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.backbone import load_vae
 from genseg.models.device import choose_device, describe, exactly
-from genseg.params import Params, Stage, Train, digest
+from genseg.params import Params, Train, digest
 from genseg.training.data import MicroBatch, PhraseData, micro_batches, prefetched
 from genseg.training.distributed import Ranks, accumulate, full_state_dict, load_full_state_dict, parallelize, process_group
 from genseg.training.export import FOLDERS, make_training_scheduler, save_pipeline
@@ -92,7 +90,7 @@ def _train(params: Params, kind: Kind, ranks: Ranks) -> None:
     alphas_bar = scheduler.alphas_cumprod.to(device)
     initial_networks = partial(build_networks, params, source, revision, texts[""], data.label_shape[0])
     state = TrainingState(initial_networks(), train, ranks)
-    loss = base_loss = make_base_loss(kind, train, alphas_bar, vae)
+    base_loss = make_base_loss(kind, train, alphas_bar, vae)
 
     # 3. Resume from the newest checkpoint.
     spans = stage_spans(train, len(data), kind)
@@ -118,7 +116,21 @@ def _train(params: Params, kind: Kind, ranks: Ranks) -> None:
             span = span_at(spans, state.step)
             loss = base_loss  # frees the teacher of the previous stage
             if span.stage is not None:
-                loss = _enter_stage(span, span.stage, state, train, initial_networks, alphas_bar, vae, work)
+                begins = state.step == span.first
+                if begins:
+                    state.begin_stage()
+                if span.stage.objective == "task":
+                    loss = MaskLoss(train, alphas_bar)
+                else:
+                    assert span.stage.guidance is not None
+                    path = work / f"teacher-{span.first:07d}.pt"
+                    loss = DistillationLoss(
+                        _make_teacher(initial_networks(), state, train.sharding, path, begins),
+                        span.stage.guidance,
+                        train,
+                        alphas_bar,
+                        vae,
+                    )
                 if is_main:
                     print(f"train {kind}: stage {span.stage.objective}, steps {span.first} to {span.end}", flush=True)
             meter.flops = sample_flops(state.networks, data, train, span) if device.type == "cuda" else 0.0
@@ -182,39 +194,24 @@ def _train(params: Params, kind: Kind, ranks: Ranks) -> None:
     print(f"train {kind}: saved {folder}", flush=True)
 
 
-def _enter_stage(
-    span: StageSpan,
-    stage: Stage,
-    state: TrainingState,
-    train: Train,
-    initial_networks: Callable[[], Networks],
-    alphas_bar: torch.Tensor,
-    vae: AutoencoderKL | None,
-    work: Path,
-) -> Loss:
-    """Return the loss of a stage. If the stage begins now, continue from the averaged weights with a fresh optimizer.
+def _make_teacher(
+    networks: Networks, state: TrainingState, sharding: Literal["replicate", "shard"], path: Path, begins: bool
+) -> Networks:
+    """Turn `networks` into the frozen teacher of a distillation: the averaged networks at the beginning of its stage.
 
-    The teacher of a distillation is the averaged networks at the beginning of the stage. A file keeps it for a later resume.
+    When the stage begins, the teacher is saved to `path`; when a run resumes within the stage, it is loaded from there.
     """
-    begins = state.step == span.first
+    networks.requires_grad_(False).eval()
+    parallelize(networks, state.ranks, sharding)
     if begins:
-        state.begin_stage()
-    if stage.objective == "task":
-        return MaskLoss(train, alphas_bar)
-
-    path = work / f"teacher-{span.first:07d}.pt"
-    teacher = initial_networks().requires_grad_(False).eval()
-    parallelize(teacher, state.ranks, train.sharding)
-    if begins:
-        average_weights(teacher, state.averaged, 0.0)
-        weights = full_state_dict(teacher)
+        average_weights(networks, state.averaged, 0.0)
+        weights = full_state_dict(networks)
         if state.ranks.rank == 0:
             with atomic_path(path) as temporary:
                 torch.save(weights, temporary)
     else:
-        load_full_state_dict(teacher, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    assert stage.guidance is not None
-    return DistillationLoss(teacher, stage.guidance, train, alphas_bar, vae)
+        load_full_state_dict(networks, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    return networks
 
 
 def _update_weights(state: TrainingState, batches: list[MicroBatch], loss: Loss, train: Train) -> float:
