@@ -18,9 +18,9 @@ from genseg.models.backbone import load_text_encoders, load_vae
 from genseg.models.device import DTYPES
 from genseg.models.text import TextEmbedding, encode_phrases
 from genseg.models.vae import encode_images, image_tensor
-from genseg.training.data import PhraseData
-from genseg.training.gs import build_networks, make_optimizer
-from genseg.training.objective import Objective
+from genseg.training.data import PhraseData, draw_timesteps
+from genseg.training.losses import DiffusionLoss
+from genseg.training.networks import build_networks, make_optimizer
 
 
 class Encoder:
@@ -97,7 +97,7 @@ def training(study: Study, effort: Effort) -> list[Row]:
     networks = build_networks(params, encoder.source, encoder.revision, texts[""], stored.label_shape[0])
     optimizer = make_optimizer(networks, train.optimizer)
     alphas_bar = make_scheduler(encoder.betas, train.prediction, train.zero_terminal_snr).alphas_cumprod
-    objective = Objective("gs", params, alphas_bar, vae)
+    loss = DiffusionLoss(train, alphas_bar, vae)
     generator = torch.Generator().manual_seed(0)
     indices = list(range(0, len(rows), max(1, len(rows) // train.micro_batch)))[: train.micro_batch]
     mirrored = [False] * len(indices)
@@ -105,13 +105,13 @@ def training(study: Study, effort: Effort) -> list[Row]:
     def step(data: PhraseData) -> None:
         batch = data.batch(indices, mirrored)
         noise = torch.randn((len(indices), *stored.label_shape), generator=generator)
-        t = objective.timesteps(len(indices), generator)
+        t = draw_timesteps(len(indices), len(alphas_bar), train.p_last, generator)
         drop = torch.rand(len(indices), generator=generator) < train.p_drop
         lower = torch.autocast("cpu", DTYPES[train.precision]) if train.precision != "fp32" else contextlib.nullcontext()
         with lower:
-            loss = objective(networks, batch, noise, t, drop).mean()
+            mean_loss = loss(networks, batch, noise, t, drop).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        mean_loss.backward()
         optimizer.step()
 
     for data in (stored, fly):  # warm-up

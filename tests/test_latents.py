@@ -1,4 +1,4 @@
-"""The phase `latents`: what it stores, resume, and bad input."""
+"""The phase `latents`: stored values, resume, and invalid input."""
 
 import time
 
@@ -17,7 +17,7 @@ from genseg.models.vae import encode_images, image_tensor
 from genseg.params import load_params
 
 
-def test_stored_rows_are_what_the_encoders_say(finished_study, monkeypatch):
+def test_stored_rows_equal_the_encoders_output(finished_study, monkeypatch):
     monkeypatch.chdir(finished_study)
     params = load_params("params/smoke.yaml")
     source = read_manifest("results/smoke/backbone/manifest.json")["pipeline"]
@@ -27,20 +27,20 @@ def test_stored_rows_are_what_the_encoders_say(finished_study, monkeypatch):
         for image_id in store.ids()[:2] + store.ids()[-1:]:
             split = "train2017" if int(image_id) < 500_000 else "val2017"
             image = load_image(f"data/smoke/scenes/{split}/{int(image_id):012d}.jpg")
-            wanted = encode_images(vae, image_tensor(image, size)[None])[0]
-            assert torch.allclose(store[image_id]["latent"], wanted, atol=1e-4)
+            expected = encode_images(vae, image_tensor(image, size)[None])[0]
+            assert torch.allclose(store[image_id]["latent"], expected, atol=1e-4)
     texts = LatentStore(text_store(params))
     assert "" in texts
     for phrase in texts.ids()[::40]:
-        wanted = encode_phrases(encoders, [phrase])[0]
-        assert texts[phrase]["tokens"].shape == wanted.tokens.shape
-        assert torch.allclose(texts[phrase]["tokens"], wanted.tokens, atol=1e-5)
-        assert torch.allclose(texts[phrase]["pooled"], wanted.pooled, atol=1e-5)
+        expected = encode_phrases(encoders, [phrase])[0]
+        assert texts[phrase]["tokens"].shape == expected.tokens.shape
+        assert torch.allclose(texts[phrase]["tokens"], expected.tokens, atol=1e-5)
+        assert torch.allclose(texts[phrase]["pooled"], expected.pooled, atol=1e-5)
     assert len(LatentStore(image_store(params, 64))) == 60
-    assert len(LatentStore(image_store(params, 48))) < 12, "only the grid's images at the grid's sizes"
+    assert len(LatentStore(image_store(params, 48))) < 12, "the grid's sizes have the grid's images only"
 
 
-def test_resume_makes_only_what_is_missing_and_the_same_bytes(study_copy, monkeypatch):
+def test_resume_writes_only_missing_shards_with_the_same_bytes(study_copy, monkeypatch):
     monkeypatch.chdir(study_copy)
     store = image_store(load_params("params/smoke.yaml"), 64)
     shards = sorted(store.glob("shard-*"))
@@ -52,11 +52,11 @@ def test_resume_makes_only_what_is_missing_and_the_same_bytes(study_copy, monkey
     assert main(["latents", "--params", "params/smoke.yaml"]) == 0
     after = {path.name: path.read_bytes() for path in sorted(store.glob("shard-*"))}
     assert after == before
-    remade = {path.name for path in shards if path.stat().st_mtime_ns != times[path.name]}
-    assert remade == {shards[0].name, shards[2].name}
+    rewritten = {path.name for path in shards if path.stat().st_mtime_ns != times[path.name]}
+    assert rewritten == {shards[0].name, shards[2].name}
 
 
-def test_a_truncated_shard_is_named_by_who_reads_it(study_copy, monkeypatch, capsys):
+def test_truncated_shard_is_named_by_its_reader(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     store = image_store(load_params("params/smoke.yaml"), 64)
     for shard in store.glob("shard-*"):
@@ -68,7 +68,7 @@ def test_a_truncated_shard_is_named_by_who_reads_it(study_copy, monkeypatch, cap
     assert "run `genseg latents`" in error
 
 
-def test_a_bad_image_is_named_and_odd_modes_are_read(study_copy, monkeypatch, capsys):
+def test_corrupt_image_is_named_and_other_colour_modes_are_read(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     folder = study_copy / "data/smoke/scenes/train2017"
     pictures = sorted(folder.glob("*.jpg"))

@@ -6,8 +6,10 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="the study's params (default: params.yaml)")
-    parser.add_argument("--only-training", action="store_true", help="only what training reads: its image size and the texts")
+    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
+    parser.add_argument(
+        "--only-training", action="store_true", help="encode only what training reads: the images at its size, and all texts"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

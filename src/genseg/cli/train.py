@@ -1,7 +1,8 @@
-"""Train the label-diffusion model, or the discriminative control (same U-Net, inputs, data and budget; one pass).
+"""Train the label-diffusion model, or the discriminative control (same U-Net, inputs, data and budget, but one
+forward pass per prediction).
 
-On several GPUs (`resources.train.gpu`, as far as they are visible) one process a GPU is started; torchrun and `accelerate
-launch` can do so, too: `torchrun --nproc-per-node 8 -m genseg train --params params.yaml`.
+On several visible GPUs, the command starts one process per GPU, up to `resources.train.gpu`. torchrun and `accelerate launch`
+can start the processes, too: `torchrun --nproc-per-node 8 -m genseg train --params params.yaml`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import os
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
-    parser.add_argument("--model", choices=("gs", "discriminative"), default="gs", help="which one (default: %(default)s)")
+    parser.add_argument("--model", choices=("gs", "discriminative"), default="gs", help="model to train (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from genseg.dag.launch import launch, one_of_several, processes
     from genseg.params import load_params
-    from genseg.training.gs import train_model
+    from genseg.training.train import train_model
 
     params = load_params(arguments.params)
     if "WORLD_SIZE" in os.environ:

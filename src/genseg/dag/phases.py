@@ -36,7 +36,7 @@ _SAMPLE = tuple(f"sample.{name}" for name in Sample.model_fields if name != "sha
 # Likewise.
 _REFINE = tuple(f"refine.{name}" for name in Refine.model_fields if name != "shards")
 # What hashes a pipeline's weights.
-_WEIGHTS = ("training/backbone.py", "training/loop.py", "training/prepare.py")
+_WEIGHTS = ("training/backbone.py", "training/checkpoints.py", "training/prepare.py", "training/steps.py")
 
 PHASES = {
     "data": Phase(
@@ -50,7 +50,7 @@ PHASES = {
         keys=("seed", "backbone"),
         rooms=(
             *("artifacts", "cli/backbone.py", "data/images.py", "models"),
-            *("training/backbone.py", "training/loop.py", "training/prepare.py"),
+            *("training/backbone.py", "training/checkpoints.py", "training/prepare.py", "training/steps.py"),
         ),
         needs=("data/{study}", "data/backbone"),
         outs=("results/{study}/backbone",),
@@ -80,8 +80,9 @@ PHASES = {
                 "latents.py",
                 "models",
             ),
-            *("training/data.py", "training/distributed.py", "training/gs.py", "training/loop.py"),
-            "training/objective.py",
+            *("training/checkpoints.py", "training/data.py", "training/distributed.py", "training/export.py"),
+            *("training/log.py", "training/losses.py", "training/networks.py", "training/stages.py", "training/state.py"),
+            *("training/steps.py", "training/train.py", "training/validation.py"),
         ),
         # Of the latents the texts only: with the backbone and the params above they tell what training reads, and one more
         # size to sample at must not train again.

@@ -34,9 +34,10 @@ from genseg.plan.generator import (
     size_of,
 )
 from genseg.sampling.runs import study_runs
-from genseg.training.gs import BANDS, FOLDERS
-from genseg.training.loop import KEEP
-from genseg.training.objective import Kind, training_parts
+from genseg.training.checkpoints import KEEP
+from genseg.training.export import FOLDERS
+from genseg.training.stages import Kind, stage_spans
+from genseg.training.validation import BANDS
 
 _TYPES = {4: "F32", 2: "BF16", 1: "U8", 8: "I64"}
 
@@ -351,7 +352,7 @@ def plan_phases(
     forward = networks.evaluation(train.size)
     rules: dict[Kind, str] = {"gs": "train_gs", "discriminative": "train_control"}
     for kind, rule in rules.items():
-        parts = training_parts(train, counts.train, kind)
+        parts = stage_spans(train, counts.train, kind)
         steps, encodes = sum(part.steps for part in parts), kind == "gs" and train.label == "vae"
         validations = math.ceil(steps / train.validate_every) * min(counts.val, train.validate_phrases)
         validations *= len(BANDS) if kind == "gs" else 1

@@ -11,8 +11,8 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from genseg.artifacts.seeds import derive_seed
+from genseg.artifacts.subsets import grid_phrases, val_phrases
 from genseg.errors import UserError
-from genseg.latents import grid_phrases, val_phrases
 from genseg.params import Cell, Params, Rule
 
 BACKGROUND = "background"

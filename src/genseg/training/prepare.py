@@ -1,4 +1,4 @@
-"""The phase `backbone`: name the pipeline that the study starts from, fitted or trained on its images where asked."""
+"""The phase `backbone`: name the pipeline that the study starts from, after training it on the study's images if requested."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from genseg.models.miniature import build_miniature
 from genseg.params import Baselines, Params, Refine, digest
 from genseg.training.backbone import fit_unet, fit_vae, load_images, measure_psnr
 
-CODE = ("params.py", "artifacts", "data/images.py", "models", "training/backbone.py", "training/prepare.py", "training/loop.py")
+FILES = ("backbone", "checkpoints", "prepare", "steps")
+CODE = ("params.py", "artifacts", "data/images.py", "models", *(f"training/{file}.py" for file in FILES))
 PSNR_IMAGES = 64
 
 
 def prepare_backbone(params: Params) -> None:
-    """Write `results/<study>/backbone/manifest.json`, whose fact `pipeline` names a diffusers directory or a hub id.
+    """Write `results/<study>/backbone/manifest.json`, whose fact `pipeline` is a diffusers directory or a hub id.
 
-    With training steps in the params, the trained pipeline is saved beside it in half precision; without, nothing is
-    copied: the manifest names `backbone.init` itself.
+    If the params have training steps, the trained pipeline is saved next to the manifest in half precision. Otherwise nothing
+    is copied, and the manifest names `backbone.init` itself.
 
     Raises:
-        UserError: the pipeline is missing or has another architecture, or no GPU for `device: cuda`.
+        UserError: the pipeline is missing or has another architecture, or there is no GPU for `device: cuda`.
     """
-    started = time.time()
+    start_time = time.time()
     device = choose_device(params.device, params.resources["backbone"].threads)
     print(f"backbone: device {describe(device)}", flush=True)
     folder = params.results_dir / "backbone"
@@ -56,7 +57,7 @@ def prepare_backbone(params: Params) -> None:
         params.subtree("seed", "backbone"),
         [params.data_dir / "manifest.json"],
         [folder / "pipeline"] if source == str(folder / "pipeline") else [],
-        started,
+        start_time,
         describe(device),
         code=code_hash(*CODE),
         pipeline=source,
@@ -125,10 +126,12 @@ def chosen_backbone(params: Params, phase: Baselines | Refine) -> tuple[str, str
 
 
 def _train(params: Params, target: Path, device: torch.device) -> dict[str, Any]:
+    """Train the pipeline, save it to `target` and return facts for the manifest."""
+    # 1. Load the data and the pipeline.
     backbone = params.backbone
     phrases = read_phrases(params.data_dir / "phrases.parquet")
     train = phrases[phrases["split"] == "train"]
-    files, captions, parts = captions_by_image(train)
+    files, captions, noun_phrases = captions_by_image(train)
     if backbone.shape is not None:
         pipeline = build_miniature(backbone.shape, backbone.size, [text for texts in captions for text in texts], params.seed)
     else:
@@ -137,24 +140,30 @@ def _train(params: Params, target: Path, device: torch.device) -> dict[str, Any]
                 backbone.init, revision=backbone.revision, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"{backbone.init}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+            raise UserError(f"{backbone.init}: cannot load the pipeline ({' '.join(str(error).split())[:200]})") from error
     images = load_images(files, backbone.size)
+
+    # 2. Train the VAE and the U-Net.
     key = digest([params.subtree("seed", "backbone"), file_sha256(params.data_dir / "phrases.parquet"), code_hash(*CODE)])
     work = params.work_dir / "backbone" / key
-    some = images[:: max(1, len(images) // PSNR_IMAGES)][:PSNR_IMAGES]
+    sample = images[:: max(1, len(images) // PSNR_IMAGES)][:PSNR_IMAGES]
     pipeline.vae.to(device)
-    before = measure_psnr(pipeline.vae, some, device)
+    before = measure_psnr(pipeline.vae, sample, device)
     fit_vae(pipeline.vae, images, backbone.vae, params.seed, work / "vae", device)
-    after = measure_psnr(pipeline.vae, some, device)
-    print(f"backbone: VAE at {before:.2f} dB PSNR before, {after:.2f} dB after {backbone.vae.steps} steps", flush=True)
-    fit_unet(pipeline, images, captions, parts, backbone.unet, backbone.shape is not None, params.seed, work / "unet", device)
+    after = measure_psnr(pipeline.vae, sample, device)
+    print(f"backbone: VAE PSNR {before:.2f} dB before and {after:.2f} dB after {backbone.vae.steps} training steps", flush=True)
+    fit_unet(
+        pipeline, images, captions, noun_phrases, backbone.unet, backbone.shape is not None, params.seed, work / "unet", device
+    )
+
+    # 3. Save the pipeline.
     with atomic_directory(target) as temporary:
         pipeline.to(torch.float16).save_pretrained(temporary)
     return {"vae_psnr_db_before": before, "vae_psnr_db": after, "images": len(images)}
 
 
 def captions_by_image(train: pd.DataFrame) -> tuple[list[str], list[list[str]], list[list[str]]]:
-    """Files of the training images, the distinct captions of each, and the noun phrases of these."""
+    """Return the files of the training images, the distinct captions of each image, and their distinct noun phrases."""
     grouped = train.groupby("image_id", sort=True)
     captions, phrases = ([sorted(set(texts.dropna())) for _, texts in grouped[name]] for name in ("caption", "phrase"))
     return list(grouped["file_name"].first()), captions, phrases
