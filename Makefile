@@ -1,13 +1,14 @@
-# make         the environment, then the embedded study: tables and figures in results/
-# make test    the tests          make lint    style, types, the DAG
-# make bench   times it: ratios, on the study of params.yaml (after make), and the GPU where there is one
-# make full    the embedded study once more with other seeds, and a comparison of trainings
-# make clean   removes what the study made (DVC's cache keeps a copy)
-# make lock    writes requirements.txt from the environment
+# make         create the environment and run the embedded study: tables and figures in results/
+# make test    run the tests
+# make lint    check style, types and the DAG
+# make bench   run the benchmarks, on the study of params.yaml (after make) and on a GPU if there is one
+# make full    run the embedded study with other seeds, and compare trainings
+# make clean   remove the study's outputs (DVC's cache keeps a copy)
+# make lock    write requirements.txt from the environment
 
 PYTHON ?= python3
 INSTALLED := .venv/installed
-STUDY := $(shell sed -n "s/^study: *//p" params.yaml)
+STUDY := $(shell sed -n "s/^study: *\([^ ]*\).*/\1/p" params.yaml)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 

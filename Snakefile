@@ -1,8 +1,9 @@
-# The DAG's front page: params, rules, targets. One file of rules per phase; `dvc.yaml` has one stage per phase and is
-# generated (`genseg dvc --write`). `--configfile params/X.yaml` runs another study.
+# Entry point of the DAG: params, targets, and one file of rules per phase. `dvc.yaml` has one stage per phase and is generated
+# (`genseg dvc --write`). `--configfile params/X.yaml` runs another study.
 from genseg.dag.rules import open_study
 
-if not workflow.overwrite_configfiles:  # `--configfile` replaces params.yaml: merged, a missing key would go unseen
+# `--configfile` replaces params.yaml. If they were merged, keys of an edited params.yaml would change the other study.
+if not workflow.overwrite_configfiles:
 
     configfile: "params.yaml"
 
@@ -19,7 +20,7 @@ wildcard_constraints:
     shard=r"\d+",
 
 
-# Every manifest, not the tables alone: their presence would hide that something before them is missing.
+# All manifests are targets. With only the manifest of the tables, a missing earlier output would not be noticed.
 rule all:
     default_target: True
     input:

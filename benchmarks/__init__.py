@@ -1,1 +1,1 @@
-"""How fast the workflow is, as ratios of two things timed in one run (`run`), and SDXL's shape on a GPU (`gpu`)."""
+"""Benchmarks: ratios of two times measured in one run (`run`), and SDXL's architecture on a GPU (`gpu`)."""

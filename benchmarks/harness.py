@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved repetitions, the study they read, and the report."""
+"""Shared parts of the benchmarks: timing, access to the study, and the report."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. `tiny` is for tests: everything is run once, on next to nothing."""
+    """Amount of work: `effort(usual, tiny)` returns `tiny` in tests, which run everything once on little data."""
 
     tiny: bool
     images: int = 2
-    """That are refined."""
+    """Images that the benchmark `refinement` refines."""
 
     def __call__(self, usual: int, tiny: int) -> int:
         return tiny if self.tiny else usual
@@ -42,25 +42,44 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def time_call(call: Call, repeats: int) -> list[float]:
+    """Return the seconds of each repetition of a call, including its work on the GPU."""
+    return interleaved({"": call}, repeats)[""]
+
+
 def interleaved(calls: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call in each repetition. A repetition runs all of them, so that whatever else the machine does and how
-    warm it is weighs on all alike."""
+    """Return the seconds of each call in each repetition.
+
+    Each repetition runs all calls in turn, so that other load and the temperature of the machine affect all calls alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             gc.collect()
             synchronize()
-            started = time.perf_counter()
+            start = time.perf_counter()
             call()
             synchronize()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
+def evaluations_per_mask(steps: int, guidance: float) -> int:
+    """Return the number of U-Net evaluations of one mask. A guided step costs two."""
+    return steps * (1 if guidance == 1 else 2)
+
+
 def versus(case: str, ours: list[float], reference: list[float], count: int, wanted: float | None = None, **facts: Any) -> Row:
-    """A row: seconds per unit of work (medians) of ours and the reference, each of `count` units; the median of the
-    repetitions' ratios, their least and greatest; and the ratio that is wanted of it."""
-    ratios = [theirs / mine for mine, theirs in zip(ours, reference, strict=True)]
+    """Return a row that compares our seconds with those of a reference.
+
+    Times are medians per unit of work. The ratio reference / ours of each repetition gives a median, minimum and maximum.
+
+    Args:
+        count: number of units of work in one repetition.
+        wanted: target for the ratio.
+        facts: further columns.
+    """
+    ratios = [reference_seconds / our_seconds for our_seconds, reference_seconds in zip(ours, reference, strict=True)]
     return {
         "case": case,
         "ours_s": statistics.median(ours) / count,
@@ -75,25 +94,25 @@ def versus(case: str, ours: list[float], reference: list[float], count: int, wan
 
 
 class Stopwatch:
-    """Seconds spent inside modules, by name; device work is waited for."""
+    """Seconds spent in the forward passes of modules, by name, including their work on the GPU."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def inside(self, modules: Mapping[str, list[torch.nn.Module]]) -> Iterator[None]:
-        begun: dict[str, float] = {}
+        start_times: dict[str, float] = {}
         hooks = []
         for name, members in modules.items():
             self.seconds[name] = 0.0
 
             def before(*_: Any, name: str = name) -> None:
                 synchronize()
-                begun[name] = time.perf_counter()
+                start_times[name] = time.perf_counter()
 
             def after(*_: Any, name: str = name) -> None:
                 synchronize()
-                self.seconds[name] += time.perf_counter() - begun[name]
+                self.seconds[name] += time.perf_counter() - start_times[name]
 
             for module in members:
                 hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
@@ -113,41 +132,44 @@ def stage_modules(pipeline: GSPipeline) -> dict[str, list[torch.nn.Module]]:
 
 
 class Study:
-    """What a finished study left for the benchmarks to run on."""
+    """Phrases and model of a finished study. Raises UserError if either is missing."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
-        for path, phase in ((params.data_dir / "phrases.parquet", "data"), (params.results_dir / "model", "train")):
+        for path, phase in ((params.data_dir / "phrases.parquet", "data"), (params.model_dir("gs"), "train")):
             if not path.exists():
-                raise UserError(f"{path}: not there; run `make` first, or snakemake up to the phase {phase}")
+                raise UserError(f"{path}: not found; run `make` first, or `snakemake -- {phase}`")
         self.phrases = read_phrases(params.data_dir / "phrases.parquet")
 
     def pipeline(self) -> GSPipeline:
-        pipeline = load_pipeline(self.params.results_dir / "model")
+        """Load the label-diffusion model in fp32 on the CPU."""
+        pipeline = load_pipeline(self.params.model_dir("gs"))
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def narrative(self) -> pd.DataFrame:
-        """The phrases of the first test narrative that has the median number of them."""
+        """Return the phrases of the first test narrative with the median number of phrases."""
         test = self.phrases[self.phrases["split"] == "test"]
-        found = [rows for _, rows in test.groupby(["image_id", "narrative_id"])]
-        middle = statistics.median_high(len(rows) for rows in found)
-        return next(rows for rows in found if len(rows) == middle)
+        narratives = [rows for _, rows in test.groupby(["image_id", "narrative_id"])]
+        median = statistics.median_high(len(rows) for rows in narratives)
+        return next(rows for rows in narratives if len(rows) == median)
 
-    def part(self, split: str, phrases: int) -> list[pd.DataFrame]:
-        """Rows of the split's first images, image by image, until there are about that many phrases."""
-        taken: list[pd.DataFrame] = []
+    def part(self, split: str, count: int) -> list[pd.DataFrame]:
+        """Return the first `count` phrases of a split, one table per image."""
+        tables: list[pd.DataFrame] = []
         for _, rows in self.phrases[self.phrases["split"] == split].groupby("image_id"):
-            if sum(map(len, taken)) >= phrases:
+            missing = count - sum(map(len, tables))
+            if missing <= 0:
                 break
-            taken.append(rows.head(phrases - sum(map(len, taken))))
-        return taken
+            tables.append(rows.head(missing))
+        return tables
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
+    """Return the processor, device, threads and versions of this machine."""
+    is_cuda = device.type == "cuda"
     return {
-        "processor": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "processor": torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine(),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -156,14 +178,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table of rows; columns in the order in which they turn up."""
+    """Return a Markdown table of rows; its columns are in the order of their first occurrence."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_shown(row.get(name)) for name in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(_format(row.get(name)) for name in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None:
         return "—"
     if isinstance(value, bool | str | int):
@@ -172,14 +194,11 @@ def _shown(value: Any) -> str:
 
 
 def report(document: dict[str, Any], path: Path) -> str:
-    """Write the document as JSON to `path` and its tables as Markdown beside it; returns the latter."""
+    """Write the document to `path` as JSON, and its tables as Markdown next to it. Return the Markdown and both paths."""
     parts = [f"# {document['title']}", ", ".join(f"{name}: {value}" for name, value in document["machine"].items())]
-    for name, found in document["benchmarks"].items():
-        parts += [
-            f"## {name}",
-            found["what"],
-            markdown(found["rows"]) if found.get("rows") else found.get("skipped", "Not reached."),
-        ]
+    for name, entry in document["benchmarks"].items():
+        table = markdown(entry["rows"]) if entry.get("rows") else entry.get("skipped", "Not run yet.")
+        parts += [f"## {name}", entry["what"], table]
     text = "\n\n".join(parts) + "\n"
     write_json(path, document)
     path.with_suffix(".md").write_text(text)

@@ -1,9 +1,9 @@
-"""The benchmarks that run anywhere: ratios of two things timed in one run, as a table and a JSON.
+"""Benchmarks for any machine: mostly ratios of two times measured in the same run, as a Markdown table and JSON.
 
     python -m benchmarks.run [--only NAME ...] [--images N] [--params params.yaml] [--json FILE]
 
-They run on the study of the params, which must be finished up to training, for `refinement` up to sampling; `scoring` needs
-none. All of them run on the CPU, `refinement` on the device of the params.
+All but `scoring` need a study that has finished training; `refinement` also needs its predictions. All run on the CPU
+except `refinement`, which runs on the device of the params.
 """
 
 from __future__ import annotations
@@ -34,35 +34,43 @@ ON_STUDY = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=(*ON_STUDY, "scoring"), default=(*ON_STUDY, "scoring"), metavar="NAME")
-    parser.add_argument("--images", type=int, default=2, metavar="N", help="that `refinement` refines (default: %(default)s)")
-    parser.add_argument("--params", default="params.yaml", help="the study to run on (default: %(default)s)")
-    parser.add_argument("--json", default="results/benchmarks/cpu.json", help="where the results go (default: %(default)s)")
+    names = (*ON_STUDY, "scoring")
     parser.add_argument(
-        "--tiny", action="store_true", help="everything once, on next to nothing: for tests, its times mean nothing"
+        "--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"run only these: {', '.join(names)}"
     )
+    parser.add_argument(
+        "--images", type=int, default=2, metavar="N", help="number of images that `refinement` refines (default: %(default)s)"
+    )
+    parser.add_argument("--params", default="params.yaml", help="params of the study (default: %(default)s)")
+    parser.add_argument("--json", default="results/benchmarks/cpu.json", help="output file (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="run everything once on little data, for tests of the benchmarks")
     arguments = parser.parse_args()
     if arguments.images < 1:
-        parser.error(f"--images {arguments.images}: must be at least 1")
+        parser.error(f"--images must be at least 1, got {arguments.images}")
+
     effort = Effort(arguments.tiny, arguments.images)
-    found: dict[str, dict] = {}
+    entries: dict[str, dict] = {}
     document = {
         "title": "Benchmarks",
         "tiny": arguments.tiny,
         "machine": machine(torch.device("cpu")),
-        "benchmarks": found,
+        "benchmarks": entries,
     }
-    params = arguments.params
+    text = ""
     for name in arguments.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        what = (scoring if name == "scoring" else ON_STUDY[name]).__doc__ or ""
-        entry: dict = {"what": " ".join(what.split())}
+        description = (scoring if name == "scoring" else ON_STUDY[name]).__doc__ or ""
+        entry: dict = {"what": " ".join(description.split())}
         try:
-            entry["rows"] = scoring(effort) if name == "scoring" else ON_STUDY[name](Study(load_params(params)), effort)
+            if name == "scoring":
+                entry["rows"] = scoring(effort)
+            else:
+                entry["rows"] = ON_STUDY[name](Study(load_params(arguments.params)), effort)
         except UserError as error:
             entry["skipped"] = f"skipped: {error}"
-        found[name] = entry
-        text = report(document, Path(arguments.json))  # after each: what was measured is not lost with the rest
+        entries[name] = entry
+        # Write the report after each benchmark, so that an interrupted run keeps its results.
+        text = report(document, Path(arguments.json))
     print(text, flush=True)
     return 0
 

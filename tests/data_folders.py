@@ -18,15 +18,11 @@ CATEGORIES = [
     {"id": 17, "name": "cat", "isthing": 1},
     {"id": 184, "name": "tree", "isthing": 0},
 ]
-NO_SOURCES = {"scenes": None, "png": None, "index_masks": None, "coco_object": None}
 
 
 def study_params(**data: Any) -> Params:
-    """Return params.yaml with another `data` subtree and one worker."""
-    document = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    document["study"] = "t"
-    document["data"] |= NO_SOURCES | {"val_fraction": 0.5} | data
-    document["resources"]["data"]["threads"] = 1
+    """Return the default params with these keys in `data`, half of the train images in val, and one data thread."""
+    document = {"study": "t", "data": {"val_fraction": 0.5} | data, "resources": {"data": {"threads": 1}}}
     return validate_params(document)
 
 
@@ -47,7 +43,7 @@ def narrative(image_id: int, *parts: dict[str, Any], **fields: Any) -> dict[str,
 
 
 def save_ids(path: Path, ids: np.ndarray) -> None:
-    """Write segment ids as a panoptic PNG, with other arithmetic than the reader."""
+    """Write segment ids as a panoptic PNG, with arithmetic that is independent of the reader's."""
     colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
     Image.fromarray(colours).save(path)
 

@@ -1,5 +1,7 @@
-"""A project whose phases do nothing: Snakefile, rules and params are the real ones, `genseg data`, `genseg train` ... only
-write their manifests. What runs when can so be seen in seconds."""
+"""A project with the real Snakefile, rules and params, and fake `genseg` commands that only write manifests.
+
+It shows in seconds which jobs run after which change.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ from typing import Any
 
 import yaml
 
-from genseg.dag.phases import PHASES
+from genseg.phases import PHASES, imported_modules, source_file
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
-# Each command appends its name to ran.txt; with FAKE_SLOW=<command> that one hangs after its start.
+# Each command appends its name to ran.txt. With FAKE_SLOW=<command>, that command sleeps for a minute.
 GENSEG = """#!/bin/bash
 set -euo pipefail
 command=$1; shift
@@ -35,31 +37,31 @@ study=$(cut -d/ -f2 <<< "$params")
 part=${network:+ training}; if [ "$command$gather" = refine ] && [ "$shard" ]; then part=" shard"; fi
 echo "$command${model:+ $model}${size:+ $size}$part${training:+ for training}" >> ran.txt
 if [ "${FAKE_SLOW:-}" = "$command" ]; then echo $$ > slow.pid; exec sleep 60; fi
-made() { mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }
+manifest() { mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }
 results=results/$study
 case $command in
-  data) made data/$study;;
-  train) if [ $model = gs ]; then made $results/model; echo step,loss > $results/model/log.csv; else made $results/control; fi;;
+  data) manifest data/$study;;
+  train) manifest $results/model/$model; echo step,loss > $results/model/$model/log.csv;;
   sample)
-    if [ "$gather" ]; then made $results/predictions
+    if [ "$gather" ]; then manifest $results/predictions
     else mkdir -p work/$study/samples; echo > work/$study/samples/size=$size.shard=$shard-of-$shards.json; fi;;
-  baseline) made $results/baselines;;
+  baseline) manifest $results/baselines;;
   refine)
     if [ "$network" ]; then mkdir -p $results/refined; echo > $results/refined/network.json
-    elif [ "$gather" ]; then made $results/refined
+    elif [ "$gather" ]; then manifest $results/refined
     else mkdir -p work/$study/refined; echo > work/$study/refined/shard=$shard-of-$shards.json; fi;;
   latents)
     mkdir -p $results/latents/text; echo > $results/latents/text/index.parquet
-    if [ "$training" ]; then echo > $results/latents/train.json; else made $results/latents; fi;;
-  score) made $results/scores; echo '{"ar": {"overall": 0.5}}' > $results/scores/main.json;;
+    if [ "$training" ]; then echo > $results/latents/train.json; else manifest $results/latents; fi;;
+  score) manifest $results/scores; echo '{"ar": {"overall": 0.5}}' > $results/scores/main.json;;
   tables)
-    made $results/figures; made $results/tables
+    manifest $results/figures; manifest $results/tables
     touch $results/{tables/{index.html,table2.csv},figures/{examples,evolution}.png};;
-  *) made $results/$command;;
+  *) manifest $results/$command;;
 esac
 """
 
-# Many Snakemakes of one process, each a fork: the imports, most of the time of a dry run, are paid once.
+# Runs Snakemake several times as forks of one process. The imports, which take most of a dry run, then happen only once.
 SNAKEMAKES = """
 import json, os, sys
 import genseg.dag.rules, pandas, requests, snakemake.cli, snakemake.dag, snakemake.report, snakemake.workflow
@@ -80,7 +82,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
 
 
 class FakeStudy:
-    """A copy of the project's DAG in a folder, with the fake commands on its PATH."""
+    """A copy of the project's DAG with the fake commands on its PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -95,9 +97,11 @@ class FakeStudy:
         shutil.copytree(ROOT / "workflow", folder / "workflow")
         shutil.copytree(ROOT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
         (folder / "profiles").symlink_to("workflow/profiles")
-        needed = {need for phase in PHASES.values() for need in phase.needs if "{study}" not in need}
-        for path in needed | {f"src/genseg/{room}" for phase in PHASES.values() for room in phase.rooms}:
-            _stand_in(folder / path)
+        for phase in PHASES.values():
+            inputs = [path for path in phase.inputs if "{study}" not in path]
+            modules = imported_modules(phase.modules, phase.not_called)
+            for path in [*inputs, *(f"src/genseg/{source_file(module)}" for module in modules)]:
+                _stand_in(folder / path)
         fake = folder / "bin" / "genseg"
         fake.parent.mkdir()
         fake.write_text(GENSEG.replace("BIN", str(BIN)))
@@ -106,7 +110,7 @@ class FakeStudy:
         return FakeStudy(folder)
 
     def call(self, *command: str, check: bool = True, **environment: str) -> str:
-        """Output (both streams) of a command in the study's folder."""
+        """Run a command in the study's folder and return both of its output streams."""
         done = subprocess.run(
             command,
             cwd=self.folder,
@@ -123,14 +127,14 @@ class FakeStudy:
         return yaml.safe_load((self.folder / "params.yaml").read_text())
 
     def ran(self) -> Counter[str]:
-        """The commands that ran since the last question."""
+        """Return the commands that ran since the last call, with counts."""
         log = self.folder / "ran.txt"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
         return Counter(lines)
 
     def snakemakes(self, runs: dict[str, list[str]]) -> dict[str, str]:
-        """Outputs of Snakemakes that run no job, by name; each with its arguments."""
+        """Run Snakemake once per name with the given arguments, which must start no job. Return the outputs by name."""
         self.call(sys.executable, "-c", SNAKEMAKES, json.dumps(runs))
         return {name: (self.folder / f"{name}.out").read_text() for name in runs}
 
@@ -140,24 +144,24 @@ class FakeStudy:
 
 
 def changed(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of a params document with another value at a dotted key."""
+    """Return a copy of a params document with another value at a dotted key."""
     head, _, rest = key.partition(".")
-    return document | {head: changed(document[head], rest, value) if rest else value}
+    return document | {head: changed(document.get(head, {}), rest, value) if rest else value}
 
 
 def rules_in(output: str) -> set[str]:
-    """The rules that a dry run says it would run, `sample_shard` with its size."""
+    """Return the rules in the output of a dry run; `sample_shard` is followed by its image size."""
     assert "Nothing to be done" in output or "This was a dry-run" in output, output
-    found = set()
+    rules = set()
     for block in re.split(r"^(?=(?:local)?rule )", output, flags=re.MULTILINE)[1:]:
         name, size = re.match(r"\w+ (\w+)", block), re.search(r"wildcards: .*size=(\d+)", block)
         assert name
-        found.add(f"{name[1]} {size[1]}" if size else name[1])
-    return found - {"all"}
+        rules.add(f"{name[1]} {size[1]}" if size else name[1])
+    return rules - {"all"}
 
 
 def _stand_in(path: Path) -> None:
-    """A source file, or a folder with a file in it."""
+    """Write a file that stands in for a source file, or a folder with one file."""
     if not path.suffix:
         path.mkdir(parents=True, exist_ok=True)
         path = path / "content.csv"

@@ -13,18 +13,22 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from genseg.artifacts.files import write_json
+from genseg.artifacts.manifest import times_path
 from genseg.artifacts.masks import encode
 from genseg.artifacts.phrases import write_phrases
 from genseg.artifacts.predictions import write_maps, write_predictions
 from genseg.artifacts.scores import write_scores
 from genseg.baselines.registry import Baseline, study_baselines
-from genseg.metrics.operating import operating_points
-from genseg.params import Params, validate_params
-from genseg.sampling.runs import cell_path
+from genseg.diffusion.guidance import count_evaluations
+from genseg.metrics.soft_maps import operating_points
+from genseg.params import OperatingPoint, Params, validate_params
+from genseg.report.page import manifest_paths
+from genseg.sampling.runs import point_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("results/made_up")
 SPLITS = ["overall", "things", "stuff", "singulars", "plurals"]
+MANIFEST = {"params": {"seed": 0}, "code": "c0de", "device": "a device", "outputs": {}}
 NASTY_CLASS = "50%_off & $5 #1 {a~b^c\\d} <road|way>"
 NASTY_PHRASE = "the $x_t$ & 100% of a very long phrase that goes on and on past what a caption has room for, and further still"
 
@@ -35,8 +39,8 @@ def build_study(root: Path) -> None:
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     document["study"] = "made_up"
     document["tables"]["dpi"] = 60
-    document["sample"]["main"]["steps"] = 2
-    document["sample"]["points"][0] = {"steps": 1, "guidance": 1.0}
+    document["sample"]["main"]["num_inference_steps"] = 2
+    document["sample"]["operating_points"][0] = {"num_inference_steps": 1, "guidance_scale": 1.0}
     (root / "params.yaml").write_text(yaml.safe_dump(document))
     shutil.copytree(ROOT / "data" / "published", root / "data" / "published")
     params = validate_params(document)
@@ -46,22 +50,17 @@ def build_study(root: Path) -> None:
     _write_predictions(root, params)
 
     # 3. Manifests of the phases.
-    phases = ["backbone", "latents", "model", "control", "baselines", "predictions", "scores"]
-    for folder in ("data/made_up", *(f"results/made_up/{phase}" for phase in phases)):
-        write_json(root / folder / "manifest.json", manifest(folder))
+    for path in manifest_paths(params).values():
+        write_json(root / path, MANIFEST)
     entry = {
         "refiner": "g4seg",
         "baseline": "gs",
         "label": "GS",
         "coarse": str(RESULTS / "predictions/main/predictions.parquet"),
     }
-    timing = {f"g4seg/{baseline.name}": timed(40 + index) for index, baseline in enumerate(study_baselines(params))}
-    timing |= {"crf/gs": timed(2, batch=1)}
-    write_json(root / RESULTS / "refined" / "manifest.json", manifest("refined") | {"refined": [entry], "timing": timing})
-
-
-def manifest(phase: str) -> dict[str, Any]:
-    return {"phase": phase, "params": {"seed": 0}, "code": "c0de", "device": "a device", "outputs": {}}
+    write_json(root / RESULTS / "refined" / "manifest.json", MANIFEST | {"refined": [entry]})
+    times = {f"g4seg/{baseline.name}": timed(40 + index) for index, baseline in enumerate(study_baselines(params))}
+    write_json(root / times_path(params, "refine"), times | {"crf/gs": timed(2, batch=1)})
 
 
 def timed(seconds: float, batch: int = 16) -> dict[str, Any]:
@@ -78,10 +77,9 @@ def _write_scores(root: Path, params: Params) -> None:
 
     # 1. The main row, its controls, and both methods under the other protocols.
     classes = {"mean": 0.5, "interval": [0.4, 0.6], "per_class": {NASTY_CLASS: 0.25, "sky": 0.75, "absent": None}}
-    main_cell = params.sample.main
-    entry = run_entry("main", "main", main_cell.size, main_cell.steps, main_cell.guidance)
-    score("main", summary(entry, 0.7, miou=classes))
-    score("text_permuted", summary(run_entry("text_permuted", "control", 128, 4, 2.0), 0.3, n=32))
+    main_point, base_point = params.sample.main, params.sample.base
+    score("main", summary(run_entry("main", "main", main_point), 0.7, miou=classes))
+    score("text_permuted", summary(run_entry("text_permuted", "control", main_point), 0.3, n=32))
     score("discriminative", summary(run_entry("discriminative", "control"), 0.65, miou=classes))
     score("colour_threshold", summary(run_entry("colour_threshold", "control"), 0.2))
     for name, overall in (("main", 0.7), ("discriminative", 0.65)):
@@ -89,27 +87,27 @@ def _write_scores(root: Path, params: Params) -> None:
             score(f"protocols/{name}.{protocol}", summary(run_entry(name, "main"), overall - 0.1, protocol))
     pairs = ["main - text_permuted", "main - discriminative", "main - colour_threshold"]
 
-    # 2. The grid, base first.
-    names = {cell: f"grid/{cell_path(cell)}" for cell in params.sample.grid_cells()}
+    # 2. The grid, starting with the base point.
+    names = {cell: f"grid/{point_path(cell)}" for cell in params.sample.test_subset_points()}
     for index, (cell, name) in enumerate(names.items()):
-        entry = {**run_entry(name, "grid"), **cell.model_dump(), "evaluations": cell.evaluations}
+        entry = run_entry(name, "grid", cell)
         score(name, summary(entry, 0.72 - 0.01 * index, n=10, calibration=calibration(0.02 + 0.01 * index)))
     base, *other_names = names.values()
-    ensembles = [(cell, cell.model_copy(update={"ensemble": 1})) for cell in names if cell.ensemble > 1]
+    ensembles = [(cell, cell.model_copy(update={"ensemble_size": 1})) for cell in names if cell.ensemble_size > 1]
 
     # 3. The operating points on val.
     points = []
-    for index, cell in enumerate(params.sample.operating_points()):
-        name = f"val/{cell_path(cell)}"
-        entry = {"name": name, **cell.model_dump(), "evaluations": cell.evaluations}
-        score(name, summary({**run_entry(name, "val"), **entry}, 0.6 + 0.01 * index, n=20, split="val"))
+    for index, cell in enumerate(params.sample.val_points()):
+        name = f"val/{point_path(cell)}"
+        score(name, summary(run_entry(name, "val", cell), 0.6 + 0.01 * index, n=20, split="val"))
+        entry = {"name": name, "point": cell.model_dump(mode="json"), "evaluations": count_evaluations(cell)}
         points.append(entry | {"ar": 0.6 + 0.01 * index, "ci_low": 0.5, "ci_high": 0.7, "ece": 0.03, "best_threshold": 0.45})
         points[-1] |= {"best_ar": 0.61 + 0.01 * index, "scores": f"results/made_up/scores/{name}.json"}
     write_json(scores / "operating_points.json", operating_points(points, points[0]["name"]))
 
     # 4. The read-outs, and every comparison.
     for readout in ("nearest", "vae"):
-        score(f"readouts/{readout}", summary(run_entry(f"readouts/{readout}", "readout", 128, 50, 7.5), 0.6, n=10))
+        score(f"readouts/{readout}", summary(run_entry(f"readouts/{readout}", "readout", base_point), 0.6, n=10))
         pairs.append(f"readouts/{readout} - {base}")
     pairs += [f"main - {base}", *(f"{name} - {base}" for name in other_names)]
     pairs += [f"{names[ensemble]} - {names[single]}" for ensemble, single in ensembles]
@@ -142,14 +140,10 @@ def per_phrase(count: int = 40) -> pd.DataFrame:
     )
 
 
-def run_entry(
-    name: str, role: str, size: int | None = None, steps: int | None = None, guidance: float | None = None
-) -> dict[str, Any]:
-    evaluations = None if steps is None else steps * (1 if guidance == 1 else 2)
-    return {"name": name, "role": role, "method": "gs", "size": size, "steps": steps, "guidance": guidance} | {
-        "evaluations": evaluations,
-        "phrases": "grid" if role in ("grid", "readout") else "test",
-    }
+def run_entry(name: str, role: str, point: OperatingPoint | None = None) -> dict[str, Any]:
+    phrases = "grid" if role in ("grid", "readout") else "test"
+    entry = {"name": name, "role": role, "method": "gs", "phrases": phrases, "readout": "bilinear"}
+    return entry | {"point": None if point is None else point.model_dump(mode="json")}
 
 
 def summary(run: dict[str, Any], overall: float, protocol: str = "native", n: int = 40, **other: Any) -> dict[str, Any]:
@@ -182,7 +176,7 @@ def calibration(ece: float) -> dict[str, Any]:
 
 
 def refinement_scores(baselines: list[Baseline]) -> dict[str, Any]:
-    """G4Seg improves baseline number i by i / 100, the other refiners by half of that; `alpha=1` has one baseline."""
+    """Return scores in which G4Seg improves baseline i by 0.01 i and other refiners by half; `alpha=1` has one baseline."""
     refiners = {"g4seg": baselines, "crf": baselines, "random": baselines, "alpha=1": baselines[:1]}
     rows, means = [], []
     for refiner, refined in refiners.items():

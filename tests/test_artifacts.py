@@ -16,7 +16,6 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
 from genseg.artifacts import files, latents, masks
-from genseg.artifacts.manifest import read_manifest, write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import choose_images, read_phrases, row_mask, write_phrases
 from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_maps, write_predictions
@@ -90,7 +89,7 @@ def test_compare_counts_common_pixels_of_any_runs(runs, scale):
 
     def encode_runs(lengths):
         total = sum(lengths) * scale
-        # Two empty runs at the start: pycocotools writes beyond its buffer if all numbers have six digits.
+        # Two empty runs at the start: pycocotools writes beyond its buffer if each run takes six characters.
         return coco_mask.frPyObjects({"size": [total, 1], "counts": [0, 0, *(scale * n for n in lengths)]}, total, 1)["counts"]
 
     common = masks.compare([encode_runs(left)], [encode_runs(right)])[2]
@@ -104,7 +103,7 @@ def test_measure_handles_many_blocks():
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_rle_of_wrong_size_or_truncated_is_rejected(cut):
+def test_truncated_rle_and_rle_of_wrong_size_are_rejected(cut):
     rle = masks.encode(np.arange(600).reshape(20, 30) % 7 == 0)
     masks.check(rle, 20, 30)
     masks.check(rle, 30, 20)  # the same number of pixels, so the difference cannot be detected
@@ -145,7 +144,7 @@ def test_area_reduction_equals_torch_for_integer_ratios(height, width, down, acr
 
 @quick
 @given(bitmaps, st.integers(1, 9), st.integers(1, 9))
-def test_area_reduction_is_mean_over_cell_for_any_ratio(bitmap, height, width):
+def test_area_reduction_is_the_mean_over_each_cell_for_any_ratio(bitmap, height, width):
     """The pixels are repeated until the ratio is an integer, so that every cell is a block."""
     fine = np.repeat(np.repeat(bitmap, height, 0), width, 1).astype(float)
     blocks = fine.reshape(height, bitmap.shape[0], width, bitmap.shape[1]).mean((1, 3))
@@ -184,7 +183,7 @@ def test_failed_write_keeps_old_file(tmp_path):
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EROFS, "cannot write")]
 )
-def test_full_disk_is_reported_and_old_file_kept(tmp_path, monkeypatch, number, message):
+def test_full_or_read_only_disk_is_reported_and_old_file_is_kept(tmp_path, monkeypatch, number, message):
     path = tmp_path / "table.parquet"
     write_predictions(predictions(), path)
     old = path.read_bytes()
@@ -266,7 +265,7 @@ def test_phrase_table_round_trip_is_sorted_and_reproducible(tmp_path):
     assert read_metadata(tmp_path / "none.parquet") == {}
 
 
-def test_tables_of_plain_pandas_are_read(tmp_path):
+def test_tables_written_by_plain_pandas_are_read(tmp_path):
     frame = predictions().assign(
         image_id=[0.0, 1.0, 2.0],
         narrative_id=pd.Categorical(["n0", "n1", "n2"]),
@@ -378,7 +377,7 @@ def test_soft_maps_are_read_whole_and_in_part(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- latents
 def encoder(encoded_shards, ragged):
-    """Encode every id as its number; ragged rows have as many tokens as the number."""
+    """Return an encoder of decimal ids: a row holds the number, and a ragged row has that many tokens."""
 
     def encode(ids):
         encoded_shards.append(list(ids))
@@ -393,7 +392,7 @@ def encoder(encoded_shards, ragged):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_store_resumes_at_shards(tmp_path, ragged):
+def test_interrupted_store_resumes_after_its_last_complete_shard(tmp_path, ragged):
     store, ids, encoded_shards = tmp_path / "store", [str(number) for number in (3, 1, 4, 2, 5, 9, 6)], []
     writer = latents.write_store(store, ids, 3, "key", encoder(encoded_shards, ragged))
     assert next(writer) == (3, True)
@@ -452,7 +451,7 @@ def test_store_rewrites_shards_when_ids_change(tmp_path):
     assert latents.LatentStore(store)["3"]["latent"][0] == 3
 
 
-# ----------------------------------------------------------------------------------------------- scores, manifests
+# ---------------------------------------------------------------------------------------------------------- scores
 def test_scores_round_trip(tmp_path):
     per_phrase = pd.DataFrame({**key(), "is_thing": True, "is_plural": False, "iou": 0.5, "boundary_iou": np.nan, "area": 4})
     write_scores(per_phrase, {"ar": {"overall": 0.5}}, tmp_path / "grid" / "cfg=07.50.json")
@@ -460,20 +459,6 @@ def test_scores_round_trip(tmp_path):
     table = read_per_phrase(tmp_path / "grid" / "cfg=07.50.json")
     assert table["iou"].tolist() == [0.5] * 3
     assert table["boundary_iou"].isna().all()
-
-
-def test_manifest_detects_changed_outputs(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "a.bin").write_bytes(b"1")
-    write_manifest(tmp_path / "m.json", "data", {"seed": 0}, [], [out], started=0.0, code="c", extra=[1])
-    manifest = read_manifest(tmp_path / "m.json", verify=True)
-    assert manifest["extra"] == [1]
-    assert manifest["outputs"][str(out / "a.bin")]["bytes"] == 1
-    (out / "a.bin").write_bytes(b"2")
-    assert read_manifest(tmp_path / "m.json")["phase"] == "data"
-    with pytest.raises(UserError, match="run the phase 'data' again"):
-        read_manifest(tmp_path / "m.json", verify=True)
 
 
 @pytest.mark.parametrize("name", ["file/under", "folder", "x" * 300])

@@ -1,4 +1,4 @@
-"""Recording, injecting and leaving alone the attention of U-Nets shaped like SD 1.5, SD 2.1 and SDXL."""
+"""Recording and injection of attention in U-Nets shaped like SD 1.5, SD 2.1 and SDXL."""
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -62,7 +62,7 @@ def injection(alpha, height=8, width=6):
     return MaskInjection(mask, tokens, alpha)
 
 
-def test_off_is_bit_equal_to_the_stock_network_and_the_processors_come_back(unet):
+def test_disabled_control_is_bit_equal_to_the_stock_network_and_processors_are_restored(unet):
     call = inputs(unet)
     stock, processors = unet(**call).sample, unet.attn_processors
     with attention_control(unet, injection(alpha=0.0)):
@@ -75,31 +75,37 @@ def test_off_is_bit_equal_to_the_stock_network_and_the_processors_come_back(unet
     assert not unet._forward_pre_hooks
 
 
-def test_recording_changes_nothing_and_finds_what_the_projections_say(unet):
-    call, store, seen = inputs(unet), AttentionStore(per_layer=True), {}
+def test_recording_keeps_the_output_and_equals_attention_computed_from_the_projections(unet):
+    call, store, layer_inputs = inputs(unet), AttentionStore(), {}
     name = "mid_block.attentions.0.transformer_blocks.0.attn1"
     layer = unet.get_submodule(name)
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.setdefault("x", args[0]))
+    handle = layer.register_forward_pre_hook(lambda module, args: layer_inputs.setdefault("x", args[0]))
     stock = unet(**call).sample
     handle.remove()
     with attention_control(unet, store, byte_cap=10_000):
         recorded = unet(**call).sample
     torch.testing.assert_close(recorded, stock, rtol=1e-4, atol=1e-5)
-    query, key = (f(seen["x"]).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for f in (layer.to_q, layer.to_k))
+    layers = {}
+    for layer_name in (processor.removesuffix(".processor") for processor in unet.attn_processors):
+        layer_store = AttentionStore(select=lambda call, layer_name=layer_name: call.name == layer_name)
+        with attention_control(unet, layer_store):
+            unet(**call)
+        [layers[layer_name]] = layer_store.maps.values()
+    query, key = (f(layer_inputs["x"]).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for f in (layer.to_q, layer.to_k))
     expected = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1).mean(1)
-    torch.testing.assert_close(store.layers[name], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layers[name], expected, rtol=1e-4, atol=1e-5)
     grids = {(8, 6), (4, 3)}
     assert set(store.maps) == {(kind, grid) for kind in ("cross", "self") for grid in grids}
     for (kind, (h, w)), value in store.maps.items():
         assert value.shape == (2, h * w, LENGTH if kind == "cross" else h * w)
         torch.testing.assert_close(value.sum(-1), torch.ones(2, h * w))
-        alike = [
-            v for key, v in store.layers.items() if v.shape == value.shape and key.endswith(("attn1", "attn2")[kind == "cross"])
+        same_kind = [
+            v for key, v in layers.items() if v.shape == value.shape and key.endswith(("attn1", "attn2")[kind == "cross"])
         ]
-        torch.testing.assert_close(value, torch.stack(alike).mean(0))
+        torch.testing.assert_close(value, torch.stack(same_kind).mean(0))
 
 
-def test_the_byte_cap_bounds_what_a_control_sees_and_changes_nothing(unet):
+def test_byte_cap_bounds_the_slices_of_a_control_and_does_not_change_the_maps(unet):
     class Largest(AttentionStore):
         largest = 0
 
@@ -117,7 +123,7 @@ def test_the_byte_cap_bounds_what_a_control_sees_and_changes_nothing(unet):
         torch.testing.assert_close(sliced.maps[key], value, rtol=1e-4, atol=1e-6)
 
 
-def test_passes_are_averaged_and_layers_selected(unet):
+def test_store_averages_forward_passes_and_records_only_selected_layers(unet):
     def up_cross(call: AttentionCall) -> bool:
         return call.name.startswith("up_blocks")
 
@@ -134,12 +140,12 @@ def test_passes_are_averaged_and_layers_selected(unet):
         assert not torch.equal(first.maps[key], second.maps[key])
 
 
-def test_injection_moves_the_prediction_and_one_sample_does_not_see_another(unet):
+def test_injection_changes_the_prediction_of_each_sample_independently(unet):
     call, control = inputs(unet), injection(0.7)
     stock = unet(**call).sample
     with attention_control(unet, control):
-        moved = unet(**call).sample
-    assert (moved - stock).abs().max() > 1e-4
+        injected = unet(**call).sample
+    assert (injected - stock).abs().max() > 1e-4
     alone = {
         key: value[1:] if isinstance(value, torch.Tensor) else value
         for key, value in call.items()
@@ -148,10 +154,10 @@ def test_injection_moves_the_prediction_and_one_sample_does_not_see_another(unet
     added = call["added_cond_kwargs"]
     alone["added_cond_kwargs"] = added and {key: value[1:] for key, value in added.items()}
     with attention_control(unet, MaskInjection(control.mask[1:], control.phrase_tokens[1:], 0.7)):
-        torch.testing.assert_close(unet(**alone).sample, moved[1:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(unet(**alone).sample, injected[1:], rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_is_near_single_precision(unet):
+def test_half_precision_is_close_to_single_precision(unet):
     import copy
 
     half = copy.deepcopy(unet).to(torch.bfloat16)
@@ -180,7 +186,7 @@ positive = st.floats(2**-12, 1, width=32)
     hnp.arrays(np.float32, 4, elements=unit),
     st.sets(st.integers(0, 4), min_size=1, max_size=4),
 )
-def test_cross_target_is_the_literal_equation(raw, mask, inside):
+def test_cross_target_equals_its_equation(raw, mask, inside):
     attention = probabilities(raw, 5)
     tokens = torch.tensor([[j in inside for j in range(5)]])
     target = MaskInjection(torch.zeros(1, 2, 2), tokens, 0.5).cross_target(
@@ -196,7 +202,7 @@ def test_cross_target_is_the_literal_equation(raw, mask, inside):
 
 @settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float32, (4, 4), elements=positive), hnp.arrays(np.float32, 4, elements=unit))
-def test_self_target_is_the_literal_equation(raw, mask):
+def test_self_target_equals_its_equation(raw, mask):
     attention = probabilities(raw, 4)
     W, M = attention[0, 0].double().numpy(), mask.astype(float)
     weighted = W * (np.outer(M, M) + np.outer(1 - M, 1 - M)) + 1e-12
@@ -210,7 +216,7 @@ def test_self_target_is_the_literal_equation(raw, mask):
     hnp.arrays(np.float32, (4, 4), elements=st.sampled_from([np.float32(0), np.float32(1e-30)])),
     hnp.arrays(np.float32, (2, 2), elements=unit),
 )
-def test_rows_sum_to_one_even_where_attention_underflows(raw, mask):
+def test_target_rows_sum_to_one_when_attention_underflows(raw, mask):
     attention = torch.from_numpy(raw)[None, None]
     attention[..., 0] = 1 - attention[..., 1:].sum(-1)
     tokens = torch.tensor([[False, True, True, False]])
@@ -220,7 +226,7 @@ def test_rows_sum_to_one_even_where_attention_underflows(raw, mask):
         torch.testing.assert_close(target(attention, flat, slice(0, 4)).sum(-1), torch.ones(1, 1, 4))
 
 
-def test_an_injection_needs_tokens_on_both_sides():
+def test_injection_requires_tokens_inside_and_outside_the_phrase():
     for tokens in (torch.zeros(1, 4), torch.ones(1, 4)):
         with pytest.raises(ValueError, match="every prompt"):
             MaskInjection(torch.zeros(1, 2, 2), tokens.bool(), 0.5)

@@ -1,4 +1,4 @@
-"""The attention baselines and inexact masks: pure functions against their definitions, pipelines of both kinds, the command."""
+"""Attention baselines and inexact masks: functions compared with their definitions, SD and SDXL pipelines, the command."""
 
 import json
 
@@ -28,17 +28,19 @@ from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import maps_path, read_maps, read_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.baselines import attention as att
-from genseg.baselines.attend import METHODS, Attended
+from genseg.baselines.attend import METHODS, ImageAttention
 from genseg.baselines.inexact import KINDS, _hull, find_amount, inexact_masks
-from genseg.baselines.inversion import ddim_move, noise_of, replay
+from genseg.baselines.inversion import ddim_step, noise_of, null_text_inversion
 from genseg.baselines.make import threshold_ious
 from genseg.baselines.registry import RUNS, study_baselines
 from genseg.cli import main
-from genseg.diffusion.objectives import target
+from genseg.diffusion.objectives import training_target
 from genseg.errors import UserError
 from genseg.models.miniature import build_miniature, learn_tokenizer
 from genseg.models.text_to_image import TextToImage
-from genseg.params import BackboneShape, Inversion, load_params
+from genseg.params import load_params
+from genseg.params.backbone import BackboneShape
+from genseg.params.baselines import Inversion
 from genseg.sampling.runs import study_runs
 
 CAPTIONS = ["two small red circles near the grass", "a large striped blue star", "some water"]
@@ -58,7 +60,7 @@ def test_divergence_is_half_the_symmetric_kullback_leibler_divergence():
 
 
 @pytest.mark.parametrize(("tau", "iterations"), [(0.5, 1), (1.0, 3), (2.0, 2), (5.0, 3)])
-def test_merging_is_the_loop_of_its_definition(tau, iterations):
+def test_merging_equals_the_loop_of_its_definition(tau, iterations):
     maps, anchors = distributions(36, 36), att.anchor_indices((6, 6), 3)
     table = maps.numpy()
 
@@ -67,40 +69,40 @@ def test_merging_is_the_loop_of_its_definition(tau, iterations):
 
     expected = [np.mean([row for row in table if near(table[anchor], row)], 0) for anchor in anchors]
     for _ in range(iterations - 1):
-        rest, expected = expected, []
-        while rest:
-            first = rest[0]
-            expected.append(np.mean([row for row in rest if near(first, row)], 0))
-            rest = [row for row in rest if not near(first, row)]
-    found = att.merge(maps, anchors, tau, iterations).numpy()
-    assert found.shape == np.shape(expected)
-    assert np.allclose(found, expected, atol=1e-9)
+        ungrouped, expected = expected, []
+        while ungrouped:
+            first = ungrouped[0]
+            expected.append(np.mean([row for row in ungrouped if near(first, row)], 0))
+            ungrouped = [row for row in ungrouped if not near(first, row)]
+    proposals = att.merge(maps, anchors, tau, iterations).numpy()
+    assert proposals.shape == np.shape(expected)
+    assert np.allclose(proposals, expected, atol=1e-9)
 
 
 def test_aggregation_is_the_weighted_sum_of_enlarged_and_repeated_maps():
     fine, coarse = distributions(24, 24).float(), distributions(6, 6, seed=1).float()
-    found = att.aggregate({(2, 3): coarse, (4, 6): fine}).numpy()
+    aggregated = att.aggregate({(2, 3): coarse, (4, 6): fine}).numpy()
     for row in range(4):
         for column in range(6):
             part = bilinear(coarse[(row // 2) * 3 + column // 2].reshape(1, 2, 3).numpy(), 4, 6).ravel()
             expected = fine[row * 6 + column].numpy() * 4 / 6 + part / part.sum() * 2 / 6
-            assert np.allclose(found[row * 6 + column], expected, atol=1e-6)
-    assert np.allclose(found.sum(1), 1)
+            assert np.allclose(aggregated[row * 6 + column], expected, atol=1e-6)
+    assert np.allclose(aggregated.sum(1), 1)
 
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20))
 def test_anchors_are_spread_evenly_over_any_grid(height, width, side):
     anchors = att.anchor_indices((height, width), side).tolist()
     assert len(set(anchors)) == len(anchors) == min(side, height) * min(side, width)
-    for places, length in (({a // width for a in anchors}, height), ({a % width for a in anchors}, width)):
-        steps = np.diff([-1, *sorted(places), length])
-        assert min(places) >= 0
-        assert max(places) < length
+    for coordinates, length in (({a // width for a in anchors}, height), ({a % width for a in anchors}, width)):
+        steps = np.diff([-1, *sorted(coordinates), length])
+        assert min(coordinates) >= 0
+        assert max(coordinates) < length
         assert len(steps) == 2 or np.ptp(steps[1:-1]) <= 1
 
 
-def blocks(side=8):
-    """Self-attention of a picture with three regions, and the regions [side, side]."""
+def three_regions(side=8):
+    """Self-attention of an image with three regions, and the regions [side, side]."""
     regions = np.zeros((side, side), int)
     regions[:, side // 2 :] = 1
     regions[side // 2 :, : side // 2] = 2
@@ -108,45 +110,45 @@ def blocks(side=8):
     return torch.from_numpy(same / same.sum(1, keepdims=True)), regions
 
 
-def test_diffseg_finds_regions_that_attend_to_themselves_and_names_them_by_the_phrases():
-    own, regions = blocks()
-    proposals = att.merge(att.aggregate({(8, 8): own}), att.anchor_indices((8, 8), 4), tau=1.0, iterations=3)
+def test_diffseg_segments_regions_that_attend_to_themselves_and_assigns_them_to_phrases():
+    self_attention, regions = three_regions()
+    proposals = att.merge(att.aggregate({(8, 8): self_attention}), att.anchor_indices((8, 8), 4), tau=1.0, iterations=3)
     segments = att.segment(proposals, (8, 8), 8, 8)
     assert len(proposals) == 3
     assert all(len(np.unique(segments[regions == region])) == 1 for region in range(3))
     maps = np.stack([(regions == region) + 0.2 for region in range(3)]).astype(np.float32)
-    found = att.assign(segments, maps, every_phrase=False)
-    assert np.array_equal(found > 0, maps > 1)
+    assigned = att.assign(segments, maps, every_phrase=False)
+    assert np.array_equal(assigned > 0, maps > 1)
     doubled = np.concatenate([maps, maps[:1] * 0.9])
     assert np.array_equal(att.assign(segments, doubled, every_phrase=False)[3], np.zeros((8, 8)))
     assert np.array_equal(att.assign(segments, doubled, every_phrase=True)[3] > 0, regions == 0)
 
 
 def test_diffpng_grows_a_region_from_a_few_anchors():
-    own, regions = blocks()
+    self_attention, regions = three_regions()
     maps = torch.zeros(2, 4, 4)
     maps[0, 0, 3], maps[1, 3, 0] = 1.0, 1.0
     anchors = att.locate(maps, (8, 8), 0.4)
     assert 1 <= anchors[0].sum() < (regions == 1).sum()
-    found = att.minmax(att.spread(own.expand(2, -1, -1), anchors, (8, 8)))
-    assert np.array_equal(found[0].numpy() > 0.3, regions == 1)
-    assert np.array_equal(found[1].numpy() > 0.3, regions == 2)
-    assert att.spread(own[None], torch.zeros(1, 64, dtype=torch.bool), (8, 8)).abs().max() == 0
+    grown = att.minmax(att.spread(self_attention.expand(2, -1, -1), anchors, (8, 8)))
+    assert np.array_equal(grown[0].numpy() > 0.3, regions == 1)
+    assert np.array_equal(grown[1].numpy() > 0.3, regions == 2)
+    assert att.spread(self_attention[None], torch.zeros(1, 64, dtype=torch.bool), (8, 8)).abs().max() == 0
 
 
 def test_phrase_maps_are_weighted_means_of_token_maps():
     cross = {grid: distributions(2, grid[0] * grid[1], 5).float() for grid in ((4, 4), (2, 2))}
     weights = torch.tensor([[0, 1.0, 3.0, 0, 0], [0, 2.0, 0, 0, 0]])
-    found = att.combined_maps(cross, weights)
+    combined = att.combined_maps(cross, weights)
     token = {grid: torch.stack([(m[0, :, 1] + 3 * m[0, :, 2]) / 4, m[1, :, 1]]).view(2, *grid) for grid, m in cross.items()}
     expected = token[4, 4].numpy() * 4 / 6 + bilinear(token[2, 2].numpy(), 4, 4) * 2 / 6
-    assert np.allclose(found, expected, atol=1e-6)
+    assert np.allclose(combined, expected, atol=1e-6)
     assert att.nearest_grid([(64, 64), (32, 32), (16, 16)], 16) == (16, 16)
     assert att.nearest_grid([(16, 16), (8, 8)], 12) == (8, 8)
 
 
 @given(arrays(np.float32, (3, 4, 5), elements=st.floats(0, 1, width=16)))
-def test_scaling_alone_keeps_each_map_and_together_keeps_their_order(values):
+def test_minmax_scales_maps_separately_or_jointly_and_keeps_their_order(values):
     maps = torch.from_numpy(values)
     alone, together = att.minmax(maps), att.minmax(maps, together=True)
     for scaled, low, high in [(a, m.min(), m.max()) for a, m in zip(alone, maps, strict=True)] + [
@@ -161,7 +163,7 @@ def test_scaling_alone_keeps_each_map_and_together_keeps_their_order(values):
     arrays(np.float32, (6, 7), elements=st.sampled_from(np.linspace(0, 1, 11).astype(np.float32).tolist())),
     arrays(np.bool_, (6, 7)),
 )
-def test_ious_of_all_thresholds_at_once(soft, truth):
+def test_threshold_ious_equal_the_iou_of_every_threshold(soft, truth):
     thresholds = np.array([0.1, 0.3, 0.5, 1.0], np.float32)
     expected = [((soft >= t) & truth).sum() / max(1, ((soft >= t) | truth).sum()) for t in thresholds]
     assert np.allclose(threshold_ious(soft, truth, thresholds), expected)
@@ -215,7 +217,7 @@ def model(pipeline):
 
 def attended(model, params, texts=TEXTS):
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    return Attended(model, params, latent, (16, 20), texts, (0, 7))
+    return ImageAttention(model, params, latent, (16, 20), texts, (0, 7))
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def params():
     return load_params(PROJECT / "params/smoke.yaml").baselines
 
 
-def test_prompts_are_embedded_as_the_pipeline_does(pipeline, model):
+def test_prompt_embeddings_equal_those_of_the_pipeline(pipeline, model):
     template = "a photo of {phrase} here"
     prompts = model.embed(TEXTS, template)
     stock = pipeline[0].encode_prompt([template.format(phrase=t) for t in TEXTS], device=CPU, num_images_per_prompt=1,
@@ -235,92 +237,87 @@ def test_prompts_are_embedded_as_the_pipeline_does(pipeline, model):
     for text, chosen in zip(TEXTS, prompts.phrase_tokens, strict=True):
         ids = torch.tensor(tokenizer(template.format(phrase=text), padding="max_length").input_ids)
         assert tokenizer.decode(ids[chosen]).strip() == text
-    cut = model.embed(["star " * 200]).phrase_tokens[0]
-    assert cut.sum() == 75
+    truncated = model.embed(["star " * 200]).phrase_tokens[0]
+    assert truncated.sum() == 75
 
 
-def test_what_the_unet_is_told(pipeline, model):
+def test_unet_gets_the_inputs_of_the_pipeline(pipeline, model):
     unet, vae = pipeline[0].unet, pipeline[0].vae
     prompts, x_t, latent = model.embed(TEXTS[:2]), torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8)
-    for visible in (False, True):
-        model.visible = visible
-        found = model.predict(x_t, 50, latent, prompts.tokens, prompts.pooled)
-        sample, added = x_t, None
-        if model.double:
-            hidden = vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.mode() * vae.config.scaling_factor
-            known = latent if visible else hidden
-            sample = torch.cat([x_t, torch.full((2, 1, 8, 8), 1.0 - visible), known.expand(2, -1, -1, -1)], 1)
-            ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, -1)
-            added = {"text_embeds": prompts.pooled, "time_ids": ids}
-        with torch.no_grad():
-            expected = unet(sample, 50, prompts.tokens, added_cond_kwargs=added).sample
-        assert torch.allclose(found, expected, atol=1e-5)
-    model.visible = False
+    sample, added = x_t, None
+    if model.double:
+        hidden = vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist.mode() * vae.config.scaling_factor
+        sample = torch.cat([x_t, torch.ones(2, 1, 8, 8), hidden.expand(2, -1, -1, -1)], 1)
+        ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]]).expand(2, -1)
+        added = {"text_embeds": prompts.pooled, "time_ids": ids}
+    with torch.no_grad():
+        expected = unet(sample, 50, prompts.tokens, added_cond_kwargs=added).sample
+    assert torch.allclose(model.predict(x_t, 50, latent, prompts.tokens, prompts.pooled), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_maps_depend_on_neither_batch_nor_company(model, params, name):
-    """Any batch size, any other phrases asked of the same image: the same map, for methods without competition."""
+def test_maps_do_not_depend_on_batch_size_or_other_phrases(model, params, name):
+    """Maps do not depend on batch size or phrase order and, except for diffseg, not on other phrases of the image."""
     whole = attended(model, params)
-    found = METHODS[name].maps(whole, TEXTS, False)
-    assert found.min() >= 0
-    assert found.max() <= 1
+    maps = METHODS[name].maps(whole, TEXTS, False)
+    assert maps.min() >= 0
+    assert maps.max() <= 1
     split = attended(model, params.model_copy(update={"batch": 1}), TEXTS[::-1])
-    assert np.allclose(METHODS[name].maps(split, TEXTS, False), found, atol=1e-4)
+    assert np.allclose(METHODS[name].maps(split, TEXTS, False), maps, atol=1e-4)
     if name != "diffseg":
-        assert np.ptp(found) == 1
-        assert np.allclose(METHODS[name].maps(whole, TEXTS[1:2], False)[0], found[1], atol=1e-6)
+        assert np.ptp(maps) == 1
+        assert np.allclose(METHODS[name].maps(whole, TEXTS[1:2], False)[0], maps[1], atol=1e-6)
         together = METHODS[name].maps(whole, TEXTS, True)
         assert sorted([together.min(), together.max()]) == pytest.approx([0, 1])
     else:
-        assert found.shape == (3, 16, 20)
-        assert (found > 0).any((1, 2)).all()
-        alone = METHODS[name].maps(whole, TEXTS, True)
-        assert np.array_equal((alone > 0).sum(0), np.ones((16, 20)))
+        assert maps.shape == (3, 16, 20)
+        assert (maps > 0).any((1, 2)).all()
+        exclusive = METHODS[name].maps(whole, TEXTS, True)
+        assert np.array_equal((exclusive > 0).sum(0), np.ones((16, 20)))
 
 
-def test_noise_and_steps_are_inverses_of_the_objectives():
+def test_noise_and_ddim_steps_invert_the_objectives():
     generator = torch.Generator().manual_seed(0)
     x_0, noise = (torch.randn(2, 4, 3, 3, generator=generator) for _ in range(2))
     alpha, alphas, t = torch.tensor(0.3), torch.full((10,), 0.3), torch.tensor([4, 4])
     x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * noise
-    for name, kind in (("epsilon", "noise"), ("v_prediction", "v"), ("sample", "x0")):
-        answer = target(kind, x_0, noise, alphas, t, 1.0)
-        assert torch.allclose(noise_of(answer, x_t, alpha, name), noise, atol=1e-5)
-    lower = ddim_move(x_t, noise, alpha, torch.tensor(0.9))
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        output = training_target(prediction_type, x_0, noise, alphas, t, label_scale=1.0)
+        assert torch.allclose(noise_of(output, x_t, alpha, prediction_type), noise, atol=1e-5)
+    lower = ddim_step(x_t, noise, alpha, torch.tensor(0.9))
     assert torch.allclose(lower, 0.9**0.5 * x_0 + 0.1**0.5 * noise, atol=1e-5)
-    assert torch.allclose(ddim_move(lower, noise, torch.tensor(0.9), alpha), x_t, atol=1e-5)
+    assert torch.allclose(ddim_step(lower, noise, torch.tensor(0.9), alpha), x_t, atol=1e-5)
 
 
-def test_null_texts_lead_back_to_the_image(model):
-    """More inner steps end nearer to the latent that was inverted; a prompt's row does not depend on the others."""
+def test_null_text_inversion_reconstructs_the_image(model):
+    """Inner steps bring the result closer to the image latent; a prompt's result does not depend on the other prompts."""
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     prompts, empty = model.embed(TEXTS[:2]), model.embed([""])
-    seen = []
+    passes = []
 
     class Record:
         def __enter__(self):
-            seen.append(1)
+            passes.append(1)
 
         def __exit__(self, *_):
             return None
 
-    def error(inner, chosen=prompts):
-        inversion = Inversion(steps=3, guidance=7.5, inner_steps=inner, lr=0.05, tolerance=1e-9)
-        x = replay(model, latent, chosen, empty, inversion, Record)
+    def reconstruct(inner_steps, prompts=prompts):
+        inversion = Inversion(steps=3, guidance_scale=7.5, inner_steps=inner_steps, lr=0.05, tolerance=1e-9)
+        x = null_text_inversion(model, latent, prompts, empty, inversion, Record)
         return x, (x - latent).square().mean((1, 2, 3))
 
-    found, after = error(10)
-    assert len(seen) == 3
-    assert (after < error(0)[1]).all()
-    assert torch.allclose(error(10, prompts[1:2])[0], found[1:2], atol=1e-3)
+    x, error = reconstruct(10)
+    assert len(passes) == 3
+    assert (error < reconstruct(0)[1]).all()
+    assert torch.allclose(reconstruct(10, prompts[1:2])[0], x[1:2], atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ inexact masks
 def shapes(count=24, side=48):
     """A phrase table of discs, bars and rings."""
     rows, columns = np.mgrid[:side, :side]
-    found = []
+    phrases = []
     for number in range(count):
         rng = np.random.default_rng(number)
         centre, radius = rng.uniform(14, side - 14, 2), rng.uniform(5, 13)
@@ -330,8 +327,8 @@ def shapes(count=24, side=48):
             (abs(rows - centre[0]) <= radius) & (abs(columns - centre[1]) <= 3),
             abs(distance - radius) < 3,
         ][number % 3]
-        found.append((number, "n", number % 5, masks.encode(mask), side, side))
-    return pd.DataFrame(found, columns=[*KEY, "mask", "height", "width"])
+        phrases.append((number, "n", number % 5, masks.encode(mask), side, side))
+    return pd.DataFrame(phrases, columns=[*KEY, "mask", "height", "width"])
 
 
 def decoded(frame, side=48):
@@ -345,39 +342,39 @@ def iou(a, b):
 @pytest.mark.parametrize(
     ("kind", "target"), [("box", 0.4), ("dilated", 0.5), ("eroded", 0.4), ("shifted", 0.3), ("scribble", 0.4)]
 )
-def test_inexact_masks_have_the_mean_iou_asked_for(kind, target):
+def test_inexact_masks_have_the_target_mean_iou(kind, target):
     table = shapes()
     amount, reached = find_amount(table, kind, target, seed=0)
-    made = inexact_masks(table, kind, amount, seed=0)
-    truth, spoiled = decoded(table), decoded(made)
-    assert iou(truth, spoiled).mean() == pytest.approx(reached)
+    inexact = inexact_masks(table, kind, amount, seed=0)
+    truth, degraded = decoded(table), decoded(inexact)
+    assert iou(truth, degraded).mean() == pytest.approx(reached)
     assert reached == pytest.approx(target, abs=0.02)
     backwards = inexact_masks(table.iloc[::-1], kind, amount, seed=0).iloc[::-1]
-    assert backwards["mask"].tolist() == made["mask"].tolist()
-    other = inexact_masks(table, kind, amount, seed=1)["mask"].tolist() != made["mask"].tolist()
-    assert other == (kind in ("shifted", "scribble"))
+    assert backwards["mask"].tolist() == inexact["mask"].tolist()
+    random = inexact_masks(table, kind, amount, seed=1)["mask"].tolist() != inexact["mask"].tolist()
+    assert random == (kind in ("shifted", "scribble"))
     if kind in ("box", "dilated"):
-        assert not (truth & ~spoiled).any()
+        assert not (truth & ~degraded).any()
     if kind == "eroded":
-        assert not (spoiled & ~truth).any()
-        assert spoiled.any((1, 2)).all()
+        assert not (degraded & ~truth).any()
+        assert degraded.any((1, 2)).all()
     if kind == "shifted":
-        assert (spoiled.sum((1, 2)) <= truth.sum((1, 2))).all()
+        assert (degraded.sum((1, 2)) <= truth.sum((1, 2))).all()
 
 
-def test_a_target_out_of_reach_is_an_error_that_says_what_is_not():
+def test_unreachable_target_raises_an_error_with_the_reachable_range():
     with pytest.raises(UserError, match=r"baselines.inexact.box.*between 0\.\d\d and 0\.\d\d"):
         find_amount(shapes(), "box", 0.99, seed=0)
 
 
 @given(arrays(np.bool_, (12, 10)))
 @settings(deadline=None)
-def test_every_kind_survives_every_mask(mask):
+def test_every_kind_of_degradation_accepts_every_mask(mask):
     for kind in KINDS.values():
-        spoil = kind.prepare(mask, 5)
-        for amount in (kind.exact, 1.3, kind.far):
-            assert spoil(amount).shape == mask.shape
-            assert spoil(amount).any() <= mask.any()
+        degrade = kind.prepare(mask, 5)
+        for amount in (kind.best, 1.3, kind.worst):
+            assert degrade(amount).shape == mask.shape
+            assert degrade(amount).any() <= mask.any()
     for name in ("dilated", "eroded", "shifted"):
         assert np.array_equal(KINDS[name].prepare(mask, 5)(0.0), mask)
     box = KINDS["box"].prepare(mask, 5)(0.0)
@@ -389,7 +386,7 @@ def test_every_kind_survives_every_mask(mask):
 
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 9)), min_size=3, max_size=9, unique=True))
 @settings(deadline=None)
-def test_a_hull_is_the_convex_hull(points):
+def test_hull_equals_the_delaunay_triangulation(points):
     points = np.array(points)
     grid = np.argwhere(np.ones((12, 10), bool))
     hull = _hull(points, (12, 10))
@@ -406,7 +403,7 @@ def test_a_hull_is_the_convex_hull(points):
 # -------------------------------------------------------------------------------------------------------------- the command
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A smoke study up to its backbone, with all baselines made."""
+    """A smoke study with data, backbone and baselines."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -424,7 +421,7 @@ def write_params(folder, **changes):
     return load_params(folder / "params.yaml")
 
 
-def test_every_baseline_answers_every_phrase(project, monkeypatch):
+def test_every_baseline_predicts_every_phrase(project, monkeypatch):
     monkeypatch.chdir(project)
     study = load_params("params.yaml")
     entries = json.loads((project / "results/smoke/baselines/manifest.json").read_text())["baselines"]
@@ -440,13 +437,13 @@ def test_every_baseline_answers_every_phrase(project, monkeypatch):
             assert frame[KEY].equals(rows[KEY])
             assert frame["score"].between(0, 1).all()
             assert set(masks.measure(frame["mask"].tolist()).pixels) == {64 * 64}
-            if maps_path(entry[which]).exists() and which == "predictions":  # the masks are what the maps say
+            if maps_path(entry[which]).exists() and which == "predictions":  # the masks are the thresholded maps
                 soft = bilinear(read_maps(entry[which]), 64, 64)
-                again = soft >= entry["threshold"]
-                assert np.mean(again == np.stack([masks.decode(code, 64, 64) for code in frame["mask"]])) > 0.95
+                thresholded = soft >= entry["threshold"]
+                assert np.mean(thresholded == np.stack([masks.decode(code, 64, 64) for code in frame["mask"]])) > 0.95
 
 
-def test_runs_that_are_pointed_to_exist_in_sampling(project):
+def test_study_samples_the_runs_that_serve_as_baselines(project):
     study = load_params(PROJECT / "params/smoke.yaml")
     runs = {run.name: run for run in study_runs(study)}
     for baseline in RUNS:
@@ -455,7 +452,7 @@ def test_runs_that_are_pointed_to_exist_in_sampling(project):
         assert runs[baseline.class_run].method == runs[baseline.run].method
 
 
-def test_finished_baselines_are_kept_and_a_changed_one_is_made_again(project, monkeypatch, capsys):
+def test_up_to_date_baselines_are_kept_and_changed_ones_are_remade(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     folder = project / "results/smoke/baselines"
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
@@ -473,7 +470,7 @@ def test_finished_baselines_are_kept_and_a_changed_one_is_made_again(project, mo
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"} == before
 
 
-def test_a_stable_diffusion_directory_takes_the_backbones_place(project, monkeypatch, capsys):
+def test_stable_diffusion_directory_replaces_the_backbone(project, monkeypatch, capsys):
     monkeypatch.chdir(project)
     tiny_sd().save_pretrained(project / "sd")
     write_params(project, backbone="sd", size=32)
@@ -486,9 +483,9 @@ def test_a_stable_diffusion_directory_takes_the_backbones_place(project, monkeyp
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["nonsense"], "nonsense: no baseline of study smoke; there are cross_attention"), (["gs"], "made by the phase sample")],
+    [(["nonsense"], "nonsense: not a baseline of study smoke; choose from cross_attention"), (["gs"], "run `genseg sample`")],
 )
-def test_a_wrong_name_is_one_line(project, monkeypatch, capsys, arguments, message):
+def test_invalid_name_raises_a_one_line_error(project, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(project)
     assert main(["baseline", *arguments, "--params", "params.yaml"]) == 2
     error = capsys.readouterr().err.strip()

@@ -1,4 +1,4 @@
-"""The benchmarks in their tiny mode: what they report is whole and possible. Times are not looked at."""
+"""Tests of the benchmarks in tiny mode: reports are complete and their values plausible. Times are not checked."""
 
 import json
 import math
@@ -12,7 +12,7 @@ COMPARED = {"sampling", "precompute", "training", "refinement", "scoring"}
 
 
 def report_of(command, cwd, tmp_path):
-    """The JSON of a benchmark command, whose Markdown must hold every benchmark of it."""
+    """Run a benchmark command and return its JSON; check that its Markdown has a section for every benchmark."""
     path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
     run("python", "-m", *command, "--tiny", "--json", str(tmp_path / "out.json"), cwd=cwd, PYTHONPATH=path, OMP_NUM_THREADS="1")
     document = json.loads((tmp_path / "out.json").read_text())
@@ -21,42 +21,42 @@ def report_of(command, cwd, tmp_path):
     return document
 
 
-def test_every_benchmark_of_a_finished_study(finished_study, tmp_path):
+def test_all_benchmarks_of_a_finished_study_report_valid_rows(finished_study, tmp_path):
     document = report_of(["benchmarks.run", "--params", "params/smoke.yaml"], finished_study, tmp_path)
-    found = {name: entry["rows"] for name, entry in document["benchmarks"].items()}
-    assert set(found) == {*COMPARED, "accuracy", "shares"}
-    for row in (row for name in COMPARED for row in found[name]):
+    rows = {name: entry["rows"] for name, entry in document["benchmarks"].items()}
+    assert set(rows) == {*COMPARED, "accuracy", "shares"}
+    for row in (row for name in COMPARED for row in rows[name]):
         assert row["ours_s"] > 0
         assert row["ratio"] == pytest.approx(row["reference_s"] / row["ours_s"], rel=1e-6)  # one repetition
-    assert all(row["max_difference"] < 1e-3 for row in found["sampling"])  # both loops make the same masks
-    [row] = found["refinement"]
-    assert (row["images"], row["evaluations"]) == (1, 6)  # smoke's base cell: three steps with guidance
+    assert all(row["max_difference"] < 1e-3 for row in rows["sampling"]), "both loops give the same maps"
+    [row] = rows["refinement"]
+    assert (row["images"], row["evaluations"]) == (1, 6)  # base point of smoke: three steps with guidance
     assert row["masks"] > 1
-    assert [row["evaluations"] for row in found["accuracy"]] == [1, 2, 2]
-    assert all(0 <= row["ar"] <= 1 for row in found["accuracy"])
-    for row in found["shares"]:
+    assert [row["evaluations"] for row in rows["accuracy"]] == [1, 2, 2]
+    assert all(0 <= row["ar"] <= 1 for row in rows["accuracy"])
+    for row in rows["shares"]:
         assert math.isclose(sum(row[name] for name in ("text", "VAE", "U-Net", "read-out", "rest")), 1, abs_tol=0.05)
-    assert abs(found["scoring"][0]["ar"] - found["scoring"][0]["brute_ar"]) < 2e-5
+    assert abs(rows["scoring"][0]["ar"] - rows["scoring"][0]["brute_ar"]) < 2e-5
 
 
-def test_without_a_study_the_others_still_run_and_the_report_says_so(tmp_path):
+def test_benchmarks_without_their_study_are_skipped_and_others_run(tmp_path):
     command = ["benchmarks.run", "--params", str(PROJECT / "params/smoke.yaml"), "--only", "shares", "scoring"]
     document = report_of(command, tmp_path, tmp_path)
     assert "run `make` first" in document["benchmarks"]["shares"]["skipped"]
     assert document["benchmarks"]["scoring"]["rows"]
 
 
-def test_the_gpu_benchmark_in_small(tmp_path):
-    found = report_of(["benchmarks.gpu"], tmp_path, tmp_path)["benchmarks"]
-    assert [row["evaluations"] for row in found["evaluations"]["rows"]] == [1, 2, 4, 6]
-    rows = {(row["mode"], row["backend"]): row for row in found["variants"]["rows"]}
+def test_gpu_benchmark_reports_valid_rows_with_tiny_shapes(tmp_path):
+    benchmarks = report_of(["benchmarks.gpu"], tmp_path, tmp_path)["benchmarks"]
+    assert [row["evaluations"] for row in benchmarks["evaluations"]["rows"]] == [1, 2, 4, 6]
+    rows = {(row["mode"], row["backend"]): row for row in benchmarks["variants"]["rows"]}
     assert {mode for mode, _ in rows} == {"eager", "channels last", "compiled blocks", "compiled"}
     for (_, backend), row in rows.items():
         assert (row["unavailable"] is None) == ("masks_per_s" in row)
         assert row["unavailable"] is None or backend != "native"
-    kinds = {row["operator"]: row for row in found["operators"]["rows"]}
+    kinds = {row["operator"]: row for row in benchmarks["operators"]["rows"]}
     assert {"convolution", "matrix product", "attention", "norm"} <= set(kinds)
     assert math.isclose(sum(row["share"] for row in kinds.values()), 1)
-    batch = 5 * math.ceil(found["equal lengths"]["rows"][0]["batch"] / 5)
-    unet = found["operations"]["rows"][0]["tflop"]
+    batch = 5 * math.ceil(benchmarks["equal lengths"]["rows"][0]["batch"] / 5)
+    unet = benchmarks["operations"]["rows"][0]["tflop"]
     assert sum(row["tflop"] or 0 for row in kinds.values()) == pytest.approx(batch * unet, rel=1e-6)

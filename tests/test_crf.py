@@ -1,4 +1,4 @@
-"""The dense CRF against a mean field over all pairs of pixels, its lattice against the algorithm's own loops."""
+"""The dense CRF compared with mean field over all pairs of pixels, and its lattice compared with plain loops."""
 
 import math
 from collections import defaultdict
@@ -15,9 +15,10 @@ from scipy.ndimage import gaussian_filter
 from genseg.artifacts.masks import decode, encode
 from genseg.artifacts.parquet import KEY
 from genseg.errors import UserError
-from genseg.params import Crf, load_params
-from genseg.refine.crf import Lattice, binary_crf, dense_crf, permutohedral, refine, refine_predictions
-from genseg.refine.crf_search import TRIED, mean_ious
+from genseg.params import load_params
+from genseg.params.refine import Crf
+from genseg.refine.crf import Lattice, binary_crf, dense_crf, permutohedral, refine_masks, refine_predictions
+from genseg.refine.crf_search import SETTINGS, mean_ious
 
 CLIP_ES = load_params(Path(__file__).resolve().parents[1] / "params/paper.yaml").refine.crf
 
@@ -27,16 +28,16 @@ def clip_es(**changes) -> Crf:
 
 
 def scene(seed, labels=3, shape=(20, 24), smooth=1):
-    """A random picture and noisy random probabilities [K, H, W]."""
+    """A random image [H, W, 3] and noisy random probabilities [K, H, W]."""
     rng = np.random.default_rng(seed)
-    picture = gaussian_filter(rng.normal(size=(*shape, 3)), (smooth, smooth, 0))
+    image = gaussian_filter(rng.normal(size=(*shape, 3)), (smooth, smooth, 0))
     field = 0.5 + 2 * gaussian_filter(rng.normal(size=(labels, *shape)), (0, 3, 3)) + 0.3 * rng.normal(size=(labels, *shape))
     field = np.clip(field, 0.05, None)
-    return np.clip(128 + 50 * picture / picture.std(), 0, 255).astype(np.uint8), (field / field.sum(0)).astype(np.float32)
+    return np.clip(128 + 50 * image / image.std(), 0, 255).astype(np.uint8), (field / field.sum(0)).astype(np.float32)
 
 
 def all_pairs(probability, image, crf):
-    """The mean field with K~ written out, [N, N], each pixel being its own neighbour, too."""
+    """Mean field with the full matrix K~ [N, N], in which each pixel is also its own neighbour."""
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
     places = np.stack([x, y], -1).reshape(-1, 2)
     colours = np.concatenate([places / crf.bilateral_sxy, image.reshape(-1, 3) / crf.bilateral_srgb], 1)
@@ -55,19 +56,19 @@ def all_pairs(probability, image, crf):
 
 @pytest.mark.parametrize("smooth", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(3))
-def test_mean_field_over_all_pairs_within_the_lattices_error(seed, smooth):
-    """CLIP-ES' constants: one iteration within 0.006 on average, ten within 0.02 and 97 % of the labels."""
+def test_dense_crf_agrees_with_mean_field_over_all_pairs(seed, smooth):
+    """With CLIP-ES' constants, the mean error is below 0.006 after one iteration and 0.02 after ten; 97 % of labels agree."""
     image, probability = scene(seed, smooth=smooth)
     once, often = (clip_es(iterations=count) for count in (1, 10))
     assert np.abs(dense_crf(probability, image, once) - all_pairs(probability, image, once)).mean() < 0.006
-    found, expected = dense_crf(probability, image, often), all_pairs(probability, image, often)
-    assert np.abs(found - expected).mean() < 0.02
-    assert (found.argmax(0) == expected.argmax(0)).mean() > 0.97
-    assert (expected.argmax(0) != probability.argmax(0)).mean() > 0.1  # the CRF has something to do
+    marginals, expected = dense_crf(probability, image, often), all_pairs(probability, image, often)
+    assert np.abs(marginals - expected).mean() < 0.02
+    assert (marginals.argmax(0) == expected.argmax(0)).mean() > 0.97
+    assert (expected.argmax(0) != probability.argmax(0)).mean() > 0.1  # the CRF changes labels
 
 
 def lattice_by_loops(features, values):
-    """Adams et al. 2010, section 3: splat, blur and slice with a dictionary, pixel by pixel."""
+    """Splat, blur and slice with a dictionary, pixel by pixel (Adams et al. 2010, section 3)."""
     d = features.shape[1]
     homes, table = [], defaultdict(float)
     for feature, value in zip(features, values, strict=True):
@@ -99,7 +100,7 @@ def lattice_by_loops(features, values):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 10**6), st.sampled_from([0.3, 3.0, 30.0]))
-def test_the_lattice_is_that_of_the_papers_loops(d, count, seed, spread):
+def test_lattice_filter_equals_plain_loops(d, count, seed, spread):
     rng = np.random.default_rng(seed)
     features, values = rng.normal(size=(count, d)) * spread, rng.random(count)
     splat, axes = permutohedral(features)
@@ -108,11 +109,11 @@ def test_the_lattice_is_that_of_the_papers_loops(d, count, seed, spread):
     assert splat.data.min() > -1e-6
     norm = 1 / np.sqrt(lattice_by_loops(features, np.ones(count)))
     expected = norm * lattice_by_loops(features, norm * values)
-    found = Lattice(features).filter(values[:, None].astype(np.float32))[:, 0]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    filtered = Lattice(features).filter(values[:, None].astype(np.float32))[:, 0]
+    np.testing.assert_allclose(filtered, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_binary_masks_are_two_labels_each_and_do_not_see_each_other():
+def test_binary_crf_equals_a_separate_crf_with_two_labels_for_each_mask():
     image, probability = scene(1)
     together = binary_crf(probability, image, clip_es())
     for index, foreground in enumerate(probability):
@@ -122,7 +123,7 @@ def test_binary_masks_are_two_labels_each_and_do_not_see_each_other():
         )
 
 
-def test_marginals_permute_with_the_labels_and_without_weights_are_the_input():
+def test_marginals_are_equivariant_to_label_order_and_equal_the_input_with_zero_weights():
     image, probability = scene(2, labels=4)
     marginals = dense_crf(probability, image, clip_es())
     np.testing.assert_allclose(marginals.sum(0), 1, atol=1e-5)
@@ -139,20 +140,20 @@ def square(corner, side, shape=(40, 48)):
 
 
 def painted():
-    """Two squares of other colours on grey with a little noise, and their masks."""
+    """A grey image of two coloured squares with a little noise, and the masks of the squares."""
     truth = np.stack([square((8, 6), 14), square((16, 26), 16)])
     image = np.full((40, 48, 3), 90) + 60 * truth[0][..., None] * [1, 0, 0] + 60 * truth[1][..., None] * [0, 0, 1]
     return np.clip(image + np.random.default_rng(0).normal(size=image.shape), 0, 255).astype(np.uint8), truth
 
 
 @pytest.mark.parametrize("disjoint", [False, True])
-def test_coarse_masks_snap_to_the_edges_and_empty_ones_stay_empty(disjoint):
+def test_refined_masks_follow_the_edges_and_empty_masks_stay_empty(disjoint):
     image, truth = painted()
     coarse = np.stack([square((6, 5), 17), np.zeros((40, 48), bool), square((13, 25), 19)])
-    refined = refine(coarse, image, clip_es(), disjoint)
+    refined = refine_masks(coarse, image, clip_es(), disjoint)
     assert not refined[1].any()
     np.testing.assert_array_equal(refined[[0, 2]], truth)
-    assert not refine(coarse[1:2], image, clip_es(), disjoint).any()
+    assert not refine_masks(coarse[1:2], image, clip_es(), disjoint).any()
 
 
 @pytest.fixture
@@ -172,39 +173,39 @@ def ious_of(predictions, phrases):
     return np.array([(a & b).sum() / (a | b).sum() for a, b in pairs])
 
 
-def test_settings_are_compared_by_what_they_make_of_the_same_masks(study):
-    """Against refining every kind of coarse masks by every setting for itself; a phrase without ground truth is left out."""
+def test_mean_ious_equals_refining_with_each_setting_separately(study):
+    """A phrase with empty ground truth is left out."""
     phrases, predictions = study
     kinds = {"tight": predictions, "exact": phrases[KEY].assign(mask=phrases["mask"], score=0.0)}
     refined = refine_predictions(phrases, predictions, clip_es())
     assert refined["score"].tolist() == [0, 0.25]
     assert refined[KEY].equals(phrases[KEY])
-    tried = [clip_es(bilateral_weight=0, confidence=0.99), clip_es(), clip_es(bilateral_srgb=13.0)]
+    compared = [clip_es(bilateral_weight=0, confidence=0.99), clip_es(), clip_es(bilateral_srgb=13.0)]
     empty = phrases.iloc[[0]].assign(phrase_id=7, mask=[encode(np.zeros((40, 48), bool))])
     more = pd.concat([phrases, empty])
     coarse = pd.concat([frame.assign(coarse=kind) for kind, frame in kinds.items()])
     for kind in kinds:
         coarse = pd.concat([coarse, predictions.iloc[[0]].assign(phrase_id=7, coarse=kind)])
-    found = mean_ious(more, coarse.sample(frac=1, random_state=0), tried)
-    assert len(found) == 1 + len(tried)
+    ious = mean_ious(more, coarse.sample(frac=1, random_state=0), compared)
+    assert len(ious) == 1 + len(compared)
     for kind, frame in kinds.items():
         expected = [ious_of(frame, phrases).mean()]
-        expected += [ious_of(refine_predictions(phrases, frame, crf), phrases).mean() for crf in tried]
-        np.testing.assert_allclose(found[kind], expected)
-    np.testing.assert_allclose(found["mean"], found[list(kinds)].mean(axis=1))
-    assert found["tight"].iloc[1] < found["tight"].iloc[2:].min()
+        expected += [ious_of(refine_predictions(phrases, frame, crf), phrases).mean() for crf in compared]
+        np.testing.assert_allclose(ious[kind], expected)
+    np.testing.assert_allclose(ious["mean"], ious[list(kinds)].mean(axis=1))
+    assert ious["tight"].iloc[1] < ious["tight"].iloc[2:].min()
 
 
-def test_ten_settings_those_of_clip_es_first():
-    assert len({crf.model_dump_json() for crf in TRIED}) == 10
-    assert TRIED[0] == CLIP_ES
+def test_ten_distinct_settings_start_with_clip_es():
+    assert len({crf.model_dump_json() for crf in SETTINGS}) == 10
+    assert SETTINGS[0] == CLIP_ES
 
 
-def test_what_does_not_fit_is_named(study):
+def test_user_errors_name_the_phrase_file_or_constant(study):
     phrases, predictions = study
-    with pytest.raises(UserError, match=r"no phrase \(1, 'n', 7\)"):
+    with pytest.raises(UserError, match=r"\(1, 'n', 7\) is not in the phrase table"):
         refine_predictions(phrases, predictions.assign(phrase_id=7), clip_es())
-    with pytest.raises(UserError, match=r"a\.png: 40 x 48 pixels, the phrase table says 48 x 40"):
+    with pytest.raises(UserError, match=r"a\.png: expected 48 x 40 pixels as in the phrase table, got 40 x 48"):
         refine_predictions(phrases.assign(height=48, width=40), predictions, clip_es())
     with pytest.raises(UserError, match="standard deviations are too small"):
         dense_crf(np.ones((1, 2, 2), np.float32), np.array([[[0] * 3, [255] * 3]] * 2, np.uint8), clip_es(bilateral_srgb=1e-3))

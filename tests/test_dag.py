@@ -1,7 +1,7 @@
-"""What runs when: the DAG on fake commands, so that only its logic is seen."""
+"""The jobs that Snakemake runs after each change, tested with fake commands."""
 
-import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from fake_study import BIN, ROOT, FakeStudy, changed, rules_in
-from genseg.dag.phases import PHASES
+from genseg import phases
 from genseg.params import load_params
+from genseg.phases import PHASES, code_hash, imported_modules, module_hash
 
 SIZES = [f"{size:04d}" for size in load_params(ROOT / "params.yaml").sample.sizes()]
 MAIN, BASE = (f"sample_shard {getattr(load_params(ROOT / 'params.yaml').sample, cell).size:04d}" for cell in ("main", "base"))
@@ -23,16 +24,13 @@ REFINE = {"refine_shard", "refine"} | SCORE
 BASELINES = {"baselines"} | REFINE
 GATHER = {"sample"} | REFINE
 SAMPLE = SHARDS | GATHER
-TRAIN = {"train_gs", "train_control"} | SAMPLE
+TRAIN = {"train_gs", "train_discriminative"} | SAMPLE
 NEW_SIZE = {"latents"} | SAMPLE
 LATENTS = {"latents_train", "latents"} | TRAIN
 BACKBONE = {"backbone"} | LATENTS | BASELINES
 ALL = {"data", "refine_train"} | BACKBONE
 
-COMMANDS = {"baselines": "baseline"}
-"""Commands that are not called as their phase."""
-
-# params key, another value, what Snakemake then runs
+# params key, another value, rules that Snakemake then runs
 CHANGES = [
     ("device", "cpu", set()),
     ("resources.train.threads", 7, set()),
@@ -43,18 +41,18 @@ CHANGES = [
     ("latents.batch", 77, LATENTS),
     ("train.size", 72, LATENTS),
     ("train.optimizer.lr", 0.123, TRAIN),
-    ("sample.grid.sizes", [72], NEW_SIZE - SHARDS | {"sample_shard 0072", MAIN, BASE}),  # nothing is trained again
-    ("sample.grid.guidance", [9.5], {BASE} | GATHER),
-    ("sample.grid.steps", [17], {BASE} | GATHER),
-    ("sample.main.guidance", 3.25, {MAIN} | GATHER),
+    ("sample.grid.sizes", [72], NEW_SIZE - SHARDS | {"sample_shard 0072", MAIN, BASE}),  # no training
+    ("sample.grid.guidance_scale", [9.5], {BASE} | GATHER),
+    ("sample.grid.num_inference_steps", [17], {BASE} | GATHER),
+    ("sample.main.guidance_scale", 3.25, {MAIN} | GATHER),
     ("sample.threshold", 0.375, SAMPLE),
     ("sample.grid_fraction", 0.375, NEW_SIZE),
-    ("sample.points", [{"steps": 3, "guidance": 1.5}], {MAIN} | GATHER),
+    ("sample.operating_points", [{"num_inference_steps": 3, "guidance_scale": 1.5}], {MAIN} | GATHER),
     ("sample.select_fraction", 0.375, NEW_SIZE),
-    ("sample.runs", ["main", "val"], {MAIN, "sample", "score"}),  # nor controls, nor tables
-    ("sample.shards", 3, SAMPLE),
+    ("sample.runs", ["main", "val"], {MAIN, "sample", "score"}),  # no controls, no tables
+    ("resources.sample.shards", 3, SAMPLE),
     ("baselines.diffseg.tau", 0.375, BASELINES),
-    ("refine.alpha", 0.375, REFINE),  # nothing is sampled again
+    ("refine.alpha", 0.375, REFINE),  # no sampling
     ("refine.trained.steps", 77, {"refine_train"} | REFINE),
     ("refine.test_fraction", 0.375, REFINE),
     ("resources.refine.threads", 7, set()),
@@ -65,7 +63,7 @@ CHANGES = [
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A fake study that `snakemake` has made."""
+    """A fake study after `snakemake`."""
     study = FakeStudy.make(tmp_path_factory.mktemp("dag") / "study")
     study.call("snakemake", "--cores", "all", "--resources", "gpu=8")
     return study
@@ -73,14 +71,17 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(study):
-    """What Snakemake says to each change, and to mistakes."""
+    """Output by name: dry runs with each change, unchanged params, a misspelled key and defaults, and the list of rules."""
     params = study.params()
     documents = {key: changed(params, key, value) for key, value, _ in CHANGES}
     documents["unchanged"] = params
     documents["typo"] = changed(params, "sample.threshhold", 0.5)
-    documents["lacking"] = {key: value for key, value in params.items() if key != "seed"}
-    dry = {name: ["--dry-run", "--configfile", study.write_params(f"{name}.yaml", doc)] for name, doc in documents.items()}
-    return study.snakemakes(dry | {"rules": ["--list-rules"]})
+    documents["defaults"] = {"study": "mini"}
+    runs = {name: ["--dry-run", "--configfile", study.write_params(f"{name}.yaml", doc)] for name, doc in documents.items()}
+    study.write_params("params.yaml", changed(params, "seed", 7))  # must not leak into a study that does not list the key
+    outputs = study.snakemakes(runs | {"rules": ["--list-rules"]})
+    study.write_params("params.yaml", params)
+    return outputs
 
 
 def test_second_run_does_nothing(outputs):
@@ -88,11 +89,11 @@ def test_second_run_does_nothing(outputs):
 
 
 @pytest.mark.parametrize(("key", "value", "rules"), CHANGES, ids=[key for key, _, _ in CHANGES])
-def test_change_of_params_runs(outputs, key, value, rules):
+def test_changed_params_rerun_the_expected_rules(outputs, key, value, rules):
     assert rules_in(outputs[key]) == rules
 
 
-def test_an_import_runs_what_follows_the_baselines(study):
+def test_import_reruns_the_baselines_and_later_phases(study):
     imported = study.folder / "data/imported/mini/theirs.parquet"
     imported.parent.mkdir()
     imported.touch()
@@ -102,14 +103,14 @@ def test_an_import_runs_what_follows_the_baselines(study):
     assert rules_in(study.snakemakes({"removed": ["--dry-run"]})["removed"]) == set()
 
 
-def test_mistake_in_params_is_one_line(outputs):
+def test_mistake_in_params_is_reported_in_one_line(outputs):
     [line] = [line for line in outputs["typo"].splitlines() if not line.startswith("Using")]
     assert line == ("snakemake: error: typo.yaml: unknown key sample.threshhold; did you mean sample.threshold?")
 
 
-def test_configfile_replaces_params(outputs):
-    """Merged into params.yaml, a study that lacks a key would silently take it from there."""
-    assert "lacking.yaml: key seed is missing" in outputs["lacking"]
+def test_configfile_replaces_params_yaml(outputs):
+    """Keys that a study does not list have the schema's defaults, not the values of an edited params.yaml."""
+    assert rules_in(outputs["defaults"]) == set()
 
 
 def test_phase_names_are_targets(outputs):
@@ -119,7 +120,7 @@ def test_phase_names_are_targets(outputs):
 def test_each_job_ran_once(study):
     ran = study.ran()
     params = load_params(ROOT / "params.yaml")
-    shards, parts = params.sample.shards, params.refine.shards
+    shards, parts = params.resources.sample.shards, params.resources.refine.shards
     assert {name: times for name, times in ran.items() if times != 1} == {
         name: count
         for name in ran
@@ -144,7 +145,7 @@ def test_each_job_ran_once(study):
     assert {path.name for path in (study.folder / "work/mini/logs").iterdir()} == {
         f"{rule}.log"
         for rule in (
-            *("data", "backbone", "latents", "latents_train", "train_gs", "train_control", "baselines", "sample"),
+            *("data", "backbone", "latents", "latents_train", "train_gs", "train_discriminative", "baselines", "sample"),
             *("refine_train", "refine", "score", "tables"),
         )
     } | {f"sample.size={size}.shard={shard}.log" for size in SIZES for shard in range(shards)} | {
@@ -152,19 +153,44 @@ def test_each_job_ran_once(study):
     }
 
 
-def test_change_of_source_runs_the_phases_that_use_it(study):
-    """`code_hash` reads the installed package; here its value is what changes."""
+def test_changed_code_reruns_the_phases_that_import_it(study):
+    """The digest of one module of the installed package is replaced, as if the sampler had changed."""
     wrapper = (
-        "import sys, genseg.dag.rules as rules; real = rules.code_hash;"
-        "rules.code_hash = lambda *rooms: real(*rooms) + ('x' if 'report' in rooms else '');"
+        "import sys, genseg.phases as phases, genseg.dag.rules; real = phases._module_digest;"
+        "phases._module_digest = lambda name: real(name) + ('x' if name == 'genseg.diffusion.sampling' else '');"
         "import snakemake.cli; snakemake.cli.main(['--dry-run', '--quiet', 'host'])"
     )
-    output = study.call(sys.executable, "-c", wrapper)
-    assert "rule tables" in output
-    assert "rule score" not in output
+    assert rules_in(study.call(sys.executable, "-c", wrapper)) == SAMPLE
 
 
-def test_killed_snakemake_leaves_no_orphan_and_the_next_run_goes_on(tmp_path):
+def test_code_hash_ignores_comments_docstrings_and_layout(tmp_path, monkeypatch):
+    """A phase's hash changes only if code changes in a module that the phase imports."""
+    package = tmp_path / "genseg"
+    shutil.copytree(ROOT / "src/genseg", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(phases, "_SOURCE", package)
+
+    def hashes() -> dict[str, str]:
+        for cached in (phases._modules, phases._direct_imports, phases._module_digest, code_hash, module_hash):
+            cached.cache_clear()
+        return {phase: code_hash(phase) for phase in PHASES}
+
+    before = hashes()
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        file.write_text(f'"""Another docstring."""\n# a comment\n{text}\n\n# another comment\n')
+    assert hashes() == before
+
+    sampler = package / "diffusion/sampling.py"
+    sampler.write_text(sampler.read_text().replace("eta = 0.", "eta = 0, reworded."))
+    assert hashes() == before
+    sampler.write_text(sampler.read_text().replace("alpha_next.sqrt() * x_0 +", "alpha_next.sqrt() * 1.0 * x_0 +"))
+    after = hashes()
+    assert {phase for phase in PHASES if after[phase] != before[phase]} == {"sample"}
+    for cached in (phases._modules, phases._direct_imports, phases._module_digest, code_hash, module_hash):
+        cached.cache_clear()
+
+
+def test_killed_snakemake_leaves_no_orphan_process_and_the_next_run_continues(tmp_path):
     study = FakeStudy.make(tmp_path / "study")
     run = subprocess.Popen(
         ["snakemake", "--cores", "2"],
@@ -194,41 +220,19 @@ def _wait(condition):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("waited for 20 seconds in vain")
+    raise AssertionError("condition not met within 20 seconds")
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_rooms_hold_all_that_the_command_imports(phase):
-    """Source that a phase runs and its `rooms` lack could change without a rerun."""
-    exempt = {"errors.py", "params.py", "__init__.py", "cli/__init__.py", "cli/main.py"}
-    imported = _imports(f"cli/{COMMANDS.get(phase, phase)}.py", set()) - exempt
-    outside = {
-        file for file in imported if not any(file == room or file.startswith(f"{room}/") for room in PHASES[phase].rooms)
-    }
-    assert not outside
-    unused = {room for room in PHASES[phase].rooms if not any(file == room or file.startswith(f"{room}/") for file in imported)}
-    assert not unused
-
-
-def _imports(file: str, seen: set[str]) -> set[str]:
-    """Modules of the package that a module imports, directly or not, as files."""
-    if file in seen or file == "__init__.py":  # the package's own file imports lazily, for users of the library
-        return seen
-    seen.add(file)
-    source = ROOT / "src" / "genseg"
-    for node in ast.walk(ast.parse((source / file).read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("genseg"):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names if alias.name.startswith("genseg")]
-        else:
-            continue
-        for name in names:
-            path = source.joinpath(*name.split(".")[1:])
-            for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-                if candidate.exists():
-                    _imports(candidate.relative_to(source).as_posix(), seen)
-    return seen
+def test_code_hash_of_a_phase_covers_all_modules_that_its_command_imports(phase):
+    """The static analysis is compared with the modules that a separate process imports."""
+    names = [f"genseg.{name}" for name in PHASES[phase].modules]
+    script = f"import sys, {', '.join(names)}; print(*(name for name in sys.modules if name.split('.')[0] == 'genseg'))"
+    imported = set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    declared = PHASES[phase]
+    hashed = imported_modules(declared.modules, declared.not_called) | imported_modules(declared.not_called)
+    not_hashed = {*phases._NOT_HASHED, *(f"genseg.{name}" for name in declared.not_called)}
+    assert {name for name in imported if not name.startswith("genseg.params")} <= hashed | not_hashed
 
 
 def test_dvc_yaml_is_up_to_date():

@@ -143,13 +143,13 @@ def test_bytes_do_not_depend_on_number_of_workers(project: Path, monkeypatch: py
     assemble(params)
     first = hashes(Path("data/t"))
     monkeypatch.setattr(assembly, "_MIN_PARALLEL_IMAGES", 0)
-    resources = params.resources["data"].model_copy(update={"threads": 2})
-    assemble(params.model_copy(update={"resources": params.resources | {"data": resources}}))
+    resources = params.resources.model_copy(update={"data": params.resources.data.model_copy(update={"threads": 2})})
+    assemble(params.model_copy(update={"resources": resources}))
     assert hashes(Path("data/t")) == first
 
 
 def test_val_split_depends_only_on_image_ids(project: Path) -> None:
-    """More rows, another row order and other test images do not move images between train and val."""
+    """An additional narrative, another row order and a missing test narrative move no image between train and val."""
     assert main(["data"]) == 0
     before = read_phrases("data/t/phrases.parquet").groupby("image_id")["split"].first()
     annotations = project / "data/inputs/png/annotations"
@@ -162,8 +162,7 @@ def test_val_split_depends_only_on_image_ids(project: Path) -> None:
 
 def test_embedded_scenes_are_read_by_the_png_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    scenes = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["data"]["scenes"]
-    assemble(study_params(source="scenes", scenes=scenes | {"size": 64, "train_images": 6, "test_images": 4}))
+    assemble(study_params(source="scenes", scenes={"size": 64, "train_images": 6, "test_images": 4}))
     report = json.loads(Path("data/t/report.json").read_text())
     assert report["skipped"] == []
     frame = read_phrases("data/t/phrases.parquet")
@@ -204,7 +203,7 @@ def test_coco_narrated_is_assembled_without_skips(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.skipif(not (REAL / "camvid").is_dir(), reason="the street photos are not present")
 def test_camvid_is_assembled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of the images, because the whole data set takes too long for a test."""
+    """Uses only some of the images, because the whole data set takes too long for a test."""
     monkeypatch.chdir(tmp_path)
     for kind in ("images", "masks"):
         for split, count in (("train", 20), ("val", 6)):

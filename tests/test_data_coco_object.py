@@ -1,4 +1,4 @@
-"""COCO instances as COCO-Object: overlaps, crowds, background and invalid annotations."""
+"""COCO-Object masks from COCO instances: overlaps, crowds, background and invalid annotations."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; each entry of `cuts` ends one response after this number of bytes."""
+    """Serves `files`; each entry of `cuts` ends one response after that many bytes."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -100,7 +100,7 @@ def test_partial_file_of_an_earlier_run_is_resumed(server: Server, tmp_path: Pat
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_complete_partial_file_is_accepted(server: Server, tmp_path: Path, published: bool) -> None:
+def test_partial_file_that_has_all_bytes_is_accepted(server: Server, tmp_path: Path, published: bool) -> None:
     (tmp_path / "file.bin.part").write_bytes(CONTENT)
     fetch(remote(server, tmp_path / "x", published=published), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
@@ -112,7 +112,7 @@ def test_partial_file_longer_than_the_file_is_downloaded_again(server: Server, t
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
-def test_host_without_range_requests_restarts_the_download(server: Server, tmp_path: Path) -> None:
+def test_download_restarts_if_the_host_does_not_support_range_requests(server: Server, tmp_path: Path) -> None:
     server.ranges = False
     server.cuts = [100_000]
     fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
@@ -266,7 +266,7 @@ def test_only_missing_files_are_downloaded(server: Server, tmp_path: Path, monke
     server.requests.clear()
     fetch_png(png)
     assert server.requests == []
-    # If one file is missing, only its source is downloaded again; the other copies are kept.
+    # If one file is missing, only its source is downloaded again; the other files are kept.
     (tmp_path / "coco/annotations/png_coco_val2017.json").unlink()
     fetch_png(png)
     assert {name for name, _ in server.requests} == {"/png_coco_val2017.json"}

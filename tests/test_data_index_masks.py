@@ -67,7 +67,7 @@ def test_every_class_in_an_image_becomes_a_phrase(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
-def test_mask_of_every_index_mode_is_read(tmp_path: Path, mode: str) -> None:
+def test_mask_of_every_png_mode_is_read(tmp_path: Path, mode: str) -> None:
     values = np.array([[0, 1], [2, 255]], np.uint16 if mode == "I;16" else np.uint8)
     mask = Image.fromarray(values)
     if mode == "P":
@@ -78,7 +78,7 @@ def test_mask_of_every_index_mode_is_read(tmp_path: Path, mode: str) -> None:
 
 
 def test_voc_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of images, one of palette masks, and lists; 0 is background, 255 is ignored, and one image has no mask."""
+    """Folders of images and palette masks, and lists per split; 0 is background, 255 is ignored, one image has no mask."""
     monkeypatch.chdir(tmp_path)
     for name in ("JPEGImages", "SegmentationClass", "lists"):
         (tmp_path / name).mkdir()
@@ -226,7 +226,7 @@ def test_unmarked_classes_are_stuff_and_counted(tmp_path: Path) -> None:
     assert list(source.counts.values()) == [1]
 
 
-def test_template_depends_only_on_image_and_class(tmp_path: Path) -> None:
+def test_phrase_template_depends_only_on_image_and_class(tmp_path: Path) -> None:
     data = folder(tmp_path)
     templates = [f"{number} {{name}}" for number in range(50)]
 

@@ -35,7 +35,7 @@ def reasons(rows: ImageRows) -> list[str]:
     return [skip.reason for skip in rows.skips]
 
 
-def test_segments_are_joined_within_their_image(tmp_path: Path) -> None:
+def test_segment_ids_are_matched_within_their_image(tmp_path: Path) -> None:
     """Segment 5 is a person on the left of one image and a tree on the right of the other."""
     left, right = np.zeros((6, 8), int), np.zeros((6, 8), int)
     left[:, :3], right[:, 5:] = 5, 5
@@ -87,7 +87,7 @@ def test_mask_of_a_phrase_is_the_union_of_its_segments(tmp_path: Path) -> None:
     assert (first["narrative_id"], first["phrase_id"]) == ("1-1", 0)
 
 
-def test_crowds_are_treated_as_segments(tmp_path: Path) -> None:
+def test_crowds_are_treated_as_other_segments(tmp_path: Path) -> None:
     small_png(tmp_path)
 
     def set_crowd(document: dict) -> None:
@@ -117,7 +117,7 @@ def test_phrase_table_columns_have_expected_values(tmp_path: Path, monkeypatch: 
 
 def test_class_phrases_contain_every_class_for_val_and_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_png(tmp_path / "png")
-    # A test image without a narrative has class phrases (mIoU). In this one the person has two segments.
+    # Test image 12 loses its narrative but has class phrases, for mIoU. Its cat becomes a second segment of class person.
     annotations = tmp_path / "png/annotations"
     edit_json(annotations / "png_coco_val2017.json", lambda rows: rows.pop())
     edit_json(
@@ -260,7 +260,7 @@ def test_image_with_invalid_file_is_skipped(tmp_path: Path, damage: object, reas
     assert sum(len(rows.phrases) for rows in rows_by_image.values()) == 15
 
 
-def test_png_count_detects_unzip_modulo_65536(tmp_path: Path) -> None:
+def test_png_count_modulo_65536_is_rejected_as_incomplete_unzip(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="zipfile"):
         coco_panoptic.check_png_count(tmp_path / "panoptic_train2017", 52_751, 118_287)
     for count in (118_287, 118_286, 118_300, 0):

@@ -1,4 +1,4 @@
-"""Another method's masks as a baseline: exported from the finished smoke study, imported under other names, run by the DAG."""
+"""Imported baselines: masks exported from the finished smoke study, imported under other names, and run by the DAG."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def rows(name):
     return pd.read_csv(f"results/smoke/tables/{name}.csv")
 
 
-def test_imported_copies_of_gs_have_its_numbers_and_what_is_missing_is_a_dash(study_copy, monkeypatch, capsys):
+def test_imported_copies_of_gs_have_its_scores_and_empty_cells_for_missing_predictions(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     export("phrases", "coco", "phrases.json")
     export("class_phrases", "index_png", "pngs")
@@ -41,9 +41,10 @@ def test_imported_copies_of_gs_have_its_numbers_and_what_is_missing_is_a_dash(st
     document = yaml.safe_load(Path("params/smoke.yaml").read_text())
     document["refine"] |= {"controls": ["crf"], "sensitivity": document["refine"]["sensitivity"] | {"baselines": []}}
     Path("less.yaml").write_text(yaml.safe_dump(document))
-    done = run(*SNAKEMAKE, cwd=study_copy)
+    first = run(*SNAKEMAKE, cwd=study_copy)
     assert "3 of 11 to make" in (study_copy / "work/smoke/logs/baselines.log").read_text()
-    assert "Nothing to be done" in (again := run(*SNAKEMAKE, "--dry-run", cwd=study_copy)).stdout + again.stderr, done.stderr
+    second = run(*SNAKEMAKE, "--dry-run", cwd=study_copy)
+    assert "Nothing to be done" in second.stdout + second.stderr, first.stderr
 
     table = rows("table2").query("source == 'measured'").set_index("method")
     assert (table.loc["whole", SPLITS] == table.loc["GS", SPLITS]).all()
@@ -56,27 +57,27 @@ def test_imported_copies_of_gs_have_its_numbers_and_what_is_missing_is_a_dash(st
         assert table.loc[name, of_phrases].tolist() == pytest.approx(table.loc["gs", of_phrases].tolist())
     for name in ("whole", "labels-only"):
         assert table.loc[name, "miou_before"] == pytest.approx(table.loc["gs", "miou_before"])
-    assert table.loc["labels-only", "miou_after"] == table.loc["whole", "miou_after"]  # of hard masks, GS's are soft
+    assert table.loc["labels-only", "miou_after"] == table.loc["whole", "miou_after"]  # from hard masks; GS has soft maps
     assert table.loc["masks-only", ["miou_before", "miou_after", "delta"]].isna().all()
     assert table.loc["labels-only", of_phrases].isna().all()
     single = table[table["kind"] == "method"]
-    for name, over in (("all", single), ("real", single[single["real"]])):
+    for name, group in (("all", single), ("real", single[single["real"]])):
         for column in ("miou_before", "miou_after", "delta", "ar_before", "ar_delta", "boundary_iou_delta"):
-            assert table.loc[name, column] == pytest.approx(over[column].mean())
+            assert table.loc[name, column] == pytest.approx(group[column].mean())
     assert "labels-only, masks-only: only class masks" in Path("results/smoke/tables/refinement.md").read_text()
     main_row = json.loads(Path("results/smoke/scores/main.json").read_text())
     for name in ("whole", "labels-only"):
         own = json.loads(Path(f"results/smoke/scores/baselines/{name}.json").read_text())
         assert own["miou"]["mean"] == pytest.approx(main_row["miou"]["mean"], abs=1e-12)
 
-    # Ids of other data are a mistake; what is removed leaves the study.
+    # Ids that are not in the phrase table are an error. A baseline whose files are removed leaves the study.
     imported = Path("data/imported/smoke")
     frame = pd.read_parquet(imported / "whole.parquet")
     frame.assign(narrative_id=frame["narrative_id"] + "x").to_parquet(imported / "masks-only.parquet")
     capsys.readouterr()
     assert main(["baseline", "--params", "less.yaml"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "is no phrase of test" in line
+    assert "is not a phrase of test" in line
     assert "genseg import masks-only" in line
     for path in imported.glob("masks-only*"):
         os.remove(path)

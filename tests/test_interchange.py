@@ -1,4 +1,4 @@
-"""Import and export through the command line; the producers' own evaluation code is the oracle."""
+"""Import and export through the command line, compared with the evaluation code of the imported methods."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from genseg.metrics.semantic import count_pixels
 
 SIZES = {3: (6, 9), 11: (8, 5)}
 VOC = [0, 7, 4, 9]
-"""Class ids with a background first, not ascending."""
+"""Class ids with the background first, not ascending."""
 PLAIN = [7, 4, 9]
 RNG = np.random.default_rng(0)
 PARAMS = str(PROJECT / "params/smoke.yaml")
@@ -40,7 +40,7 @@ def class_table(path, ids, background, split="test", narrative="class"):
         {
             "image_id": image_id,
             "narrative_id": narrative,
-            "phrase_id": place,
+            "phrase_id": index,
             "split": split,
             "file_name": f"pictures/im_{image_id}.jpg",
             "height": height,
@@ -55,7 +55,7 @@ def class_table(path, ids, background, split="test", narrative="class"):
             "segment_ids": [],
         }
         for image_id, (height, width) in SIZES.items()
-        for place, class_id in enumerate(ids)
+        for index, class_id in enumerate(ids)
     ]
     write_phrases(pd.DataFrame(rows), path)
     return path
@@ -72,7 +72,7 @@ def plain(tmp_path):
 
 
 def run_import(table, source, form, *options, fresh=True):
-    """Exit code, and where class predictions then lie, of a study with `table` as its class phrases and two others an image."""
+    """Import into a study with class phrases `table` and two phrases per image; return exit code and path."""
     root, data = table.parent, table.parent / "data/smoke"
     data.mkdir(parents=True, exist_ok=True)
     shutil.copy(table, data / "class_phrases.parquet")
@@ -85,7 +85,7 @@ def run_import(table, source, form, *options, fresh=True):
 
 
 def imported_labels(table, source, form, *options):
-    """class_id of every pixel [H, W] by image, -1 where no class; each pixel at most once."""
+    """Return the class ids [H, W] of each image after an import, -1 for no class; no pixel may have two classes."""
     code, out = run_import(table, source, form, *options)
     assert code == 0
     rows = read_predictions(out).merge(read_phrases(table).drop(columns="mask"), on=KEY)
@@ -106,7 +106,7 @@ def check(labels, expected):
 # ------------------------------------------------------------------------------------------------------------------ CAMs
 @pytest.mark.parametrize(("form", "array", "dtype"), [("irn", "high_res", "f4"), ("clip_es", "attn_highres", "f2")])
 @pytest.mark.parametrize("rule", [None, "constant:0.3", "power:2"])
-def test_cams_become_what_their_producers_evaluation_makes_of_them(tmp_path, voc, plain, form, array, dtype, rule):
+def test_cam_labels_equal_those_of_the_methods_evaluation_code(tmp_path, voc, plain, form, array, dtype, rule):
     keys = {3: np.array([2, 0]), 11: np.array([1])}
     cams = {image: RNG.integers(0, 11, (len(keys[image]), *size)) / 10 for image, size in SIZES.items()}  # with ties
     expected = {}
@@ -128,7 +128,7 @@ def test_cams_become_what_their_producers_evaluation_makes_of_them(tmp_path, voc
     assert (recorded["format"], recorded["array"]) == (form, array)
 
 
-def test_coarse_cams_are_resized_bilinearly_and_scores_are_the_mean_inside(tmp_path, plain):
+def test_coarse_cams_are_resized_bilinearly_and_scored_by_their_mean_inside_the_mask(tmp_path, plain):
     expected, scores = {}, {}
     for image, (height, width) in SIZES.items():
         cam = torch.from_numpy(RNG.random((3, 3, 4)).astype("f4"))
@@ -143,7 +143,7 @@ def test_coarse_cams_are_resized_bilinearly_and_scores_are_the_mean_inside(tmp_p
 
 
 # ---------------------------------------------------------------------------------------------------------- mmseg logits
-def test_logits_with_background_are_resized_then_the_highest_wins(tmp_path, voc):
+def test_logits_with_background_are_resized_before_argmax(tmp_path, voc):
     expected = {}
     for number, (image, size) in enumerate(SIZES.items()):
         logits = RNG.normal(size=(4, 4, 6)).astype("f4")
@@ -157,7 +157,7 @@ def test_logits_with_background_are_resized_then_the_highest_wins(tmp_path, voc)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_logits_without_background_need_the_rule_of_their_producer(tmp_path, voc, capsys, probabilities):
+def test_logits_without_background_need_a_background_rule(tmp_path, voc, capsys, probabilities):
     expected = {}
     for image, size in SIZES.items():
         logits = torch.from_numpy(RNG.normal(size=(3, *size)).astype("f4"))
@@ -167,13 +167,13 @@ def test_logits_without_background_need_the_rule_of_their_producer(tmp_path, voc
     flag = ["--probabilities"] if probabilities else []
     check(imported_labels(voc, tmp_path, "mmseg", "--background", "threshold:0.5", *flag), expected)
     assert run_import(voc, tmp_path, "mmseg")[0] == 2
-    assert "no channel of background" in capsys.readouterr().err
+    assert "no background channel" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------ index masks, and the way back
+# ------------------------------------------------------------------------------------------ index masks, import and export
 @pytest.mark.parametrize("mode", ["L", "P", "I;16"])
 @pytest.mark.parametrize("numbering", ["class_id", "position"])
-def test_index_masks_of_any_mode(tmp_path, voc, plain, mode, numbering):
+def test_index_masks_are_read_in_every_png_mode(tmp_path, voc, plain, mode, numbering):
     numbers = {"class_id": [7, 4, 9], "position": [1, 2, 3]}[numbering]
     expected = {}
     for image, size in SIZES.items():
@@ -200,8 +200,8 @@ def random_predictions(table, seed):
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), background=st.sampled_from([None, 0]), numbering=st.sampled_from(["class_id", "position"]))
-def test_exported_index_masks_hold_the_labels_that_scoring_counts(tmp_path_factory, seed, background, numbering):
-    """Overlapping class masks -> PNGs -> import: mIoU counts the same pixels for the same classes."""
+def test_exported_index_masks_have_the_labels_that_scoring_counts(tmp_path_factory, seed, background, numbering):
+    """Overlapping class masks are exported to PNGs and imported: mIoU counts the same pixels for the same classes."""
     folder = tmp_path_factory.mktemp("round")
     ids = PLAIN if background is None else VOC
     table = read_phrases(class_table(folder / "t.parquet", ids, background))
@@ -221,7 +221,7 @@ def test_exported_index_masks_hold_the_labels_that_scoring_counts(tmp_path_facto
     np.testing.assert_array_equal(*counts)
 
 
-def test_the_palette_is_vocs(tmp_path, voc):
+def test_exported_index_masks_have_the_palette_of_voc_and_never_overwrite_files(tmp_path, voc):
     assert palette()[[0, 1, 2, 15, 20, 255]].tolist() == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
     ]  # fmt: skip
@@ -241,12 +241,12 @@ def test_the_palette_is_vocs(tmp_path, voc):
         assert picture.mode == "P"
         indices = np.asarray(picture)
         np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), palette()[indices])
-    assert main([*arguments, str(tmp_path / "png")]) == 2  # never over a folder that is there
-    assert main([*arguments, str(tmp_path / "p.parquet"), "--format", "coco"]) == 2  # nor over what is read
+    assert main([*arguments, str(tmp_path / "png")]) == 2  # the folder exists
+    assert main([*arguments, str(tmp_path / "p.parquet"), "--format", "coco"]) == 2  # the file is an input
 
 
 # ------------------------------------------------------------------------------------------------------------------- COCO
-def test_exported_results_load_in_pycocotools_and_come_back_as_they_were(tmp_path, voc, capsys):
+def test_exported_results_load_in_pycocotools_and_are_imported_unchanged(tmp_path, voc, capsys):
     table = read_phrases(voc)
     table["class_id"] = table["class_id"].mask(table["phrase_id"] == 3)  # a phrase of several classes
     write_phrases(table, voc)
@@ -278,25 +278,25 @@ def test_exported_results_load_in_pycocotools_and_come_back_as_they_were(tmp_pat
 @pytest.mark.parametrize(
     ("form", "options"), [("mmseg", ["--background", "none", "--probabilities"]), ("clip_es", ["--background", "power:2"])]
 )
-def test_what_is_no_probability_is_not_taken_for_one(tmp_path, voc, capsys, form, options):
+def test_probability_outside_unit_interval_is_rejected(tmp_path, voc, capsys, form, options):
     for image, size in SIZES.items():
         maps = np.full((3, *size), 2.5, "f4")
         np.save(tmp_path / f"im_{image}.npy", maps if form == "mmseg" else {"keys": np.arange(3), "attn_highres": maps})
     assert run_import(voc, tmp_path, form, *options)[0] == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"im_\d+\.npy: values from 0 to 2\.5, but --\w+.* is for values in \[0, 1\]", line), line
+    assert re.search(r"im_\d+\.npy: values from 0 to 2\.5, but --\w+.* expects values in \[0, 1\]", line), line
 
 
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"score": float("inf")}, [], "score inf is no number"),
-        ({"score": 5.0}, [], "score 5.0 is no number"),
-        ({"image_id": 4}, [], "is no phrase of the table"),
+        ({"score": float("inf")}, [], "score inf is not a number"),
+        ({"score": 5.0}, [], "score 5.0 is not a number"),
+        ({"image_id": 4}, [], "is not a phrase of the table"),
         ({}, ["--background", "none"], "--background none: COCO results have no background"),
     ],
 )
-def test_what_no_other_program_could_read_is_not_exported(tmp_path, voc, capsys, change, options, message):
+def test_invalid_predictions_are_not_exported(tmp_path, voc, capsys, change, options, message):
     predictions = random_predictions(read_phrases(voc), 5)
     for name, value in change.items():
         predictions.loc[0, name] = value
@@ -310,13 +310,13 @@ def test_what_no_other_program_could_read_is_not_exported(tmp_path, voc, capsys,
 
 @pytest.mark.parametrize("rule", [None, "threshold:0.5", "constant:0.5"])
 @pytest.mark.parametrize("numbering", ["class_id", "position"])
-def test_instances_of_other_programs_are_painted_by_score(tmp_path, voc, rule, numbering):
+def test_instances_are_painted_in_order_of_their_scores(tmp_path, voc, rule, numbering):
     results, expected = [], {}
     for image, size in SIZES.items():
         labels, best = np.zeros(size, int), np.full(size, -1.0)
         for _ in range(6):
-            place, score, mask = RNG.integers(1, 4), RNG.integers(0, 5) / 4, RNG.random(size) < 0.4
-            number = VOC[place] if numbering == "class_id" else place
+            index, score, mask = RNG.integers(1, 4), RNG.integers(0, 5) / 4, RNG.random(size) < 0.4
+            number = VOC[index] if numbering == "class_id" else index
             code = coco_mask.encode(np.asfortranarray(mask, np.uint8))
             counts = code["counts"].decode()
             if RNG.random() < 0.5:  # uncompressed
@@ -330,9 +330,9 @@ def test_instances_of_other_programs_are_painted_by_score(tmp_path, voc, rule, n
                     "segmentation": {"size": list(size), "counts": counts},
                 }
             )
-            enough = {None: True, "threshold:0.5": score >= 0.5, "constant:0.5": score > 0.5}[rule]
+            certain = {None: True, "threshold:0.5": score >= 0.5, "constant:0.5": score > 0.5}[rule]
             front = mask & (score > best)
-            labels[front], best[front] = (VOC[place] if enough else 0), score
+            labels[front], best[front] = (VOC[index] if certain else 0), score
         expected[image] = labels
     (tmp_path / "r.json").write_text(json.dumps(results))
     options = [] if rule is None else ["--background", rule]
@@ -340,7 +340,7 @@ def test_instances_of_other_programs_are_painted_by_score(tmp_path, voc, rule, n
 
 
 # -------------------------------------------------------------------------------------------------------- masks and a CSV
-def test_mask_pngs_binary_soft_palette_and_16_bit(tmp_path, plain):
+def test_mask_pngs_are_read_in_every_png_mode(tmp_path, plain):
     lines, expected = ["image_id,narrative_id,phrase_id,file,score"], {}
     for number, row in enumerate(read_phrases(plain).itertuples()):
         soft = RNG.integers(0, 65536, (row.height, row.width))
@@ -388,7 +388,7 @@ def results(folder, *records):
 def index(folder, *lines):
     Image.fromarray(np.zeros((6, 9), "u1")).save(folder / "ok.png")
     Image.fromarray(np.ones((6, 9), "u1")).save(folder / "faint.png")
-    Image.fromarray(np.zeros((9, 6), "u1")).save(folder / "turned.png")
+    Image.fromarray(np.zeros((9, 6), "u1")).save(folder / "transposed.png")
     Image.fromarray(np.zeros((6, 9, 3), "u1")).save(folder / "rgb.png")
     (folder / "i.csv").write_text("\n".join(["image_id,narrative_id,phrase_id,file,score", *lines]))
 
@@ -404,12 +404,12 @@ def text(folder, name, content):
     (folder / name).write_text(content)
 
 
-def spoilt(folder):
+def truncated(folder):
     pngs(folder, np.zeros((8, 5), "u1"))
     (folder / "im_11.png").write_bytes(b"\x89PNG")
 
 
-def lacking(folder):
+def incomplete(folder):
     cams(folder)
     (folder / "im_11.npy").unlink()
 
@@ -418,83 +418,119 @@ def code_of(size, counts):
     return result(segmentation={"size": size, "counts": counts})
 
 
-def named(narrative, times):
+def phrase_results(narrative, times):
     return json.dumps([result(narrative_id=narrative, phrase_id=1)] * times)
 
 
 GREY = np.zeros((8, 5), "u1")
-WRONG = {
-    "missing file": ("irn", lacking, r"no im_11\.npy; .*--allow-missing"),
-    "pickle that runs": ("irn", lambda f: cams(f, keys=np.array([print], object)), r"im_11\.npy: refused, .*print"),
-    "no such array": ("irn", lambda f: cams(f, high_res=None), r"im_11\.npy: .*no 'high_res'"),
-    "unknown class": ("irn", lambda f: cams(f, keys=np.array([0, 3])), r"im_11\.npy: key 3 is none of the study's 3"),
-    "class twice": ("irn", lambda f: cams(f, keys=np.array([2, 2])), r"im_11\.npy: a class stands twice"),
-    "keys of floats": ("irn", lambda f: cams(f, keys=np.array([0.0, 2.0])), r"im_11\.npy: keys is"),
-    "wrong shape": ("irn", lambda f: cams(f, high_res=np.zeros((3, 8, 5))), r"im_11\.npy: high_res is \[3, 8, 5\], expected"),
-    "transposed": ("irn", lambda f: cams(f, high_res=np.zeros((2, 5, 8))), r"im_11\.npy: 5 x 8 pixels, the picture has 8 x 5"),
+INVALID = {
+    "missing image file": ("irn", incomplete, r"no im_11\.npy; .*--allow-missing"),
+    "pickle that executes code": ("irn", lambda f: cams(f, keys=np.array([print], object)), r"im_11\.npy: refused, .*print"),
+    "missing array": ("irn", lambda f: cams(f, high_res=None), r"im_11\.npy: .*no 'high_res'"),
+    "unknown class": ("irn", lambda f: cams(f, keys=np.array([0, 3])), r"im_11\.npy: key 3 is not one of the study's 3"),
+    "duplicate class": ("irn", lambda f: cams(f, keys=np.array([2, 2])), r"im_11\.npy: duplicate class"),
+    "float keys": ("irn", lambda f: cams(f, keys=np.array([0.0, 2.0])), r"im_11\.npy: keys have shape"),
+    "wrong shape": (
+        "irn",
+        lambda f: cams(f, high_res=np.zeros((3, 8, 5))),
+        r"im_11\.npy: high_res has shape \[3, 8, 5\], expected",
+    ),
+    "transposed": (
+        "irn",
+        lambda f: cams(f, high_res=np.zeros((2, 5, 8))),
+        r"im_11\.npy: 5 x 8 pixels, but the image has 8 x 5",
+    ),
     "NaN": ("irn", lambda f: cams(f, high_res=np.full((2, 8, 5), np.nan)), r"im_11\.npy: .*NaN"),
-    "whole numbers": ("irn", lambda f: cams(f, high_res=np.zeros((2, 8, 5), int)), r"im_11\.npy: maps of int64"),
-    "logits of other classes": ("mmseg", lambda f: arrays(f, (7, 6, 9)), r"im_3\.npy: \[7, 6, 9\], expected"),
-    "two files": ("mmseg", lambda f: arrays(f, None, "im_3.npz"), r"im_3\.npy: im_3\.npz lies beside"),
-    "mask of another size": ("index_masks", lambda f: pngs(f, GREY.T), r"im_11\.png: 5 x 8 pixels, its picture has 8 x 5"),
-    "unknown value": ("index_masks", lambda f: pngs(f, GREY + 8), r"im_11\.png: value 8 is no class"),
+    "integer maps": ("irn", lambda f: cams(f, high_res=np.zeros((2, 8, 5), int)), r"im_11\.npy: maps have type int64"),
+    "logits of other classes": ("mmseg", lambda f: arrays(f, (7, 6, 9)), r"im_3\.npy: shape \[7, 6, 9\], expected"),
+    "two files for an image": ("mmseg", lambda f: arrays(f, None, "im_3.npz"), r"im_3\.npy: im_3\.npz exists too"),
+    "mask of another size": ("index_masks", lambda f: pngs(f, GREY.T), r"im_11\.png: 5 x 8 pixels, but the image has 8 x 5"),
+    "unknown value": ("index_masks", lambda f: pngs(f, GREY + 8), r"im_11\.png: value 8 is not a class"),
     "colour mask": ("index_masks", lambda f: pngs(f, np.zeros((8, 5, 3), "u1")), r"im_11\.png: expected one value per pixel"),
-    "broken PNG": ("index_masks", spoilt, r"im_11\.png: unreadable"),
-    "no list": ("coco_results", lambda f: text(f, "r.json", "{}"), r"r\.json: holds dict"),
+    "broken PNG": ("index_masks", truncated, r"im_11\.png: unreadable"),
+    "not a list": ("coco_results", lambda f: text(f, "r.json", "{}"), r"r\.json: expected a list of results, got dict"),
     "not JSON": ("coco_results", lambda f: text(f, "r.json", "[{"), r"r\.json: not valid JSON"),
-    "no score": ("coco_results", lambda f: results(f, {"image_id": 3}), r"r\.json: result 1: needs"),
+    "missing score": ("coco_results", lambda f: results(f, {"image_id": 3}), r"r\.json: result 1: expected the fields"),
     "NaN score": ("coco_results", lambda f: results(f, result(score=float("nan"))), r"result 1: score nan"),
-    "unknown image": ("coco_results", lambda f: results(f, result(image_id=4)), r"result 1: image_id 4 is no picture"),
-    "unhashable image": ("coco_results", lambda f: results(f, result(image_id=[3])), r"result 1: image_id \[3\] is no whole"),
-    "unknown category": ("coco_results", lambda f: results(f, result(category_id=8)), r"result 1: category_id 8 is no class"),
+    "unknown image": ("coco_results", lambda f: results(f, result(image_id=4)), r"result 1: image_id 4 is not an image"),
+    "list as image id": (
+        "coco_results",
+        lambda f: results(f, result(image_id=[3])),
+        r"result 1: image_id \[3\] is not an integer",
+    ),
+    "unknown category": (
+        "coco_results",
+        lambda f: results(f, result(category_id=8)),
+        r"result 1: category_id 8 is not a class",
+    ),
     "polygon": ("coco_results", lambda f: results(f, result(segmentation=[[0, 0, 1, 1]])), r"result 1: .*polygons"),
-    "code of another size": ("coco_results", lambda f: results(f, code_of([9, 6], "0f1")), r"result 1: .*size \[9, 6\]"),
-    "broken code": ("coco_results", lambda f: results(f, code_of([6, 9], "0f")), r"result 1: segmentation: "),
-    "broken runs": ("coco_results", lambda f: results(f, code_of([6, 9], [50])), r"result 1: segmentation: "),
-    "phrase twice": ("coco_results", lambda f: text(f, "r.json", named("class", 2)), r"result 1: \(3, 'class', 1\).*twice"),
-    "phrase unknown": ("coco_results", lambda f: text(f, "r.json", named("x", 1)), r"result 0: \(3, 'x', 1\).*no phrase"),
-    "narrative of a list": (
+    "RLE of another size": ("coco_results", lambda f: results(f, code_of([9, 6], "0f1")), r"result 1: .*size \[9, 6\]"),
+    "truncated RLE": ("coco_results", lambda f: results(f, code_of([6, 9], "0f")), r"result 1: segmentation: "),
+    "run lengths with a wrong sum": ("coco_results", lambda f: results(f, code_of([6, 9], [50])), r"result 1: segmentation: "),
+    "duplicate phrase": (
         "coco_results",
-        lambda f: text(f, "r.json", named([1], 1)),
-        r"result 0: narrative_id \[1\] is no text",
+        lambda f: text(f, "r.json", phrase_results("class", 2)),
+        r"result 1: duplicate \(3, 'class', 1\)",
     ),
-    "some are named": (
+    "unknown phrase": (
         "coco_results",
-        lambda f: text(f, "r.json", json.dumps([*json.loads(named("class", 1)), result()])),
-        r"result 1: needs image_id, narrative_id",
+        lambda f: text(f, "r.json", phrase_results("x", 1)),
+        r"result 0: \(3, 'x', 1\).*not a phrase",
     ),
-    "empty list": ("coco_results", lambda f: text(f, "r.json", "[]"), r"r\.json: holds no result"),
-    "no column": ("png_masks", lambda f: text(f, "i.csv", "image_id,file\n"), r"i\.csv: no column narrative_id, phrase_id"),
-    "phrase of no table": ("png_masks", lambda f: index(f, "3,class,9,ok.png,"), r"i\.csv: line 2: .*is no phrase"),
-    "row twice": ("png_masks", lambda f: index(f, *["3,class,1,ok.png,"] * 2), r"i\.csv: line 3: .*twice"),
-    "no number": ("png_masks", lambda f: index(f, "3,class,one,ok.png,"), r"i\.csv: line 2: .*whole numbers"),
-    "no mask file": ("png_masks", lambda f: index(f, "3,class,1,no.png,"), r"line 2: .*no\.png: no such file"),
-    "turned mask": ("png_masks", lambda f: index(f, "3,class,1,turned.png,"), r"line 2: turned\.png: 9 x 6 pixels"),
-    "mask in colours": ("png_masks", lambda f: index(f, "3,class,1,rgb.png,"), r"rgb\.png: a mask has one value"),
+    "narrative is a list": (
+        "coco_results",
+        lambda f: text(f, "r.json", phrase_results([1], 1)),
+        r"result 0: narrative_id \[1\] is not a string",
+    ),
+    "phrase ids in some results": (
+        "coco_results",
+        lambda f: text(f, "r.json", json.dumps([*json.loads(phrase_results("class", 1)), result()])),
+        r"result 1: expected the fields image_id, narrative_id",
+    ),
+    "empty list": (
+        "coco_results",
+        lambda f: text(f, "r.json", "[]"),
+        r"r\.json: expected a list of results, got an empty list",
+    ),
+    "missing column": (
+        "png_masks",
+        lambda f: text(f, "i.csv", "image_id,file\n"),
+        r"i\.csv: no column narrative_id, phrase_id",
+    ),
+    "unknown phrase in CSV": ("png_masks", lambda f: index(f, "3,class,9,ok.png,"), r"i\.csv: line 2: .*is not a phrase"),
+    "duplicate row": ("png_masks", lambda f: index(f, *["3,class,1,ok.png,"] * 2), r"i\.csv: line 3: duplicate"),
+    "phrase_id is not a number": ("png_masks", lambda f: index(f, "3,class,one,ok.png,"), r"i\.csv: line 2: .*integers"),
+    "missing mask file": ("png_masks", lambda f: index(f, "3,class,1,no.png,"), r"line 2: .*no\.png: no such file"),
+    "transposed mask": ("png_masks", lambda f: index(f, "3,class,1,transposed.png,"), r"line 2: transposed\.png: 9 x 6 pixels"),
+    "mask in colours": ("png_masks", lambda f: index(f, "3,class,1,rgb.png,"), r"rgb\.png: expected one value per pixel"),
     "mask of 0 and 1": (
         "png_masks",
         lambda f: index(f, "3,class,1,faint.png,"),
-        r"line 2: .*faint\.png: its highest value is 1 of",
+        r"line 2: .*faint\.png: the highest value is 1 of",
     ),
-    "image without result": ("coco_results", results, r"r\.json: no result for picture im_11; .*--allow-missing"),
-    "whether an image": ("coco_results", lambda f: results(f, result(image_id=True)), r"result 1: image_id True is no whole"),
-    "brackets": ("coco_results", lambda f: text(f, "r.json", "[" * 200_000), r"r\.json: not valid JSON"),
+    "missing result": ("coco_results", results, r"r\.json: no result for image im_11; .*--allow-missing"),
+    "boolean as image id": (
+        "coco_results",
+        lambda f: results(f, result(image_id=True)),
+        r"result 1: image_id True is not an integer",
+    ),
+    "deeply nested": ("coco_results", lambda f: text(f, "r.json", "[" * 200_000), r"r\.json: not valid JSON"),
     "beyond single precision": (
         "irn",
         lambda f: cams(f, high_res=np.full((2, 8, 5), 1e300)),
         r"im_11\.npy: .*single precision",
     ),
-    "rows missing": (
+    "missing rows": (
         "png_masks",
         lambda f: index(f, "3,class,1,ok.png,"),
-        r"i\.csv: no mask for .*\(3, 'class', 2\).* 4 others",
+        r"i\.csv: no mask for .*\(3, 'class', 2\).* 4 more",
     ),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_source_is_one_line_and_nothing_is_written(tmp_path, voc, capsys, name):
-    form, make, message = WRONG[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_source_raises_a_one_line_error_and_writes_nothing(tmp_path, voc, capsys, name):
+    form, make, message = INVALID[name]
     folder = tmp_path / "source"
     folder.mkdir()
     make(folder)
@@ -509,21 +545,21 @@ def test_a_wrong_source_is_one_line_and_nothing_is_written(tmp_path, voc, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "index_masks", "--background", "none"], "--background: format index_masks has no such option"),
+        (["--format", "index_masks", "--background", "none"], "--background: format index_masks does not have this option"),
         (["--format", "irn", "--background", "constant:much"], "--background constant:much: give none, constant:V"),
         (["--format", "irn", "--background", "power:-1"], "--background power:-1: give none, constant:V"),
         (["--format", "irn", "--source", "nowhere"], "nowhere: no such file or folder"),
-        (["--format", "coco_results"], "no such file or folder; give --source what coco_results is: JSON"),
-        (["--format", "png_masks", "--threshold", "2"], "--threshold 2.0: must lie"),
+        (["--format", "coco_results"], "no such file or folder; coco_results expects a JSON"),
+        (["--format", "png_masks", "--threshold", "2"], "--threshold 2.0: must be"),
     ],
 )
-def test_wrong_options(tmp_path, voc, capsys, options, message):
+def test_invalid_options_are_rejected(tmp_path, voc, capsys, options, message):
     assert run_import(voc, tmp_path / "nothing" if "nowhere" in options else tmp_path, options[1], *options[2:])[0] == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../x", "a b", "", "x_class_phrases", "-x", "gs", "GS", "diffseg", "inexact_box", "a=2"])
-def test_names_that_no_file_or_row_may_have(tmp_path, voc, capsys, monkeypatch, name):
+def test_invalid_names_are_rejected(tmp_path, voc, capsys, monkeypatch, name):
     cams(tmp_path)
     assert run_import(voc, tmp_path, "irn")[0] == 0
     monkeypatch.chdir(tmp_path)
@@ -534,10 +570,10 @@ def test_names_that_no_file_or_row_may_have(tmp_path, voc, capsys, monkeypatch, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_referring_phrases_are_no_class_phrases_and_missing_images_may_be_left_out(tmp_path, voc, capsys):
+def test_missing_images_are_allowed_on_request_and_incomplete_class_phrases_are_rejected(tmp_path, voc, capsys):
     cams(tmp_path)
     (tmp_path / "im_11.npy").unlink()
-    np.save(tmp_path / "im_3.npy", {"keys": np.zeros(0, int), "high_res": np.zeros((0, 3, 4), "f4")})  # it found no class
+    np.save(tmp_path / "im_3.npy", {"keys": np.zeros(0, int), "high_res": np.zeros((0, 3, 4), "f4")})  # no class was detected
     code, out = run_import(voc, tmp_path, "irn", "--allow-missing")
     assert code == 0
     assert set(read_predictions(out)["image_id"]) == {3}
@@ -546,7 +582,7 @@ def test_referring_phrases_are_no_class_phrases_and_missing_images_may_be_left_o
     table = read_phrases(voc)
     write_phrases(table.iloc[1:], voc)
     assert run_import(voc, tmp_path, "irn")[0] == 2
-    assert "not class phrases" in capsys.readouterr().err
+    assert "expected every class of one list" in capsys.readouterr().err
 
 
 def both_tables(root):
@@ -560,8 +596,8 @@ def export(root, table, predictions, name):
     return root / name
 
 
-def test_rows_that_name_their_phrase_go_where_they_belong_and_leave_the_rest(tmp_path, voc):
-    """Phrases alone, class phrases alone and both at once; a second import replaces what it brings."""
+def test_import_replaces_only_the_tables_for_which_it_has_rows(tmp_path, voc):
+    """Phrases alone, class phrases alone and both at once; a second import replaces only what it provides."""
     cams(tmp_path)
     assert run_import(voc, tmp_path, "irn")[0] == 0
     assert [path.name for path in (tmp_path / "data/imported/smoke").iterdir()] == ["theirs_class_phrases.parquet"]
@@ -581,42 +617,42 @@ def test_rows_that_name_their_phrase_go_where_they_belong_and_leave_the_rest(tmp
     pd.testing.assert_frame_equal(read_predictions(tmp_path / THEIR_CLASSES), read_predictions(tmp_path / "p.parquet"))
 
 
-def test_predictions_of_plain_pandas_are_checked_and_taken(tmp_path, voc, capsys):
+def test_predictions_written_by_pandas_are_checked_and_imported(tmp_path, voc, capsys):
     class_table(tmp_path / "none.parquet", [1], None)
-    run_import(voc, tmp_path / "none.parquet", "predictions")  # lays the tables out
+    run_import(voc, tmp_path / "none.parquet", "predictions")  # writes the tables
     capsys.readouterr()
     frame = random_predictions(both_tables(tmp_path)[0], 3)
     good = tmp_path / "good.parquet"
     frame.to_parquet(good)
     assert run_import(voc, good, "predictions")[0] == 0
-    taken = read_predictions(tmp_path / THEIRS).merge(frame, on=KEY, suffixes=("", "_given"))
-    assert (taken["mask"] == taken["mask_given"]).all()
-    assert (taken["score"] == taken["score_given"]).all()
-    wrong = {
-        "row 1: score 1.5 is no number": frame.assign(score=[0.5, 1.5, *frame["score"][2:]]),
+    imported = read_predictions(tmp_path / THEIRS).merge(frame, on=KEY, suffixes=("", "_given"))
+    assert (imported["mask"] == imported["mask_given"]).all()
+    assert (imported["score"] == imported["score_given"]).all()
+    invalid = {
+        "row 1: score 1.5 is not a number": frame.assign(score=[0.5, 1.5, *frame["score"][2:]]),
         "row 0: (4, 'caption', 0)": frame.assign(image_id=[4, *frame["image_id"][1:]]),
         "row 0: ": frame.assign(mask=[encode(np.ones((9, 5))), *frame["mask"][1:]]),
         "no mask for phrase (11, 'caption', 1)": frame.iloc[:-1],
         "without column score": frame.drop(columns="score"),
     }
     capsys.readouterr()
-    for message, content in wrong.items():
-        content.to_parquet(tmp_path / "wrong.parquet")
-        assert run_import(voc, tmp_path / "wrong.parquet", "predictions")[0] == 2
+    for message, content in invalid.items():
+        content.to_parquet(tmp_path / "invalid.parquet")
+        assert run_import(voc, tmp_path / "invalid.parquet", "predictions")[0] == 2
         [line] = capsys.readouterr().err.splitlines()
         assert message in line
         assert not (tmp_path / "data/imported").exists()
 
 
 @pytest.mark.parametrize("background", [None, 0])
-def test_index_masks_of_soft_maps_are_the_labels_that_scoring_counts(tmp_path, capsys, background):
-    """Also of predictions that leave the background class to the rule, as those of this program do."""
+def test_index_masks_of_soft_maps_have_the_labels_that_scoring_counts(tmp_path, capsys, background):
+    """Predictions may have no background class, as in this program's own ones; then the background rule assigns it."""
     ids = PLAIN if background is None else VOC
     table = read_phrases(class_table(tmp_path / "t.parquet", ids, background))
     table["mask"] = random_predictions(table, 1)["mask"]
     write_phrases(table, tmp_path / "t.parquet")
-    asked = [background is None or class_id != background for class_id in table["class_id"]]
-    before, maps = random_predictions(table[asked], 2), RNG.random((sum(asked), 3, 4)).astype("f4")
+    foreground = [background is None or class_id != background for class_id in table["class_id"]]
+    before, maps = random_predictions(table[foreground], 2), RNG.random((sum(foreground), 3, 4)).astype("f4")
     write_with_maps(before, maps, tmp_path / "p.parquet")
     export = ["export", "--predictions", str(tmp_path / "p.parquet"), "--phrases", str(tmp_path / "t.parquet")]
     export += ["--format", "index_png", "--out", str(tmp_path / "png")]

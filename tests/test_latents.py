@@ -37,7 +37,7 @@ def test_stored_rows_equal_the_encoders_output(finished_study, monkeypatch):
         assert torch.allclose(texts[phrase]["tokens"], expected.tokens, atol=1e-5)
         assert torch.allclose(texts[phrase]["pooled"], expected.pooled, atol=1e-5)
     assert len(LatentStore(image_store(params, 64))) == 60
-    assert len(LatentStore(image_store(params, 48))) < 12, "the grid's sizes have the grid's images only"
+    assert len(LatentStore(image_store(params, 48))) < 12, "sizes of the grid have only the images of the grid"
 
 
 def test_resume_writes_only_missing_shards_with_the_same_bytes(study_copy, monkeypatch):
@@ -56,12 +56,13 @@ def test_resume_writes_only_missing_shards_with_the_same_bytes(study_copy, monke
     assert rewritten == {shards[0].name, shards[2].name}
 
 
-def test_truncated_shard_is_named_by_its_reader(study_copy, monkeypatch, capsys):
+def test_training_names_a_truncated_shard_of_latents(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     store = image_store(load_params("params/smoke.yaml"), 64)
     for shard in store.glob("shard-*"):
         shard.write_bytes(shard.read_bytes()[:500])
     (study_copy / "work/smoke/train").rename(study_copy / "work/smoke/train.old")
+    (study_copy / "results/smoke/model/gs/model_index.json").unlink()
     assert main(["train", "--params", "params/smoke.yaml"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "shard-" in error

@@ -1,4 +1,4 @@
-"""GPU leases, as jobs meet them: no device is ever in two hands, and none is lost when its holder is killed."""
+"""GPU leases: no device is leased to two jobs at once, and a killed job releases its devices."""
 
 import os
 import pty
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from genseg.dag import lease as room
+from genseg.dag import jobs as leasing
 
 GENSEG = str(Path(sys.executable).parent / "genseg")
 ALL_DEVICES = "d0,d1,d2,d3,d4,d5,d6,d7"
@@ -18,18 +18,18 @@ ALL_DEVICES = "d0,d1,d2,d3,d4,d5,d6,d7"
 
 @pytest.fixture
 def environment(tmp_path):
-    """Eight fake devices, and lock files of this test's own."""
-    kept = {name: value for name, value in os.environ.items() if name != room.VISIBLE}
-    return kept | {room.DEVICES: ALL_DEVICES, "TMPDIR": str(tmp_path)}
+    """Eight fake devices with their own lock files."""
+    inherited = {name: value for name, value in os.environ.items() if name != leasing.VISIBLE}
+    return inherited | {leasing.DEVICES: ALL_DEVICES, "TMPDIR": str(tmp_path)}
 
 
-def leased(gpus, script, environment, *options, **arguments):
+def start_leased(gpus, script, environment, *options, **arguments):
     command = [GENSEG, "lease", "--gpus", str(gpus), *options, "--", "bash", "-c", script]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **arguments)
 
 
-def answer(*arguments, **keywords):
-    process = leased(*arguments, **keywords)
+def run_leased(*arguments, **keywords):
+    process = start_leased(*arguments, **keywords)
     output, error = process.communicate(timeout=20)
     return process.returncode, output.strip(), error.strip()
 
@@ -39,29 +39,30 @@ def wait_for(condition):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("waited for 10 seconds in vain")
+    raise AssertionError("condition not met within 10 seconds")
 
 
-def test_no_device_is_in_two_hands(environment, tmp_path):
+def test_no_device_is_leased_to_two_jobs_at_once(environment, tmp_path):
     held = tmp_path / "held"
     held.mkdir()
-    # `mkdir` of a folder that exists fails, and with it the job.
-    script = (
-        f"cd {held}; for d in ${{{room.VISIBLE}//,/ }}; do mkdir $d || exit 9; done; sleep 0.05; rmdir ${{{room.VISIBLE}//,/ }}"
-    )
-    jobs = [(gpus, leased(gpus, script + f"; echo ${room.VISIBLE}", environment)) for gpus in [1, 1, 1, 4, 8, 1, 4] * 4]
+    # A job fails if the folder of one of its devices exists, because another job then holds the device.
+    devices = f"${{{leasing.VISIBLE}//,/ }}"
+    script = f"cd {held}; for d in {devices}; do mkdir $d || exit 9; done; sleep 0.05; rmdir {devices}"
+    jobs = [
+        (gpus, start_leased(gpus, script + f"; echo ${leasing.VISIBLE}", environment)) for gpus in [1, 1, 1, 4, 8, 1, 4] * 4
+    ]
     for gpus, job in jobs:
         output, error = job.communicate(timeout=60)
         assert job.returncode == 0, error
         assert len(set(output.strip().split(","))) == gpus
 
 
-def test_killed_holder_frees_its_devices(environment, tmp_path):
-    holder = leased(8, f"touch {tmp_path}/up; exec sleep 60", environment)
+def test_killed_job_releases_its_devices(environment, tmp_path):
+    holder = start_leased(8, f"touch {tmp_path}/up; exec sleep 60", environment)
     wait_for((tmp_path / "up").exists)
-    waiting = leased(1, "true", environment)
+    waiting = start_leased(1, "true", environment)
     time.sleep(0.5)
-    assert waiting.poll() is None  # the device is taken, so the second job waits
+    assert waiting.poll() is None  # all devices are leased, so the second job waits
     holder.kill()
     assert waiting.wait(timeout=10) == 0
     holder.communicate()
@@ -73,18 +74,18 @@ def test_killed_holder_frees_its_devices(environment, tmp_path):
     [
         (2, {}, "d0,d1"),
         (0, {}, ""),
-        (2, {room.VISIBLE: "5"}, "5"),  # a scheduler chose
-        (2, {room.DEVICES: ""}, "unset"),  # no GPU here
+        (2, {leasing.VISIBLE: "5"}, "5"),  # chosen by a scheduler
+        (2, {leasing.DEVICES: ""}, "unset"),  # no GPU on this machine
     ],
 )
-def test_devices_the_command_sees(environment, gpus, extra, seen):
-    assert answer(gpus, f"echo ${{{room.VISIBLE}-unset}}", environment | extra) == (0, seen, "")
+def test_command_sees_only_its_devices(environment, gpus, extra, seen):
+    assert run_leased(gpus, f"echo ${{{leasing.VISIBLE}-unset}}", environment | extra) == (0, seen, "")
 
 
-def test_mistakes_are_one_line(environment):
-    code, _, error = answer(9, "true", environment)
+def test_mistake_is_reported_in_one_line(environment):
+    code, _, error = run_leased(9, "true", environment)
     assert code == 2
-    assert error == "genseg lease: error: 9 GPUs asked for, this machine has 8: lower resources.*.gpu in the params"
+    assert error == "genseg lease: error: 9 GPUs requested, but this machine has 8; lower resources.*.gpu in the params"
     missing = subprocess.run(
         [GENSEG, "lease", "--gpus", "0", "--", "no-such-command"], capture_output=True, text=True, check=False
     )
@@ -92,19 +93,19 @@ def test_mistakes_are_one_line(environment):
     assert missing.stderr.startswith("genseg lease: error: no-such-command: ")
 
 
-def test_exit_code_and_log(environment, tmp_path):
+def test_exit_code_is_kept_and_output_is_logged(environment, tmp_path):
     log = tmp_path / "logs" / "job.log"
-    code, output, error = answer(
+    code, output, error = run_leased(
         1, "echo one; echo two >&2; printf '10%%\\r20%%\\r30%%\\nlast'; exit 7", environment, "--log", log
     )
     assert code == 7
     assert (output, error) == ("", "one\ntwo\n30%\nlast")
     wait_for(lambda: log.read_text() == "one\ntwo\n30%\nlast")
-    assert answer(1, "echo new", environment, "--log", log)[0] == 0
+    assert run_leased(1, "echo new", environment, "--log", log)[0] == 0
     wait_for(lambda: log.read_text() == "new\n")
 
 
-def test_command_sees_a_terminal_where_there_is_one(environment, tmp_path):
+def test_command_sees_a_terminal_if_there_is_one(environment, tmp_path):
     ours, theirs = pty.openpty()
     script = "test -t 2 && echo terminal"
     command = [GENSEG, "lease", "--gpus", "0", "--log", str(tmp_path / "log"), "--", "bash", "-c", script]
@@ -115,16 +116,16 @@ def test_command_sees_a_terminal_where_there_is_one(environment, tmp_path):
 
 def test_second_job_with_the_same_log_waits_for_the_first(environment, tmp_path):
     log = tmp_path / "log"
-    first = leased(0, f"touch {tmp_path}/up; sleep 0.7; echo first", environment, "--log", log)
+    first = start_leased(0, f"touch {tmp_path}/up; sleep 0.7; echo first", environment, "--log", log)
     wait_for((tmp_path / "up").exists)
-    code, _, error = answer(0, "echo second", environment, "--log", log)
+    code, _, error = run_leased(0, "echo second", environment, "--log", log)
     assert first.wait() == 0
     assert code == 0
-    assert "waiting for it to end" in error
+    assert "waiting until it ends" in error
     first.communicate()
 
 
-def test_job_dies_with_its_parent(environment, tmp_path):
+def test_job_ends_with_its_parent(environment, tmp_path):
     script = f"echo $$ > {tmp_path}/pid; touch {tmp_path}/up; exec sleep 60"
     parent = subprocess.Popen(["bash", "-c", f"{GENSEG} lease --gpus 1 -- bash -c '{script}'; true"], env=environment)
     wait_for((tmp_path / "up").exists)
@@ -134,7 +135,7 @@ def test_job_dies_with_its_parent(environment, tmp_path):
     wait_for(lambda: not Path(f"/proc/{job}").exists() or " Z " in Path(f"/proc/{job}/stat").read_text())
 
 
-def test_devices_of_a_listing():
+def test_devices_are_parsed_from_a_listing():
     listing = (
         "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aa)\n"
         "  MIG 3g.40gb     Device  0: (UUID: MIG-11)\n"
@@ -143,4 +144,4 @@ def test_devices_of_a_listing():
         "GPU 2: NVIDIA A100-SXM4-80GB (UUID: GPU-cc)\n"
         "  MIG 7g.80gb     Device  0: (UUID: MIG-33)\n"
     )
-    assert room.listed(listing) == ["MIG-11", "MIG-22", "GPU-bb", "MIG-33"]
+    assert leasing.parse_devices(listing) == ["MIG-11", "MIG-22", "GPU-bb", "MIG-33"]

@@ -13,14 +13,27 @@ from genseg.artifacts.masks import compare, encode
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.resample import bilinear
 from genseg.errors import UserError
-from genseg.metrics.bootstrap import paired_difference, paired_miou_difference, recall_intervals, resampled_sums
-from genseg.metrics.boundary import band_width, boundary_band, boundary_ious
-from genseg.metrics.calibration import calibration_counts, calibration_error, calibration_summary
-from genseg.metrics.ceilings import latent_ceiling, protocol_ceiling
-from genseg.metrics.operating import operating_points, threshold_ious
-from genseg.metrics.protocols import Pairs, phrase_ious, plural_flags, ppmn_size
+from genseg.metrics.bootstrap import paired_difference, paired_statistic_difference, recall_intervals, resampled_sums
+from genseg.metrics.ious import (
+    Pairs,
+    band_width,
+    boundary_band,
+    boundary_ious,
+    latent_ceiling,
+    phrase_ious,
+    plural_flags,
+    ppmn_size,
+    protocol_ceiling,
+)
 from genseg.metrics.recall import GRIDS, ThresholdGrid, average_recall, group_members, size_members, threshold_grid
 from genseg.metrics.semantic import class_ious, count_pixels, mean_iou
+from genseg.metrics.soft_maps import (
+    calibration_counts,
+    calibration_error,
+    calibration_summary,
+    operating_points,
+    threshold_ious,
+)
 
 torch.set_num_threads(1)
 quick = settings(max_examples=40, deadline=None)
@@ -46,7 +59,7 @@ ious = hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(0, 1) | st.
 
 @quick
 @given(ious, st.lists(st.tuples(st.floats(0, 1) | st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 2)), max_size=20))
-def test_closed_form_equals_the_definition_on_any_sorted_grid(iou, points):
+def test_average_recall_equals_its_definition_on_any_sorted_grid(iou, points):
     points = sorted(points)
     thresholds, weights = (np.array([point[index] for point in points], np.float64) for index in (0, 1))
     brute = sum(weight * np.mean([value >= threshold for value in iou]) for threshold, weight in points)
@@ -54,7 +67,7 @@ def test_closed_form_equals_the_definition_on_any_sorted_grid(iou, points):
 
 
 def official_average_accuracy(iou):
-    """Compute AR as the PNG benchmark's loop over thresholds, with a vectorised comparison."""
+    """Compute AR with the PNG benchmark's loop over thresholds, in which only the comparison is vectorised."""
     thresholds = np.arange(0, 1, 0.00001)
     ordered = np.sort(iou)
     accuracy = (len(iou) - np.searchsorted(ordered, thresholds, side="left")) / len(iou)
@@ -77,7 +90,7 @@ def test_empty_union_counts_as_iou_0():
     assert average_recall(np.array([np.nan, 1.0])) == 0.5
 
 
-def test_phrases_are_grouped_by_kind_number_and_size():
+def test_phrases_are_grouped_by_thing_or_stuff_plurality_and_size():
     frame = pd.DataFrame({"is_thing": [True, True, False], "is_plural": [False, True, True]})
     groups = {name: members.tolist() for name, members in group_members(frame).items()}
     assert groups == {
@@ -87,7 +100,7 @@ def test_phrases_are_grouped_by_kind_number_and_size():
         "singulars": [True, False, False],
         "plurals": [False, True, True],
     }
-    # In a 640 x 480 image 1,023 pixels are small and 1,024 medium; an image of a quarter of its area has a quarter of these.
+    # In a 640 x 480 image, 1,023 pixels are small and 1,024 are medium. The limits are proportional to the image area.
     areas, images = np.array([1023, 1024, 9215, 9216, 255, 256]), np.array([307200] * 4 + [76800] * 2)
     sizes = size_members(areas, images)
     assert [next(name for name in sizes if sizes[name][row]) for row in range(6)] == [
@@ -156,7 +169,7 @@ def test_other_protocols_equal_their_public_evaluators(height, width):
 def test_ppmn_size_follows_detectron2():
     assert ppmn_size(480, 640) == (800, 1067)
     assert ppmn_size(640, 480) == (1067, 800)
-    assert ppmn_size(300, 1000) == (400, 1333)  # The longest side limits the scale.
+    assert ppmn_size(300, 1000) == (400, 1333)  # The longer side limits the scale.
 
 
 @pytest.mark.parametrize("protocol", ["native", "png-official", "ppmn"])
@@ -352,7 +365,7 @@ def test_paired_difference_uses_the_pairing():
     assert reversed_["difference"] == pytest.approx(-paired["difference"])
 
 
-def test_paired_difference_uses_the_shared_phrases():
+def test_paired_difference_uses_only_shared_phrases():
     a, b = table([1, 1, 2], [0.2, 0.4, 1.0]), table([1, 1, 2], [0.1, 0.1, 0.5]).iloc[1:]
     difference = paired_difference(a, b, 0, seed=0)
     assert difference == {"n": 2, "difference": pytest.approx(0.4), "ci_low": None, "ci_high": None}
@@ -373,11 +386,11 @@ def test_paired_miou_difference_has_a_narrow_interval():
     truth = np.full((40, 5), 1000)
     good = np.random.default_rng(3).integers(300, 900, (40, 1)) + np.arange(5)  # Images differ much more than a and b.
     a, b = (np.stack([hits, truth, truth], 1) for hits in (good, good - 50))
-    difference = paired_miou_difference(a, b, 300, seed=0)
+    difference = paired_statistic_difference(mean_iou, a, b, 300, seed=0)
     assert difference["n"] == 40
     assert difference["difference"] == pytest.approx(float(mean_iou(a.sum(0)) - mean_iou(b.sum(0))))
     assert 0.03 < difference["ci_low"] < difference["difference"] < difference["ci_high"] < 0.06
-    assert paired_miou_difference(a, a, 50, seed=0) == {"n": 40, "difference": 0, "ci_low": 0, "ci_high": 0}
+    assert paired_statistic_difference(mean_iou, a, a, 50, seed=0) == {"n": 40, "difference": 0, "ci_low": 0, "ci_high": 0}
 
 
 # --------------------------------------------------------------------------------------------- soft maps, operating points

@@ -1,4 +1,4 @@
-"""The networks against the paper's literal equations and against the properties that users rely on."""
+"""Tests of the networks: the paper's equations, initialisation, encoding, determinism, loading and saving."""
 
 import numpy as np
 import pytest
@@ -6,18 +6,19 @@ import torch
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 
+from genseg.diffusion.objectives import make_scheduler
 from genseg.diffusion.pipeline import TAIL, GSPipeline, soften
-from genseg.diffusion.schedule import make_scheduler
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import InjectedAttnProcessor, _explicit_attention, self_attention_widths
 from genseg.models.backbone import TextEncoders, load_component, load_unet
-from genseg.models.device import choose_device, exactly
+from genseg.models.device import choose_device, run_deterministically
 from genseg.models.miniature import build_miniature
 from genseg.models.text import encode_phrases
 from genseg.models.unet import label_unet, run_unet
 from genseg.models.vae import decode_latents, encode_images, encode_masks, image_tensor, vae_factor
-from genseg.params import BackboneShape
+from genseg.params import OperatingPoint
+from genseg.params.backbone import BackboneShape
 
 SHAPE = BackboneShape(
     unet_channels=[16, 32, 48],
@@ -62,15 +63,15 @@ def pipeline(backbone, encoders, tmp_path_factory):
         tokenizer_2=backbone.tokenizer_2,
         unet=unet,
         adapter=adapter.eval(),
-        scheduler=make_scheduler(BETAS, "v", zero_terminal_snr=True),
-        image_size=64,
-        steps=2,
-        guidance=3.0,
+        scheduler=make_scheduler(BETAS, "v_prediction", zero_terminal_snr=True),
+        default_processing_resolution=64,
+        default_denoising_steps=2,
+        default_guidance_scale=3.0,
     )
 
 
 @pytest.mark.parametrize(("tokens", "injected"), [(16, 5), (1, 1), (9, 77)])
-def test_injection_is_exactly_equations_3_to_5(tokens, injected):
+def test_injected_attention_equals_equations_3_to_5(tokens, injected):
     torch.manual_seed(0)
     attn = Attention(query_dim=32, heads=4, dim_head=8).double()
     x, p = torch.randn(2, tokens, 32, dtype=torch.float64), torch.randn(2, injected, 32, dtype=torch.float64)
@@ -81,10 +82,10 @@ def test_injection_is_exactly_equations_3_to_5(tokens, injected):
     literal = z[:, :tokens]  # Eq. 5
     attn.set_processor(InjectedAttnProcessor())
     assert torch.allclose(attn(x, injected={32: p}), literal, rtol=0, atol=1e-14)
-    assert not torch.allclose(attn(x), literal, atol=1e-3), "injection must matter"
+    assert not torch.allclose(attn(x), literal, atol=1e-3), "injection changes the output"
 
 
-def test_padding_of_text_changes_nothing():
+def test_padded_text_gives_the_same_attention_as_unpadded_text():
     torch.manual_seed(0)
     attn = Attention(query_dim=32, cross_attention_dim=24, heads=4, dim_head=8, processor=InjectedAttnProcessor()).double()
     self_attn = Attention(query_dim=32, heads=4, dim_head=8, processor=InjectedAttnProcessor()).double()
@@ -100,19 +101,20 @@ def test_padding_of_text_changes_nothing():
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_explicit_attention_in_bf16_is_attention(padded):
+def test_explicit_attention_in_bf16_equals_scaled_dot_product_attention(padded):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, n, 2, 16) for n in (9, 7, 7))
     mask = (torch.arange(7) < torch.tensor([[7], [4]]))[:, None, None] if padded else None
-    wanted = torch.nn.functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)), mask)
-    found = _explicit_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask)
-    assert found.dtype == torch.bfloat16
-    assert torch.allclose(found.float(), wanted.transpose(1, 2), atol=0.03), "three roundings of 2^-8"
+    by_head = (part.transpose(1, 2) for part in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(*by_head, mask).transpose(1, 2)
+    rounded = _explicit_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.float(), expected, atol=0.03), "three roundings, each of 2^-8"
     exact = _explicit_attention(query.double(), key.double(), value.double(), mask)
-    assert torch.allclose(exact.float(), wanted.transpose(1, 2), atol=1e-6)
+    assert torch.allclose(exact.float(), expected, atol=1e-6)
 
 
-def test_without_injection_the_processor_is_the_stock_one(backbone):
+def test_processor_without_injection_equals_the_stock_processor(backbone):
     unet, size = backbone.unet, 16
     inputs = (torch.randn(2, 9, size, size), torch.tensor([10, 900]), torch.randn(2, 7, 64))
     added = {"text_embeds": torch.randn(2, 32), "time_ids": torch.zeros(2, 6)}
@@ -125,7 +127,7 @@ def test_without_injection_the_processor_is_the_stock_one(backbone):
 
 
 @pytest.mark.parametrize(("columns", "image"), [("masked_image", slice(5, 9)), ("latent", slice(0, 4))])
-def test_label_unet_keeps_the_columns_it_names(backbone, tmp_path, columns, image):
+def test_label_unet_keeps_the_selected_input_channels(backbone, tmp_path, columns, image):
     backbone.unet.save_pretrained(tmp_path / "unet")
     original = load_unet(str(tmp_path))
     unet = label_unet(load_unet(str(tmp_path)), columns)
@@ -137,7 +139,7 @@ def test_label_unet_keeps_the_columns_it_names(backbone, tmp_path, columns, imag
         label_unet(unet, "latent")
 
 
-def test_label_unet_for_a_vaes_latent_keeps_what_knows_latents(backbone, tmp_path):
+def test_label_unet_for_latent_labels_keeps_latent_channels_and_output(backbone, tmp_path):
     backbone.unet.save_pretrained(tmp_path / "unet")
     original = load_unet(str(tmp_path))
     unet = label_unet(load_unet(str(tmp_path)), "masked_image", label_channels=4)
@@ -148,27 +150,27 @@ def test_label_unet_for_a_vaes_latent_keeps_what_knows_latents(backbone, tmp_pat
     assert (unet.config.in_channels, unet.config.out_channels) == (8, 4)
 
 
-def test_dropout_replaces_every_text_path_together(encoders):
+def test_dropout_replaces_all_text_inputs_together(encoders):
     torch.manual_seed(0)
     adapter = TextAdapter(64, 32, (32, 48))
     texts = encode_phrases(encoders, ["a large striped blue star", "water"])
     adapter.start_nulls_from(encode_phrases(encoders, [""])[0])
-    one = adapter(texts, torch.tensor([True, False]))
+    mixed = adapter(texts, torch.tensor([True, False]))
     null = adapter.unconditional(1)
-    kept = adapter(texts[1:])
-    rows = one.mask[0].sum()
-    assert rows == null.tokens.shape[1]
-    assert torch.equal(one.tokens[0, :rows], null.tokens[0])
-    assert torch.equal(one.pooled[0], null.pooled[0])
-    length = kept.tokens.shape[1]
+    conditional = adapter(texts[1:])
+    null_length = mixed.mask[0].sum()
+    assert null_length == null.tokens.shape[1]
+    assert torch.equal(mixed.tokens[0, :null_length], null.tokens[0])
+    assert torch.equal(mixed.pooled[0], null.pooled[0])
+    length = conditional.tokens.shape[1]
     for width in (32, 48):
-        assert torch.equal(one.injected[width][0, :rows], null.injected[width][0])
-        assert torch.allclose(one.injected[width][1, :length], kept.injected[width][0], atol=1e-6)
-    assert torch.equal(one.tokens[1, :length], kept.tokens[0])
+        assert torch.equal(mixed.injected[width][0, :null_length], null.injected[width][0])
+        assert torch.allclose(mixed.injected[width][1, :length], conditional.injected[width][0], atol=1e-6)
+    assert torch.equal(mixed.tokens[1, :length], conditional.tokens[0])
 
 
 @pytest.mark.parametrize("text", ["tokens", "pooled"])
-def test_gradients_reach_new_layers_and_nulls(pipeline, encoders, text):
+def test_gradients_reach_new_layers_and_null_embeddings(pipeline, encoders, text):
     unet = pipeline.unet
     adapter = TextAdapter(64, 32, tuple(self_attention_widths(unet)), text=text, null_tokens=2 if text == "tokens" else 1)
     unet.requires_grad_(True)
@@ -183,25 +185,28 @@ def test_gradients_reach_new_layers_and_nulls(pipeline, encoders, text):
     unet.zero_grad(set_to_none=True)
 
 
-def test_text_embedding_does_not_depend_on_company_and_long_text_is_cut_visibly(encoders):
+def test_text_embedding_does_not_depend_on_the_batch(encoders):
     alone = encode_phrases(encoders, ["a star"])[0]
-    company = encode_phrases(encoders, ["two small red circles near the grass", "a star", "some water"])[1]
-    assert torch.allclose(alone.tokens, company.tokens, atol=1e-5)
-    assert torch.allclose(alone.pooled, company.pooled, atol=1e-5)
-    assert alone.tokens.shape == (4, 64), "start, a, star, end: nothing padded"
+    batched = encode_phrases(encoders, ["two small red circles near the grass", "a star", "some water"])[1]
+    assert torch.allclose(alone.tokens, batched.tokens, atol=1e-5)
+    assert torch.allclose(alone.pooled, batched.pooled, atol=1e-5)
+    assert alone.tokens.shape == (4, 64), "start, a, star, end, and no padding"
     assert not alone.truncated
-    long = encode_phrases(encoders, ["red " * 200])[0]
-    assert long.truncated
-    assert long.tokens.shape[0] == 77
 
 
-def test_tokenizer_writes_any_lower_case_word(backbone):
+def test_long_text_is_truncated_and_marked(encoders):
+    embedding = encode_phrases(encoders, ["red " * 200])[0]
+    assert embedding.truncated
+    assert embedding.tokens.shape[0] == 77
+
+
+def test_tokenizer_encodes_any_lower_case_word(backbone):
     tokenizer = backbone.tokenizer
     ids = tokenizer("the zebra's 3 jackdaws, quizzed!").input_ids
     assert tokenizer.eos_token_id not in ids[1:-1], "no unknown token"
 
 
-def test_pipeline_round_trip_is_bit_equal(pipeline, tmp_path):
+def test_saved_and_loaded_pipeline_is_bit_equal(pipeline, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
     phrases = ["a star", "the grass", "two small red circles"]
     before = pipeline(image, phrases)
@@ -219,13 +224,13 @@ def test_pipeline_round_trip_is_bit_equal(pipeline, tmp_path):
 def test_maps_do_not_depend_on_the_batch(pipeline):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     phrases = ["a star", "the grass", "two small red circles near the grass", "some water"]
-    together, alone = pipeline(image, phrases, batch_size=4), pipeline(image, phrases, batch_size=1)
-    assert np.abs(together.maps - alone.maps).max() < 1e-4
+    batched, single = pipeline(image, phrases, batch_size=4), pipeline(image, phrases, batch_size=1)
+    assert np.abs(batched.maps - single.maps).max() < 1e-4
     other_seed = pipeline(image, phrases, seed=1)
-    assert np.abs(together.maps - other_seed.maps).max() > 1e-3, "the seed matters"
+    assert np.abs(batched.maps - other_seed.maps).max() > 1e-3, "another seed gives other maps"
 
 
-def test_vae_scaling_is_undone(backbone):
+def test_decoding_inverts_the_scaling_of_latents(backbone):
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     latents = encode_images(backbone.vae, images)
     assert latents.shape == (2, 4, 8, 8)
@@ -234,13 +239,13 @@ def test_vae_scaling_is_undone(backbone):
     assert torch.equal(decode_latents(backbone.vae, latents), raw)
 
 
-def test_image_tensor_range():
+def test_image_tensor_maps_white_to_one():
     white = image_tensor(Image.new("RGB", (30, 20), "white"), 16)
     assert white.shape == (3, 16, 16)
     assert torch.equal(white, torch.ones(3, 16, 16))
 
 
-def test_cuda_without_a_gpu_is_an_error():
+def test_cuda_without_a_gpu_raises_an_error():
     if torch.cuda.is_available():
         assert choose_device("cuda").type == "cuda"
     else:
@@ -249,58 +254,59 @@ def test_cuda_without_a_gpu_is_an_error():
     assert choose_device("cpu").type == "cpu"
 
 
-def test_training_insists_on_deterministic_algorithms_and_says_where_there_are_none(capsys):
-    """`put_` has none on any device."""
+def test_operation_without_a_deterministic_implementation_is_retried_with_one_warning(capsys):
+    """`put_` has no deterministic implementation on any device."""
 
     def put():
         return torch.zeros(3).put_(torch.tensor([1]), torch.tensor([5.0]))[1].item()
 
     try:
         choose_device("cpu", exact=True)
-        assert exactly(lambda: 7) == 7
+        assert run_deterministically(lambda: 7) == 7
         with pytest.raises(RuntimeError, match="deterministic"):
             put()
         assert capsys.readouterr().out == ""
-        assert exactly(put) == 5
+        assert run_deterministically(put) == 5
         assert "put_ does not have a deterministic implementation" in capsys.readouterr().out
-        assert exactly(put) == put() == 5, "said once"
-        assert capsys.readouterr().out == ""
+        assert run_deterministically(put) == put() == 5
+        assert capsys.readouterr().out == "", "only the first call warns"
         with pytest.raises(RuntimeError, match="another"):
-            exactly(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+            run_deterministically(lambda: (_ for _ in ()).throw(RuntimeError("another")))
     finally:
         choose_device("cpu")
 
 
-def test_a_missing_backbone_is_one_line(tmp_path):
+def test_missing_or_unreadable_backbone_raises_an_error(tmp_path):
     with pytest.raises(UserError, match=r"no such directory"):
         load_unet(str(tmp_path / "nowhere"))
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot be loaded"):
+    with pytest.raises(UserError, match=r"cannot load"):
         load_unet(str(tmp_path))
-    with pytest.raises(UserError, match=r"no folder vae"):
+    with pytest.raises(UserError, match=r"missing folder vae"):
         load_component(type(None), str(tmp_path), "vae", None)
 
 
-def test_an_ensemble_is_the_mean_of_samples_that_hold_the_single_one(pipeline):
+def test_ensemble_is_the_mean_of_samples_including_the_single_sample(pipeline):
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     encoders = TextEncoders((pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2))
     texts = encode_phrases(encoders, ["the grass", "two stars"])
     keys = [(1, "n", 0), (1, "n", 1)]
 
     def maps(ensemble, chosen=slice(None)):
-        return pipeline.label_maps(latents[chosen], texts[chosen], keys[chosen], 64, seed=3, ensemble=ensemble)
+        point = OperatingPoint(size=64, num_inference_steps=2, guidance_scale=3.0, ensemble_size=ensemble)
+        return pipeline.label_maps(latents[chosen], texts[chosen], keys[chosen], point, seed=3)
 
     one, two, three = maps(1), maps(2), maps(3)
     second, third = 2 * two - one, 3 * three - 2 * two
     for sample in (second, third):
         assert sample.min() > -1e-5
         assert sample.max() < 1 + 1e-5
-        assert (sample - one).abs().max() > 1e-3, "other seeds"
+        assert (sample - one).abs().max() > 1e-3, "the samples have different seeds"
     assert torch.allclose(maps(3, slice(1, 2))[0], three[1], atol=1e-5), "a phrase's ensemble does not depend on its batch"
 
 
-def test_soft_labels_of_vae_latents_are_the_decoded_grey(pipeline):
+def test_soft_labels_of_vae_latents_are_the_decoded_grey_values(pipeline):
     masks = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     latents = encode_masks(pipeline.vae, masks)
     assert torch.allclose(latents, encode_images(pipeline.vae, (2 * masks - 1).repeat(1, 3, 1, 1)))
@@ -312,14 +318,14 @@ def test_soft_labels_of_vae_latents_are_the_decoded_grey(pipeline):
     assert torch.allclose(pipeline.soft_labels(scale * (2 * masks - 1)), TAIL + (1 - 2 * TAIL) * masks[:, 0])
 
 
-def test_soft_labels_are_the_papers_within_bounds_and_keep_their_order_beyond():
+def test_soft_labels_are_linear_within_bounds_and_monotonic_beyond():
     labels = torch.linspace(-2.5, 2.5, 1001, dtype=torch.float64)
     soft = soften(labels)
     assert (soft.diff() > 0).all()
     assert soft.min() > 0
     assert soft.max() < 1
-    assert torch.allclose(soft + soft.flip(0), torch.ones_like(soft)), "as far from 0 outside as from 1 inside"
+    assert torch.allclose(soft + soft.flip(0), torch.ones_like(soft)), "symmetric about 0.5"
     inside = labels.abs() <= 1
-    assert torch.allclose(soft[inside], TAIL + (1 - 2 * TAIL) * (labels[inside] + 1) / 2), "the paper's, drawn together"
+    assert torch.allclose(soft[inside], TAIL + (1 - 2 * TAIL) * (labels[inside] + 1) / 2), "the paper's, in [TAIL, 1 - TAIL]"
     slopes = soft.diff() / labels.diff()
-    assert (slopes.diff().abs() < 0.1 * slopes.max()).all(), "no kink"
+    assert (slopes.diff().abs() < 0.1 * slopes.max()).all(), "the slope is continuous"

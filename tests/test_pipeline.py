@@ -1,4 +1,4 @@
-"""`GSPipeline` as diffusers users hold it: inputs, outputs, dtype, offload, files."""
+"""`GSPipeline` as diffusers users call it: inputs, outputs, dtype, offload, files."""
 
 import itertools
 import subprocess
@@ -16,6 +16,7 @@ from genseg.diffusion.pipeline import GSPipeline
 from genseg.models.adapter import TextAdapter
 from genseg.models.text import encode_phrases
 from genseg.models.vae import decode_latents, encode_images, image_tensor
+from genseg.params import OperatingPoint
 from test_models import backbone, encoders, pipeline  # noqa: F401  (fixtures)
 
 PHRASES = ["a star", "the grass", "two small red circles"]
@@ -35,7 +36,7 @@ def saved(pipeline, tmp_path_factory):  # noqa: F811
     return folder
 
 
-def test_pictures_of_any_kind_are_the_same_picture(pipeline):  # noqa: F811
+def test_all_image_types_give_the_same_maps(pipeline):  # noqa: F811
     expected = pipeline(Image.fromarray(PIXELS), PHRASES).maps
     tensor = torch.from_numpy(PIXELS).permute(2, 0, 1)
     for image in (
@@ -52,7 +53,7 @@ def test_pictures_of_any_kind_are_the_same_picture(pipeline):  # noqa: F811
         assert np.array_equal(pipeline(image, PHRASES).maps, pipeline(grey, PHRASES).maps)
 
 
-def test_a_list_of_images_is_each_of_them(pipeline):  # noqa: F811
+def test_a_list_of_images_gives_the_masks_of_each_image(pipeline):  # noqa: F811
     texts = [PHRASES, ["some water"]]
     together = pipeline([PIXELS, OTHER], texts, batch_size=3)
     for number, image in enumerate((PIXELS, OTHER)):
@@ -64,7 +65,7 @@ def test_a_list_of_images_is_each_of_them(pipeline):  # noqa: F811
     assert np.array_equal(pipeline(PIXELS, "a star").maps, pipeline(PIXELS, ["a star"]).maps)
 
 
-def test_an_image_is_encoded_once_and_progress_counts_the_steps(pipeline, monkeypatch):  # noqa: F811
+def test_image_is_encoded_once_and_the_progress_bar_counts_steps(pipeline, monkeypatch):  # noqa: F811
     calls, bars = [], []
     encode = pipeline.vae.encode
     monkeypatch.setattr(pipeline.vae, "encode", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
@@ -76,7 +77,7 @@ def test_an_image_is_encoded_once_and_progress_counts_the_steps(pipeline, monkey
     assert bars[0].n == bars[0].total == 2 * 3
 
 
-def test_outputs(pipeline):  # noqa: F811
+def test_output_types_agree(pipeline):  # noqa: F811
     output = pipeline(PIXELS, PHRASES, threshold=0.4)
     assert output.masks.dtype == bool
     assert output.masks.shape == (3, 50, 80)
@@ -92,24 +93,23 @@ def test_outputs(pipeline):  # noqa: F811
     assert pipeline(PIXELS, PHRASES, threshold=0.0).masks.all()
 
 
-def test_every_way_of_sampling_is_an_argument(pipeline, encoders, saved):  # noqa: F811
+def test_every_field_of_an_operating_point_is_an_argument(pipeline, encoders, saved):  # noqa: F811
     texts = encode_phrases(encoders, PHRASES)
     latent = encode_images(pipeline.vae, image_tensor(Image.fromarray(PIXELS), 64)[None])
     keys = [("image", "predict", k) for k in range(len(PHRASES))]
-    seen = [pipeline(PIXELS, PHRASES, 4, 2.0).maps]
-    for rule, interval, ensemble in (("dpmpp", None, 1), ("ddpm", None, 1), ("ddim", (0.0, 0.6), 1), ("ddim", None, 2)):
-        seen.append(pipeline(PIXELS, PHRASES, 4, 2.0, rule=rule, guidance_interval=interval, ensemble=ensemble).maps)
-        expected = pipeline.label_maps(
-            latent.repeat(3, 1, 1, 1), texts, keys, 64, 4, 2.0, rule=rule, interval=interval, ensemble=ensemble
-        )
-        assert np.array_equal(seen[-1], expected.numpy())
+    outputs = [pipeline(PIXELS, PHRASES, 4, 2.0).maps]
+    for options in ({"sampler": "dpmpp"}, {"sampler": "ddpm"}, {"guidance_interval": (0.0, 0.6)}, {"ensemble_size": 2}):
+        outputs.append(pipeline(PIXELS, PHRASES, 4, 2.0, **options).maps)
+        point = OperatingPoint(size=64, num_inference_steps=4, guidance_scale=2.0, **options)
+        expected = pipeline.label_maps(latent.repeat(3, 1, 1, 1), texts, keys, point)
+        assert np.array_equal(outputs[-1], expected.numpy())
     clipped = GSPipeline.from_pretrained(saved)
-    clipped.sample_by("trailing", True)
-    seen.append(clipped(PIXELS, PHRASES, 4, 2.0).maps)
-    assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.combinations(seen, 2))
+    clipped.configure_sampling("trailing", True)
+    outputs.append(clipped(PIXELS, PHRASES, 4, 2.0).maps)
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.combinations(outputs, 2))
 
 
-def test_generator_draws_the_seed(pipeline):  # noqa: F811
+def test_generator_determines_the_seed(pipeline):  # noqa: F811
     first, again = (pipeline(PIXELS, PHRASES, generator=torch.Generator().manual_seed(7)).maps for _ in range(2))
     generator = torch.Generator().manual_seed(7)
     pipeline(PIXELS, PHRASES, generator=generator)
@@ -118,13 +118,13 @@ def test_generator_draws_the_seed(pipeline):  # noqa: F811
     assert np.abs(first - later).max() > 1e-3
 
 
-def test_steps_and_guidance_default_to_the_checkpoints(pipeline, saved):  # noqa: F811
+def test_steps_and_guidance_default_to_those_of_the_checkpoint(pipeline, saved):  # noqa: F811
     own = GSPipeline.from_pretrained(saved)(PIXELS, PHRASES).maps
     assert np.array_equal(own, pipeline(PIXELS, PHRASES, num_inference_steps=2, guidance_scale=3.0).maps)
     assert not np.array_equal(own, pipeline(PIXELS, PHRASES, num_inference_steps=2, guidance_scale=1.0).maps)
 
 
-def test_files_are_the_components(pipeline, saved):  # noqa: F811
+def test_saved_files_hold_all_components(pipeline, saved):  # noqa: F811
     loaded = GSPipeline.from_pretrained(saved)
     for name, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
@@ -138,15 +138,15 @@ def test_files_are_the_components(pipeline, saved):  # noqa: F811
 
 
 @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
-def test_bf16(saved, argument):
+def test_bf16_gives_close_maps(saved, argument):
     whole = GSPipeline.from_pretrained(saved)
     half = GSPipeline.from_pretrained(saved, **{argument: torch.bfloat16})
     dtypes = {module.dtype for module in half.components.values() if isinstance(module, torch.nn.Module)}
     assert dtypes == {torch.bfloat16}
-    expected, found = (item(PIXELS, PHRASES, guidance_scale=1.0).maps for item in (whole, half))
-    assert found.dtype == np.float32
-    assert 0 < np.abs(found - expected).mean() < 0.03
-    assert np.array_equal(whole.to(torch.bfloat16)(PIXELS, PHRASES, guidance_scale=1.0).maps, found)
+    expected, maps = (item(PIXELS, PHRASES, guidance_scale=1.0).maps for item in (whole, half))
+    assert maps.dtype == np.float32
+    assert 0 < np.abs(maps - expected).mean() < 0.03
+    assert np.array_equal(whole.to(torch.bfloat16)(PIXELS, PHRASES, guidance_scale=1.0).maps, maps)
 
 
 def test_fp16_variant_is_saved_and_loaded(saved, tmp_path):
@@ -161,7 +161,7 @@ def test_fp16_variant_is_saved_and_loaded(saved, tmp_path):
 def test_a_vae_that_overflows_in_fp16_works_in_fp32(saved):
     vae = GSPipeline.from_pretrained(saved, dtype=torch.float16).vae
     with torch.no_grad():
-        vae.encoder.conv_in.weight[0] = 60000  # activations beyond 65504 between layers, as SDXL's
+        vae.encoder.conv_in.weight[0] = 60000  # activations between layers exceed 65504, as in SDXL
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     vae32 = vae.__class__.from_config(vae.config)
     vae32.load_state_dict(vae.state_dict())
@@ -169,13 +169,13 @@ def test_a_vae_that_overflows_in_fp16_works_in_fp32(saved):
     assert torch.equal(encode_images(vae, images), expected)
     assert torch.equal(decode_latents(vae, expected), decode_latents(vae32, expected))
     assert torch.isfinite(expected).all()
-    assert vae.dtype == torch.float16, "given back as it came"
+    assert vae.dtype == torch.float16, "its dtype is restored"
     vae.register_to_config(force_upcast=False)
-    assert not torch.isfinite(encode_images(vae, images)).all(), "the test would see an overflow"
+    assert not torch.isfinite(encode_images(vae, images)).all(), "without the upcast it overflows"
 
 
 def test_model_offload_gives_the_same_masks(saved):
-    """On the CPU, for want of an accelerator: the hooks are installed, run and take their models back."""
+    """Runs on the CPU: the hooks are installed, move the models and move them back."""
     expected = GSPipeline.from_pretrained(saved)(PIXELS, PHRASES).maps
     pipe = GSPipeline.from_pretrained(saved)
     pipe.enable_model_cpu_offload(device="cpu")
@@ -188,8 +188,10 @@ def test_model_offload_gives_the_same_masks(saved):
 
 
 def test_sequential_offload_gives_the_same_masks(saved):
-    """Weights lie on the meta device until their layer is called. As `enable_sequential_cpu_offload` does it, but for its
-    device, cpu:0, which accelerate takes for another one than cpu."""
+    """Weights are on the meta device until their layer is called.
+
+    This is `enable_sequential_cpu_offload` except for its device, cpu:0, which accelerate does not recognise as cpu.
+    """
     expected = GSPipeline.from_pretrained(saved)(PIXELS, PHRASES).maps
     pipe = GSPipeline.from_pretrained(saved)
     for name in set(pipe.components) - set(pipe._exclude_from_cpu_offload):
@@ -200,44 +202,64 @@ def test_sequential_offload_gives_the_same_masks(saved):
         assert np.array_equal(pipe(PIXELS, PHRASES).maps, expected)
 
 
+def test_callback_on_step_end_sees_each_step_and_may_replace_the_labels(pipeline):  # noqa: F811
+    calls = []
+
+    def record(pipe, step, timestep, callback_kwargs):
+        calls.append((pipe, step, int(timestep), callback_kwargs["latents"].shape))
+        return {}
+
+    maps = pipeline(PIXELS, PHRASES, num_inference_steps=3, callback_on_step_end=record).maps
+    assert np.array_equal(maps, pipeline(PIXELS, PHRASES, num_inference_steps=3).maps)
+    assert [step for _, step, *_ in calls] == [0, 1, 2]
+    assert calls[0][2] == 999
+    assert {(pipe, tuple(shape)) for pipe, *_, shape in calls} == {(pipeline, (len(PHRASES), 1, *maps.shape[1:]))}
+
+    def erase(pipe, step, timestep, callback_kwargs):
+        return {"latents": torch.zeros_like(callback_kwargs["latents"])}
+
+    assert np.all(pipeline(PIXELS, PHRASES, num_inference_steps=3, callback_on_step_end=erase).maps == 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"phrases": []}, "at least one"),
-        ({"phrases": ["a", " "]}, "none may be empty"),
-        ({"image": [PIXELS, PIXELS]}, "as many lists"),
-        ({"image": [PIXELS], "phrases": ["a"]}, "as many lists"),
+        ({"phrases": ["a", " "]}, "no phrase may be empty"),
+        ({"image": [PIXELS, PIXELS]}, "expected 2 lists of phrases"),
+        ({"image": [PIXELS], "phrases": ["a"]}, "expected 1 lists of phrases"),
         ({"image": PIXELS.astype(np.float32)}, r"0\.\.1"),
         ({"image": torch.zeros(50, 80, 3)}, r"\[3, H, W\]"),
         ({"image": np.zeros((50, 80, 4), np.uint8)}, r"\[H, W, 3\]"),
-        ({"num_inference_steps": 0}, "at least 1"),
-        ({"guidance_scale": 0.5}, "at least 1"),
+        ({"num_inference_steps": 0}, r"num_inference_steps must be in 1\.\.1000"),
+        ({"guidance_scale": 0.5}, "guidance_scale at least 1"),
         ({"output_type": "latent"}, "np, pt or pil"),
-        ({"rule": "euler"}, "must be one of ddim, ddpm, dpmpp"),
-        ({"guidance_interval": (0.8, 0.2)}, "must ascend"),
-        ({"ensemble": 0}, "ensemble must be at least 1"),
+        ({"sampler": "euler"}, "must be one of ddim, ddpm, dpmpp"),
+        ({"guidance_interval": (0.8, 0.2)}, "must be ascending"),
+        ({"ensemble_size": 0}, r"ensemble_size in 1\.\.99"),
+        ({"callback_on_step_end_tensor_inputs": ["image_latents"]}, "must be in"),
     ],
 )
-def test_wrong_arguments_are_told(pipeline, arguments, message):  # noqa: F811
+def test_invalid_argument_is_rejected(pipeline, arguments, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         pipeline(**{"image": PIXELS, "phrases": PHRASES} | arguments)
 
 
-def test_another_scheduler_is_refused_not_ignored(saved):
+def test_another_scheduler_is_rejected(saved):
     pipe = GSPipeline.from_pretrained(saved)
     pipe.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(ValueError, match="DPMSolverMultistepScheduler"):
         pipe(PIXELS, PHRASES)
 
 
-def test_an_answer_that_is_not_finite_is_told(saved):
+def test_output_that_is_not_finite_is_rejected(saved):
     pipe = GSPipeline.from_pretrained(saved)
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         pipe(PIXELS, PHRASES)
 
 
-def test_the_package_gives_the_pipeline_and_imports_torch_only_then():
+def test_package_exports_the_pipeline_and_imports_torch_only_with_it():
     code = "import genseg, sys; assert 'torch' not in sys.modules; from genseg import GSPipeline; print(GSPipeline.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "GSPipeline", done.stderr

@@ -1,13 +1,12 @@
-"""Every command of the README runs: on the finished smoke study, at paper scale as a dry run."""
+"""Every command of the README runs: on the finished smoke study, and at paper scale as a dry run."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import PROJECT, run
+from conftest import PROJECT, make_repository, run
 
 LINES = [
     line.split("  #")[0].strip()
@@ -16,9 +15,9 @@ LINES = [
     if line.strip() and not line.startswith("#")
 ]
 ELSEWHERE = {
-    "make": "the main job: what a user types first",
-    "make test": "this suite",
-    "snakemake --cores all --resources gpu=8": "makes the finished study that these tests start from",
+    "make": "the main job",
+    "make test": "this test suite",
+    "snakemake --cores all --resources gpu=8": "the fixture finished_study",
     "snakemake --workflow-profile workflow/profiles/slurm --configfile params/paper.yaml": "test_slurm_profile_plans_the_jobs",
 }
 DRY = (
@@ -31,58 +30,50 @@ DRY = (
 
 SWEEP = """
 variants:
-  few: {evaluations: 2, params: {sample.points: [{steps: 1, guidance: 1.0}, {steps: 2, guidance: 1.0}]}}
+  few:
+    evaluations: 2
+    params:
+      sample.operating_points:
+        - {num_inference_steps: 1, guidance_scale: 1.0}
+        - {num_inference_steps: 2, guidance_scale: 1.0}
 picks:
   few: {evaluations: [1, 2]}
 """
-"""Of the smoke study, which the shipped sweep's numbers of steps do not fit."""
+"""A sweep of the smoke study, because the shipped sweep needs more training steps than this study has."""
 
 
 @pytest.fixture(scope="module")
 def repository(finished_study, tmp_path_factory) -> Path:
-    """The finished study as a git + DVC repository whose params.yaml is the smoke study."""
-    target = tmp_path_factory.mktemp("readme") / "study"
-    shutil.copytree(finished_study, target)
-    for name in ("Makefile", "README.md", ".gitignore", "pyproject.toml", "requirements.txt"):
-        shutil.copy(PROJECT / name, target)
-    shutil.copytree(PROJECT / "benchmarks", target / "benchmarks")
-    shutil.copytree(PROJECT / "src", target / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copytree(PROJECT / ".dvc", target / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
-    shutil.copy(target / "params/smoke.yaml", target / "params.yaml")
+    """The finished study as a repository whose environment is marked as installed."""
+    target = make_repository(finished_study, tmp_path_factory.mktemp("readme") / "study")
     (target / "sweeps").mkdir()
     (target / "sweeps/objectives.yaml").write_text(SWEEP)
     (target / ".venv").mkdir()
     (target / ".venv/installed").touch()
-    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["git", "commit", "-qm", "study"]):
-        run(
-            *command, cwd=target, GIT_AUTHOR_NAME="t", GIT_AUTHOR_EMAIL="t@t", GIT_COMMITTER_NAME="t", GIT_COMMITTER_EMAIL="t@t"
-        )
     return target
 
 
-def test_the_readme_has_commands():
+def test_readme_has_commands():
     assert len(LINES) > 20
-    assert set(ELSEWHERE) <= set(LINES), "a command that is tested elsewhere is gone from the README"
+    assert set(ELSEWHERE) <= set(LINES), "a command that is tested elsewhere is missing from the README"
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), re.S))
-def test_python(repository, block):
+def test_python_example_runs(repository, block):
     run(sys.executable, "-c", block.replace("mini", "smoke"), cwd=repository)
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line not in ELSEWHERE])
-def test_command(repository, line):
+def test_command_runs(repository, line):
     line = line.replace("mini", "smoke")
     for prefix, dry in DRY:
         if line.startswith(prefix) and "--dry" not in line and "--queue" not in line:
             line = line.replace(prefix, dry, 1)
-    if line.startswith("cp params/paper.yaml"):
-        line = "cp params/paper.yaml /dev/null && dvc repro --dry"
     if line.startswith("cp -r results/backbone"):
         line = "cp -r results/smoke/backbone/pipeline/. data/copied"
         (repository / "data/copied").mkdir()
     done = run("bash", "-c", line, cwd=repository, check=False)
-    assert done.returncode == (1 if line.startswith("diff") else 0), done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_slurm_profile_plans_the_jobs(repository):

@@ -1,4 +1,4 @@
-"""The refiner: its invariants over generated inputs, its definition by brute force, and the command line."""
+"""G4Seg: invariants over random inputs, comparison with a brute-force definition, and the command line."""
 
 import json
 
@@ -22,20 +22,29 @@ from genseg.cli.main import main
 from genseg.errors import UserError
 from genseg.models.miniature import build_miniature, learn_tokenizer
 from genseg.models.text_to_image import TextToImage
-from genseg.params import BackboneShape, Params, load_params
-from genseg.refine.correspondence import (
+from genseg.params import Params, load_params
+from genseg.params.backbone import BackboneShape
+from genseg.refine.g4seg import refine_predictions
+from genseg.refine.g4seg_steps import (
+    MIN_PROBABILITY,
+    PhraseBlock,
+    box_mean,
+    choose_cuts,
     confident,
     confusion_area,
     correspondence,
     cuts,
     evidence,
+    first_probability,
+    generate,
+    guided_filter,
     hypothesis,
+    read_out,
     set_distance,
     unit_features,
     update,
 )
-from genseg.refine.g4seg import _Passes, first_probability, passes, read_out, refine_predictions, variants
-from genseg.refine.upsampling import box_mean, guided_filter
+from genseg.refine.layout import forward_passes, variants
 
 CAPTIONS = ["two small red circles near the grass", "a large striped blue star", "some water"]
 SMOKE = load_params("params/smoke.yaml")
@@ -51,12 +60,12 @@ def study() -> Params:
 
 @pytest.fixture(scope="module")
 def refine(study):
-    return study.refine.model_copy(update={"size": 32, "grid": 16, "maps": SIDE})
+    return study.refine.model_copy(update={"size": 32, "feature_size": 16, "maps": SIDE})
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A pipeline directory of each shape, random weights."""
+    """Two pipeline directories with random weights, shaped like SDXL and like Stable Diffusion 2.1."""
     root = tmp_path_factory.mktemp("pipelines")
     shape = BackboneShape(
         unet_channels=[16, 32, 32],
@@ -112,10 +121,10 @@ def model(request, folders):
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """Two pictures, three phrases each; of every second one the mask is empty or full."""
+    """Phrases and coarse predictions of two images with three phrases each; one mask is empty and one is full."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
-    rows, found = [], []
+    rows, predictions = [], []
     for image_id in (1, 2):
         name = folder / f"{image_id}.png"
         Image.fromarray(rng.integers(0, 256, (SIDE, SIDE + 8, 3), np.uint8)).save(name)
@@ -144,21 +153,22 @@ def tables(tmp_path_factory):
                     "tags": None,
                 }
             )
-            found.append((image_id, "n", phrase_id, masks.encode(mask), 0.25 * phrase_id))
-    return pd.DataFrame(rows), pd.DataFrame(found, columns=[*KEY, "mask", "score"])
+            predictions.append((image_id, "n", phrase_id, masks.encode(mask), 0.25 * phrase_id))
+    return pd.DataFrame(rows), pd.DataFrame(predictions, columns=[*KEY, "mask", "score"])
 
 
-# ------------------------------------------------------------------------------------------------ the arithmetic
-def drawn(seed: int, cells: int = 36):
+# ---------------------------------------------------------------------------------------------------- arithmetic
+def random_inputs(seed: int, cells: int = 36):
+    """P [N] and D [N, N] in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(cells, generator=generator), torch.rand(cells, cells, generator=generator)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
-def test_update_touches_the_confusion_area_only_and_stays_a_probability(seed, gate):
+def test_update_changes_only_the_confusion_area_and_stays_in_the_unit_interval(seed, gate):
     refine = SMOKE.refine.model_copy(update={"gate": gate})
-    probability, distances = drawn(seed)
+    probability, distances = random_inputs(seed)
     step = update(evidence(probability, distances, GRID, refine), CUT, refine)
     assert torch.equal(step.after[~step.confusion], probability[~step.confusion])
     assert ((step.after >= 0) & (step.after <= 1) & (step.discrepancy >= 0) & (step.discrepancy <= 1)).all()
@@ -168,17 +178,17 @@ def test_update_touches_the_confusion_area_only_and_stays_a_probability(seed, ga
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.booleans())
-def test_nothing_changes_where_there_is_no_discrepancy(seed, gate):
+def test_update_leaves_p_unchanged_with_constant_distances(seed, gate):
     refine = SMOKE.refine.model_copy(update={"gate": gate})
-    probability, _ = drawn(seed)
+    probability, _ = random_inputs(seed)
     step = update(evidence(probability, torch.zeros(36, 36), GRID, refine), CUT, refine)
     assert torch.equal(step.after, probability)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6))
-def test_with_one_neighbour_the_largest_discrepancy_is_the_hausdorff_distance(seed):
-    """Of the two feature sets inside one region: scipy's, in a Euclidean feature space."""
+def test_maximal_set_distance_with_one_neighbour_is_the_hausdorff_distance(seed):
+    """Compares with scipy, for Euclidean distances and a region of all cells."""
     generator = np.random.default_rng(seed)
     original, generated = generator.normal(size=(2, 20, 3))
     distances = torch.from_numpy(np.linalg.norm(original[:, None] - generated[None], axis=-1))
@@ -190,12 +200,12 @@ def test_with_one_neighbour_the_largest_discrepancy_is_the_hausdorff_distance(se
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4))
-def test_update_is_the_literal_definition(seed, neighbours):
-    refine = SMOKE.refine.model_copy(update={"neighbours": neighbours, "gate": True})
-    probability, distances = drawn(seed)
+def test_update_equals_the_literal_definition(seed, neighbours):
+    refine = SMOKE.refine.model_copy(update={"num_neighbours": neighbours, "gate": True})
+    probability, distances = random_inputs(seed)
     step = update(evidence(probability, distances, GRID, refine), CUT, refine)
     P, D = probability.numpy(), distances.numpy()
-    omega = {1: np.flatnonzero(refine.confident[1] <= P), 0: np.flatnonzero(refine.confident[0] >= P)}
+    omega = {1: np.flatnonzero(refine.confidence_thresholds[1] <= P), 0: np.flatnonzero(refine.confidence_thresholds[0] >= P)}
 
     def d(p, label, matrix):
         return np.sort(matrix[p, omega[label]])[:neighbours].mean()
@@ -212,8 +222,8 @@ def test_update_is_the_literal_definition(seed, neighbours):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 0.2, 0.4]))
-def test_confusion_area_by_brute_force(seed, band):
-    probability = drawn(seed)[0]
+def test_confusion_area_equals_brute_force(seed, band):
+    probability = random_inputs(seed)[0]
     area = confusion_area(probability, GRID, 0.2, 0.8, band).view(GRID)
     P, radius = probability.view(GRID).numpy(), round(band * 6)
     for y in range(6):
@@ -224,19 +234,19 @@ def test_confusion_area_by_brute_force(seed, band):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.lists(st.floats(0.05, 0.95), max_size=4))
-def test_hypotheses_are_the_evidence_cut_at_its_quantiles(seed, levels):
-    probability, distances = drawn(seed)
-    found = evidence(probability, distances, GRID, SMOKE.refine)
-    inside = found.confusion.numpy()
-    wanted = [0.0, *(np.quantile(found.nearer.numpy()[inside], level) for level in levels)]
-    values = cuts(found, levels)
-    np.testing.assert_allclose(values.numpy(), wanted, atol=1e-6)
+def test_hypotheses_threshold_the_margin_at_zero_and_its_quantiles(seed, quantiles):
+    probability, distances = random_inputs(seed)
+    observed = evidence(probability, distances, GRID, SMOKE.refine)
+    inside, margin = observed.confusion.numpy(), observed.margin.numpy()
+    expected_cuts = [0.0, *(np.quantile(margin[inside], quantile) for quantile in quantiles)]
+    values = cuts(observed, quantiles)
+    np.testing.assert_allclose(values.numpy(), expected_cuts, atol=1e-6)
     for value in values:
-        expected = np.where(inside, found.nearer.numpy() > value.item(), probability.numpy() > 0.5)
-        assert (hypothesis(found, value).numpy() == expected).all()
+        expected = np.where(inside, margin > value.item(), probability.numpy() > 0.5)
+        assert (hypothesis(observed, value).numpy() == expected).all()
 
 
-def test_no_region_is_empty():
+def test_confident_regions_are_never_empty():
     foreground, background = confident(torch.full((40,), 0.5), 0.2, 0.8)
     assert len(foreground) == len(background) == 2
 
@@ -254,7 +264,7 @@ def test_correspondence_is_one_minus_the_mean_cosine():
 
 
 # --------------------------------------------------------------------------------------------------- up-sampling
-def test_box_mean_by_brute_force():
+def test_box_mean_equals_brute_force():
     values = np.random.default_rng(0).random((7, 9, 2))
     mean = box_mean(values, 2)
     for y in range(7):
@@ -263,7 +273,7 @@ def test_box_mean_by_brute_force():
             np.testing.assert_allclose(mean[y, x], window.mean((0, 1)))
 
 
-def test_guided_filter_keeps_what_is_linear_in_the_guide_and_smooths_where_the_guide_is_flat():
+def test_guided_filter_keeps_linear_functions_of_the_guide_and_smooths_where_the_guide_is_flat():
     rng = np.random.default_rng(0)
     guide = rng.random((20, 24, 3))
     linear = guide @ np.array([0.2, -0.5, 0.9]) + 0.1
@@ -273,7 +283,7 @@ def test_guided_filter_keeps_what_is_linear_in_the_guide_and_smooths_where_the_g
     np.testing.assert_allclose(flat, box_mean(box_mean(noise, 3), 3), atol=1e-8)
 
 
-def test_guided_filter_is_the_regression_of_its_windows():
+def test_guided_filter_equals_linear_regressions_in_windows():
     rng = np.random.default_rng(1)
     guide, maps = rng.random((6, 7, 3)), rng.random((6, 7))
     lines = np.zeros((6, 7, 4))
@@ -292,29 +302,29 @@ def test_guided_filter_is_the_regression_of_its_windows():
 
 
 # ------------------------------------------------------------------------------------------------ whole refiner
-def test_pixels_outside_the_confusion_area_are_the_coarse_ones(model, tables, refine):
+def test_pixels_outside_the_confusion_area_are_unchanged(model, tables, refine):
     phrases, coarse = tables
     traces = []
     frame, _ = refine_predictions(phrases, coarse, model, refine, 0, observe=traces.append)
     changed = 0
     for trace in traces:
         touched = np.zeros((16, 16), bool)
-        for step in trace.steps:
+        for step in trace.updates:
             touched |= step.confusion.numpy().reshape(16, 16)
         reach = np.asarray(Image.fromarray(touched).resize((SIDE + 8, SIDE), Image.Resampling.NEAREST))
         far = np.array(
             [[not reach[max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].any() for x in range(SIDE + 8)] for y in range(SIDE)]
         )
-        assert np.array_equal(trace.refined[far], trace.coarse[far])
-        changed += (trace.refined != trace.coarse).sum()
+        assert np.array_equal(trace.result.mask[far], trace.coarse[far])
+        changed += (trace.result.mask != trace.coarse).sum()
     assert changed > 0
     assert frame[KEY].equals(coarse[KEY])
     assert frame["score"].equals(coarse["score"])
-    for place in (2, 5):  # an empty and a full mask
-        assert frame["mask"][place] == coarse["mask"][place]
+    for row in (2, 5):  # an empty and a full mask
+        assert frame["mask"][row] == coarse["mask"][row]
 
 
-def test_results_depend_on_the_seed_alone_not_on_batch_size_or_order(model, tables, refine):
+def test_results_depend_on_the_seed_but_not_on_batch_size_or_order(model, tables, refine):
     phrases, coarse = tables
     results = [
         refine_predictions(phrases, table, model, refine.model_copy(update={"batch": batch}), seed)[0]["mask"]
@@ -326,87 +336,86 @@ def test_results_depend_on_the_seed_alone_not_on_batch_size_or_order(model, tabl
     assert not results[0].equals(results[3])
 
 
-def test_alpha_zero_generates_what_the_stock_network_generates(model, tables, refine):
+def test_alpha_zero_generates_the_same_as_the_stock_network(model, tables, refine):
     phrases, coarse = tables
-    stock, traces = [], []
+    calls, traces = [], []
     predict = model.predict
 
     def spy(x_t, t, *rest):
-        answer = predict(x_t, t, *rest)
-        stock.append((x_t, t, answer))
-        return answer
+        output = predict(x_t, t, *rest)
+        calls.append((x_t, t, output))
+        return output
 
     model.predict = spy
     try:
         refine_predictions(phrases.iloc[:2], coarse.iloc[:2], model, refine, 0, "alpha_zero", observe=traces.append)
     finally:
         del model.predict
-    (features, t, answer), (x_t, _, injected) = stock[0], stock[1]
-    assert torch.equal(x_t, features)
-    assert torch.equal(injected, answer)
-    assert len(stock) == passes(variants(refine)["alpha_zero"])
+    (stock_input, t, output), (x_t, _, injected) = calls[0], calls[1]
+    assert torch.equal(x_t, stock_input)
+    assert torch.equal(injected, output)
+    assert len(calls) == forward_passes(variants(refine)["alpha_zero"])
     alpha = model.alphas[t]
     if model.prediction_type == "epsilon":
-        z_0 = (x_t - (1 - alpha).sqrt() * answer) / alpha.sqrt()
+        z_0 = (x_t - (1 - alpha).sqrt() * output) / alpha.sqrt()
     else:
-        z_0 = alpha.sqrt() * x_t - (1 - alpha).sqrt() * answer
+        z_0 = alpha.sqrt() * x_t - (1 - alpha).sqrt() * output
     torch.testing.assert_close(traces[0].generated[0], z_0[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_mask_that_predicts_the_noise_best_is_chosen(model, tables, refine):
-    """Brute force: every phrase, hypothesis, level and noise alone."""
+def test_chosen_cut_minimises_the_error_of_the_predicted_noise(model, tables, refine):
+    """Compares with brute force, which evaluates every phrase, hypothesis and timestep separately."""
     phrases, coarse = tables
-    asked = refine.model_copy(
-        update={"levels": [0.3, 0.7], "choice": refine.choice.model_copy(update={"timesteps": [300, 700], "noises": 2})}
-    )
+    changed = refine.model_copy(update={"cut_quantiles": [0.3, 0.7], "choice_timesteps": [300, 700]})
     traces = []
-    refine_predictions(phrases, coarse, model, asked.model_copy(update={"iterations": 0}), 0, observe=traces.append)
+    refine_predictions(phrases, coarse, model, changed.model_copy(update={"iterations": 0}), 0, observe=traces.append)
     traces = [trace for trace in traces if trace.coarse.any() and not trace.coarse.all()]
-    start = [first_probability(trace.coarse, asked) for trace in traces]
-    found = [evidence(p, drawn(number, len(p))[1], (asked.grid, asked.grid), asked) for number, p in enumerate(start)]
-    chosen = _Passes(traces, model, asked, 0).chosen_cuts(found)
-    for trace, one, cut in zip(traces, found, chosen, strict=True):
-        alone = _Passes([trace], model, asked, 0)
+    start = [first_probability(trace.coarse, changed) for trace in traces]
+    grid = (changed.feature_size, changed.feature_size)
+    evidences = [evidence(p, random_inputs(seed, len(p))[1], grid, changed) for seed, p in enumerate(start)]
+    chosen = choose_cuts(PhraseBlock(traces, model, changed, 0), evidences)
+    for trace, observed, cut in zip(traces, evidences, chosen, strict=True):
+        alone = PhraseBlock([trace], model, changed, 0)
         errors = []
-        values = [*cuts(one, asked.levels), None]
+        values = [*cuts(observed, changed.cut_quantiles), None]
         for value in values:
-            mask = one.before if value is None else hypothesis(one, value).clamp(asked.clip, 1 - asked.clip)
+            mask = observed.probability
+            if value is not None:
+                mask = hypothesis(observed, value).clamp(MIN_PROBABILITY, 1 - MIN_PROBABILITY)
             total = 0.0
             for t in (300, 700):
                 alpha = model.alphas[t]
-                for number in range(2):
-                    noise = alone._noise(number, 0)
-                    z_t = alpha.sqrt() * alone.latents + (1 - alpha).sqrt() * noise
-                    z_0 = alone.one_step(t, noise, mask[None])
-                    predicted = (z_t - alpha.sqrt() * z_0) / (1 - alpha).sqrt()
-                    total += (predicted - noise).square().mean().item()
+                z_t = alpha.sqrt() * alone.latents + (1 - alpha).sqrt() * alone.noise
+                z_0 = generate(alone, t, mask[None])
+                predicted = (z_t - alpha.sqrt() * z_0) / (1 - alpha).sqrt()
+                total += (predicted - alone.noise).square().mean().item()
             errors.append(total)
         best = values[int(np.argmin(errors))]
         assert cut is best is None or cut == best
-    without = _Passes(traces, model, asked.model_copy(update={"alpha": 0.0}), 0).chosen_cuts(found)
-    assert not any(without)
+    without_injection = choose_cuts(PhraseBlock(traces, model, changed.model_copy(update={"alpha": 0.0}), 0), evidences)
+    assert not any(without_injection)
 
 
-def test_variants_change_what_they_name(model, tables, refine):
+def test_each_variant_differs_from_g4seg_as_its_name_says(model, tables, refine):
     phrases, coarse = tables
-    found = {}
+    results = {}
     for name in ("g4seg", "alpha_zero", "gate", "no_generation", "upsampling_only", "unconditioned", "random", "beta=0.75"):
         traces = []
         frame, _ = refine_predictions(phrases, coarse, model, refine, 0, name, observe=traces.append)
-        found[name] = (traces, frame)
-        assert len(traces[0].steps) == variants(refine)[name].iterations
+        results[name] = (traces, frame)
+        assert len(traces[0].updates) == variants(refine)[name].iterations
         assert bool(traces[0].generated) == (variants(refine)[name].generation > 0 and name != "upsampling_only")
-    ours = found["g4seg"][0][0].steps[0]
+    ours = results["g4seg"][0][0].updates[0]
     for name in ("alpha_zero", "no_generation", "unconditioned"):
-        assert not torch.equal(found[name][0][0].steps[0].discrepancy, ours.discrepancy), name
-    gated = found["gate"][0][0].steps[0]
+        assert not torch.equal(results[name][0][0].updates[0].discrepancy, ours.discrepancy), name
+    gated = results["gate"][0][0].updates[0]
     weight = (1 - refine.beta) * ours.discrepancy
-    torch.testing.assert_close(gated.after, ours.before + weight * (ours.target - ours.before))
-    counts = [[(trace.refined != trace.coarse).sum() for trace in found[name][0]] for name in ("g4seg", "random")]
+    torch.testing.assert_close(gated.after, ours.probability + weight * (ours.target - ours.probability))
+    counts = [[(trace.result.mask != trace.coarse).sum() for trace in results[name][0]] for name in ("g4seg", "random")]
     assert counts[0] == counts[1]
-    assert not found["g4seg"][1]["mask"].equals(found["random"][1]["mask"])
+    assert not results["g4seg"][1]["mask"].equals(results["random"][1]["mask"])
     assert "upsampling_only" in variants(refine)
-    assert passes(variants(refine)["upsampling_only"]) == 0
+    assert forward_passes(variants(refine)["upsampling_only"]) == 0
 
 
 def test_read_out_without_upsampling_is_bilinear(refine):
@@ -419,8 +428,8 @@ def test_read_out_without_upsampling_is_bilinear(refine):
     assert np.array_equal(result.mask, expected.numpy())
     assert result.area.all()
     assert not result.change.any()
-    nowhere = read_out(coarse, picture, after, after, np.zeros((4, 4), bool), plain)
-    assert np.array_equal(nowhere.mask, coarse)
+    outside = read_out(coarse, picture, after, after, np.zeros((4, 4), bool), plain)
+    assert np.array_equal(outside.mask, coarse)
 
 
 # ------------------------------------------------------------------------------------------------------ command
@@ -434,7 +443,7 @@ def files(tables, folders, study, refine, tmp_path):
     return tmp_path
 
 
-def command(folder, model, *more):
+def run_refine(folder, model, *more):
     options = {
         "--params": "params.yaml",
         "--phrases": "phrases.parquet",
@@ -445,8 +454,8 @@ def command(folder, model, *more):
     return main(["refine", *paths, "--model", str(model), *more])
 
 
-def test_the_command_refines_a_file_once_and_draws(files, folders, capsys):
-    assert command(files, folders / "sdxl", "--pictures", str(files / "pictures")) == 0
+def test_command_refines_a_file_once_and_writes_pictures(files, folders, capsys):
+    assert run_refine(files, folders / "sdxl", "--pictures", str(files / "pictures")) == 0
     coarse, refined = read_predictions(files / "coarse.parquet"), read_predictions(files / "out.parquet")
     assert refined[KEY].equals(coarse[KEY])
     assert not refined["mask"].equals(coarse["mask"])
@@ -455,45 +464,45 @@ def test_the_command_refines_a_file_once_and_draws(files, folders, capsys):
     assert len(sheets) == 6
     assert Image.open(sheets[0]).size == (6 * 192, (1 + SMOKE.refine.iterations) * 192)
     capsys.readouterr()
-    assert command(files, folders / "sdxl") == 0
-    assert "there already" in capsys.readouterr().out
+    assert run_refine(files, folders / "sdxl") == 0
+    assert "already exists" in capsys.readouterr().out
 
 
-def test_soft_maps_are_refined_beside_the_masks(files, folders):
+def test_soft_maps_are_refined_with_the_masks(files, folders):
     soft = np.random.default_rng(0).random((6, 8, 8)).astype(np.float32)
     write_maps(soft, files / "coarse.parquet")
-    assert command(files, folders / "sdxl") == 0
+    assert run_refine(files, folders / "sdxl") == 0
     before, after = read_maps(files / "coarse.parquet"), read_maps(files / "out.parquet")
     assert after.shape == (6, SIDE, SIDE)
     unchanged = torch.nn.functional.interpolate(torch.from_numpy(before)[:, None], (SIDE, SIDE + 8), mode="bilinear")
     unchanged = area_reduce(unchanged[:, 0].numpy(), SIDE, SIDE)
-    np.testing.assert_allclose(after[2], unchanged[2], atol=0.02)  # an empty mask: nothing to refine
+    np.testing.assert_allclose(after[2], unchanged[2], atol=0.02)  # an empty mask is unchanged
     assert np.abs(after[0] - unchanged[0]).max() > 0.1
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--method", "magic"), "--method magic: none of g4seg, alpha_zero"),
+        (("--method", "magic"), "--method magic: expected one of g4seg, alpha_zero"),
         (("--images", "/nowhere"), "no such image"),
         (("--predictions", "missing.parquet"), "missing.parquet"),
         ((), "phrases.parquet: row 0 has no file_name"),
     ],
 )
-def test_mistakes_are_one_line(files, folders, capsys, monkeypatch, more, message):
+def test_user_errors_are_one_line(files, folders, capsys, monkeypatch, more, message):
     monkeypatch.chdir(files)
     if more[:1] != ("--method",):
         table = pd.read_parquet(files / "phrases.parquet")
         write_phrases(table.assign(file_name="1.png" if more else None), files / "phrases.parquet")
-    assert command(files, folders / "sdxl", *more) == 2
+    assert run_refine(files, folders / "sdxl", *more) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_a_layer_or_phrase_that_is_not_there_is_named(model, tables, refine):
+def test_missing_layer_or_phrase_is_named(model, tables, refine):
     phrases, coarse = tables
-    with pytest.raises(UserError, match=r"refine\.layers: there is no up-block 7"):
+    with pytest.raises(UserError, match=r"refine\.layers: expected indices below \d, the U-Net\'s up-blocks, got 7"):
         refine_predictions(phrases, coarse, model, refine.model_copy(update={"layers": [7]}), 0)
-    with pytest.raises(UserError, match="the phrase table lacks"):
+    with pytest.raises(UserError, match="is not in the phrase table"):
         refine_predictions(phrases.iloc[1:], coarse, model, refine, 0)

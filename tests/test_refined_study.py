@@ -1,4 +1,4 @@
-"""Refinement as a phase, on the finished smoke study: what is refined, scored and kept."""
+"""The phase refine on the finished smoke study: its predictions, scores, tables, and which files are kept or removed."""
 
 import json
 import os
@@ -19,16 +19,16 @@ from genseg.artifacts.phrases import write_phrases
 from genseg.artifacts.predictions import maps_path, read_maps
 from genseg.baselines.registry import study_baselines
 from genseg.cli import main
-from genseg.params import Crf, load_params
-from genseg.refine.layout import refiners
-from genseg.refine.layout import test_images as refined_images
+from genseg.params import load_params
+from genseg.params.refine import Crf
+from genseg.refine.layout import refined_images, refiners
 
 REFINED = Path("results/smoke/refined")
 KEY = ["image_id", "narrative_id", "phrase_id"]
 
 
 @pytest.fixture
-def there(finished_study, monkeypatch):
+def params(finished_study, monkeypatch):
     monkeypatch.chdir(finished_study)
     return load_params("params/smoke.yaml")
 
@@ -37,30 +37,36 @@ def manifest():
     return json.loads((REFINED / "manifest.json").read_text())
 
 
-def test_every_baseline_has_every_refiner_on_the_same_images(there):
-    found = {(entry["refiner"], entry["baseline"]) for entry in manifest()["refined"]}
-    assert found == {(name, one.name) for one in study_baselines(there) for name in refiners(there, one.name)}
-    assert len({name for _, name in found}) == len(study_baselines(there))
+def times():
+    return json.loads(Path("work/smoke/times/refine.json").read_text())
+
+
+def test_every_baseline_has_every_refiner_on_the_same_images(params):
+    pairs = {(entry["refiner"], entry["baseline"]) for entry in manifest()["refined"]}
+    expected = {(name, each.name) for each in study_baselines(params) for name in refiners(params, each.name)}
+    assert pairs == expected
+    assert len({name for _, name in pairs}) == len(study_baselines(params))
     phrases = pd.read_parquet("data/smoke/phrases.parquet")
-    images = refined_images(there, phrases)
+    images = refined_images(params, phrases)
     assert manifest()["images"] == images
     assert set(images) < set(phrases.loc[phrases["split"] == "test", "image_id"])
     tables = {"predictions": phrases, "class_predictions": pd.read_parquet("data/smoke/class_phrases.parquet")}
     for entry in manifest()["refined"]:
         for kind, table in tables.items():
-            wanted = table[table["image_id"].isin(images)].sort_values(KEY, ignore_index=True)
+            expected = table[table["image_id"].isin(images)].sort_values(KEY, ignore_index=True)
             refined = pd.read_parquet(entry[kind])
-            assert refined[KEY].equals(wanted[KEY])
-            assert [code["size"] for code in codes(refined, wanted)] == wanted[["height", "width"]].to_numpy().tolist()
-    # The random control comes of G4Seg's own passes.
-    timing = manifest()["timing"]
-    assert set(timing) == {f"{name}/{baseline}" for name, baseline in found if name != "random"}
+            assert refined[KEY].equals(expected[KEY])
+            assert [code["size"] for code in codes(refined, expected)] == expected[["height", "width"]].to_numpy().tolist()
+    # The random control has no time, because it reuses the results of G4Seg.
+    timing = times()
+    assert set(timing) == {f"{name}/{baseline}" for name, baseline in pairs if name != "random"}
     count = sum(len(table[table["image_id"].isin(images)]) for table in tables.values())
-    for name, one in timing.items():
+    for name, entry in timing.items():
         by_network = name.split("/")[0] not in ("crf", "g4seg_crf", "trained")
-        assert one["seconds"] > 0
-        assert (one["masks"], one["images"], one["batch"]) == (count, len(images), there.refine.batch if by_network else 1)
-        assert one["device"].startswith("c")
+        assert entry["seconds"] > 0
+        assert (entry["masks"], entry["images"]) == (count, len(images))
+        assert entry["batch"] == (params.refine.batch if by_network else 1)
+        assert entry["device"].startswith("c")
 
 
 def codes(predictions, table):
@@ -71,27 +77,27 @@ def codes(predictions, table):
 
 
 def labels_of(path, table):
-    """The label map [H, W] of every image, from soft maps where there are some, else from masks, higher scores in front; -1
-    for nothing."""
-    predictions = pd.read_parquet(path).reset_index(names="place")
-    joined = table.merge(predictions, on=KEY, suffixes=("", "_found"))
-    found = {}
+    """Return the label map [H, W] of each image by id, -1 for no label. It is taken from soft maps if there are any, else from
+    masks, of which higher scores cover lower ones."""
+    predictions = pd.read_parquet(path).reset_index(names="row")
+    joined = table.merge(predictions, on=KEY, suffixes=("", "_predicted"))
+    labels = {}
     for image_id, rows in joined.groupby("image_id"):
         size = int(rows["height"].iloc[0]), int(rows["width"].iloc[0])
         if maps_path(path).exists():
-            maps = torch.from_numpy(read_maps(path)[rows["place"].to_numpy()])[None]
+            maps = torch.from_numpy(read_maps(path)[rows["row"].to_numpy()])[None]
             best = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0].argmax(0).numpy()
-            found[image_id] = rows["phrase_id"].to_numpy()[best]
+            labels[image_id] = rows["phrase_id"].to_numpy()[best]
             continue
         label = np.full(size, -1)
         for _, row in rows.sort_values(["score", "phrase_id"], ascending=[True, False]).iterrows():
-            label[coco.decode({"counts": row["mask_found"], "size": list(size)}).astype(bool)] = row["phrase_id"]
-        found[image_id] = label
-    return found
+            label[coco.decode({"counts": row["mask_predicted"], "size": list(size)}).astype(bool)] = row["phrase_id"]
+        labels[image_id] = label
+    return labels
 
 
-def brute_miou(path, table):
-    """One confusion over all images, pixel by pixel; ground truth of small classes in front."""
+def brute_force_miou(path, table):
+    """Return mIoU from one confusion matrix of all pixels of all images; smaller ground-truth masks cover larger ones."""
     hit, union, seen = {}, {}, set()
     for image_id, label in labels_of(path, table).items():
         rows = table[table["image_id"] == image_id]
@@ -107,7 +113,7 @@ def brute_miou(path, table):
     return float(np.mean([hit[index] / union[index] for index in seen]))
 
 
-def test_miou_before_and_after_is_that_of_brute_force(there):
+def test_miou_before_and_after_equals_brute_force(params):
     table = pd.read_parquet("data/smoke/class_phrases.parquet")
     table = table[table["image_id"].isin(manifest()["images"])]
     rows = json.loads(Path("results/smoke/scores/refinement.json").read_text())["rows"]
@@ -117,14 +123,14 @@ def test_miou_before_and_after_is_that_of_brute_force(there):
     for row in checked:
         entry = paths[row["refiner"], row["baseline"]]
         for side, path in (("before", entry["coarse_classes"]), ("after", entry["class_predictions"])):
-            assert row["miou"][side] == pytest.approx(brute_miou(path, table), abs=2e-4), (
+            assert row["miou"][side] == pytest.approx(brute_force_miou(path, table), abs=2e-4), (
                 row["refiner"],
                 row["baseline"],
                 side,
             )
 
 
-def test_ar_before_and_after_and_the_means(there):
+def test_ar_and_means_equal_brute_force(params):
     scores = json.loads(Path("results/smoke/scores/refinement.json").read_text())
     phrases = pd.read_parquet("data/smoke/phrases.parquet")
     table = phrases[phrases["image_id"].isin(manifest()["images"])]
@@ -132,9 +138,9 @@ def test_ar_before_and_after_and_the_means(there):
     for row in scores["rows"][:12]:
         entry = paths[row["refiner"], row["baseline"]]
         for side, path in (("before", entry["coarse"]), ("after", entry["predictions"])):
-            joined = table.merge(pd.read_parquet(path), on=KEY, suffixes=("", "_found"))
-            pairs = zip(codes(joined, joined), codes(joined.assign(mask=joined["mask_found"]), joined), strict=True)
-            ious = [coco.iou([found], [truth], [0])[0][0] for truth, found in pairs]
+            joined = table.merge(pd.read_parquet(path), on=KEY, suffixes=("", "_predicted"))
+            pairs = zip(codes(joined, joined), codes(joined.assign(mask=joined["mask_predicted"]), joined), strict=True)
+            ious = [coco.iou([predicted], [truth], [0])[0][0] for truth, predicted in pairs]
             assert row["ar"][side] == pytest.approx(np.mean(ious), abs=1e-6)
     for mean in scores["means"]:
         own = [row for row in scores["rows"] if row["refiner"] == mean["refiner"] and (row["real"] or mean["over"] == "all")]
@@ -144,14 +150,14 @@ def test_ar_before_and_after_and_the_means(there):
             assert mean[name]["ci_low"] <= mean[name]["ci_high"]
 
 
-def test_tables_of_the_study(there):
+def test_tables_and_figures_cover_all_baselines_and_controls(params):
     frame = pd.read_csv("results/smoke/tables/refinement.csv")
     assert list(frame.columns[:7]) == ["method", "real", "miou_before", "miou_after", "delta", "ci_low", "ci_high"]
-    every = len(study_baselines(there))
-    assert len(frame) == every + 2
+    count = len(study_baselines(params))
+    assert len(frame) == count + 2
     controls = pd.read_csv("results/smoke/tables/refinement_controls.csv")
-    on_all = controls["control"].value_counts() == every + 2
-    assert set(on_all[on_all].index) == set(there.refine.controls)
+    on_all = controls["control"].value_counts() == count + 2
+    assert set(on_all[on_all].index) == set(params.refine.controls)
     published = pd.read_csv("results/smoke/tables/table2.csv").query("source == 'published'")
     assert not published["method"].str.contains("G4Seg|reimplemented|adaptation").any()
     for name in ("refined.png", "gain.png"):
@@ -159,29 +165,29 @@ def test_tables_of_the_study(there):
         assert f"../figures/{name}" in Path("results/smoke/tables/index.html").read_text()
 
 
-def test_costs_stand_apart_from_the_tables(there):
-    """Seconds are the one thing that two runs do not agree on: beside the study's results, not among them."""
+def test_costs_are_stored_outside_of_the_results(params):
+    """Seconds differ between two runs, so they are not part of the results."""
     costs = pd.read_csv("work/smoke/tables/refinement_costs.csv")
     means = costs[costs["kind"] == "mean"].set_index("refiner")
-    timing = manifest()["timing"]
+    timing = times()
     assert set(costs.loc[costs["seconds"].isna(), "refiner"]) == {"random"}
     for refiner in ("g4seg", "crf", "alpha=1"):
-        own = [one["seconds"] / one["images"] for name, one in timing.items() if name.startswith(f"{refiner}/")]
+        own = [entry["seconds"] / entry["images"] for name, entry in timing.items() if name.startswith(f"{refiner}/")]
         assert means.at[refiner, "seconds_per_image"] == pytest.approx(np.mean(own), rel=0.01)
     both = [timing[f"{name}/gs"]["seconds"] for name in ("g4seg", "g4seg_crf")]
     assert costs.query("refiner == 'g4seg_crf' and baseline == 'gs'")["seconds"].item() == pytest.approx(sum(both))
     assert not list(Path("results/smoke").rglob("*costs*"))
 
 
-def tuned(capsys):
+def tune_crf(capsys):
     assert main(["refine", "--params", "params/smoke.yaml", "--tune-crf"]) == 0
     return capsys.readouterr().out
 
 
-def test_the_crf_is_tuned_on_val_alone(study_copy, monkeypatch, capsys):
+def test_crf_is_tuned_on_val_only(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     before = content()
-    text = tuned(capsys)
+    text = tune_crf(capsys)
     table, block = text.split("\n\n")
     head, columns, coarse, *settings = table.splitlines()
     names = columns.split()
@@ -203,7 +209,7 @@ def test_the_crf_is_tuned_on_val_alone(study_copy, monkeypatch, capsys):
     phrases = pd.read_parquet("data/smoke/phrases.parquet")
     only = phrases[phrases["split"] == "val"].sample(frac=1, random_state=0).reset_index(drop=True)
     write_phrases(only, Path("data/smoke/phrases.parquet"))
-    assert tuned(capsys) == text
+    assert tune_crf(capsys) == text
     assert content() == before
 
 
@@ -215,11 +221,11 @@ def content():
     return {path: path.read_bytes() for path in REFINED.rglob("*") if path.is_file() and path.suffix != ".json"}
 
 
-def test_a_killed_refine_goes_on_and_makes_the_same_bytes(study_copy, monkeypatch):
+def test_killed_refine_resumes_and_writes_the_same_bytes(study_copy, monkeypatch):
     monkeypatch.chdir(study_copy)
     before = content()
-    gone = [path for path in before if path.stem in ("gs", "gs_class_phrases", "inexact_box", "inexact_box_class_phrases")]
-    for path in gone:
+    deleted = [path for path in before if path.stem in ("gs", "gs_class_phrases", "inexact_box", "inexact_box_class_phrases")]
+    for path in deleted:
         path.unlink()
     command = [str(Path(sys.executable).parent / "genseg"), "refine", "--params", "params/smoke.yaml"]
     run = subprocess.Popen(
@@ -233,39 +239,38 @@ def test_a_killed_refine_goes_on_and_makes_the_same_bytes(study_copy, monkeypatc
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert first.exists()
-    assert not all(path.exists() for path in gone), "too late to see anything"
-    times = {path: path.stat().st_mtime_ns for path in content()}
+    assert not all(path.exists() for path in deleted), "refine finished before it was killed"
+    modified = {path: path.stat().st_mtime_ns for path in content()}
     assert main(["refine", "--params", "params/smoke.yaml"]) == 0
     assert content() == before
-    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert {path: path.stat().st_mtime_ns for path in modified} == modified
 
 
-def test_what_the_params_drop_is_removed_and_what_they_keep_is_kept(study_copy, monkeypatch, capsys):
+def test_gather_removes_refiners_no_longer_in_the_params_and_keeps_the_others(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     document = yaml.safe_load(Path("params/smoke.yaml").read_text())
     document["refine"]["controls"] = ["upsampling_only"]
     document["refine"]["sensitivity"]["baselines"] = []
-    timing = manifest()["timing"]
+    timing = times()
     Path("less.yaml").write_text(yaml.safe_dump(document))
     assert main(["refine", "--params", "less.yaml"]) == 0
-    assert {path.name for path in REFINED.iterdir()} == {
-        *("g4seg", "upsampling_only", "discrepancy", "network.json", "manifest.json")
-    }
+    names = {"g4seg", "upsampling_only", "discrepancy", "network.json", "manifest.json"}
+    assert {path.name for path in REFINED.iterdir()} == names
     assert "masks in" not in capsys.readouterr().out  # nothing was refined again
-    kept = {name: one for name, one in timing.items() if name.split("/")[0] in ("g4seg", "upsampling_only")}
-    assert manifest()["timing"] == kept  # what is kept keeps the time of its making
+    kept = {name: entry for name, entry in timing.items() if name.split("/")[0] in ("g4seg", "upsampling_only")}
+    assert times() == kept  # kept files keep their timing
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--predictions", "p.parquet"], "give --phrases, --out, too"),
-        (["--shard", "2", "--shards", "2"], "--shard 2: there are 2 shards, counted from 0"),
+        (["--predictions", "p.parquet"], "missing --phrases, --out; give all of --phrases, --predictions, --out"),
+        (["--shard", "2", "--shards", "2"], "--shard 2: expected a number from 0 to 1"),
         (["--tune-crf", "--gather"], "--tune-crf refines nothing; leave out --gather"),
-        (["--method", "alpha_zero"], "--method: only for one set of predictions; give --phrases"),
+        (["--method", "alpha_zero"], "--method: applies to one file only; also give --phrases"),
     ],
 )
-def test_mistakes_are_one_line(finished_study, monkeypatch, capsys, arguments, message):
+def test_user_errors_are_one_line(finished_study, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(finished_study)
     assert main(["refine", "--params", "params/smoke.yaml", *arguments]) == 2
     [line] = capsys.readouterr().err.strip().splitlines()

@@ -20,11 +20,12 @@ from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import read_manifest
 from genseg.baselines.registry import ATTENTION
 from genseg.cli import main
-from genseg.params import validate_params
+from genseg.diffusion.guidance import count_evaluations
+from genseg.params import load_params, validate_params
 from genseg.report.figures.evolution import choose_timesteps
 from genseg.report.figures.examples import choose_examples
-from genseg.report.render import Column, Table, escape_tex, to_markdown, to_tex
-from genseg.report.text import plural
+from genseg.report.page import manifest_paths
+from genseg.report.render import Column, Table, escape_tex, plural, to_markdown, to_tex
 from synthetic_scores import NASTY_CLASS, RESULTS, ROOT, SPLITS, build_study, per_phrase, timed
 
 NAMES = [
@@ -147,8 +148,8 @@ def test_ablations_start_with_the_base_row(
 def test_evaluations_have_every_operating_point_and_the_base_row(report: Path) -> None:
     frame = pd.read_csv(report / "results/made_up/tables/evaluations.csv")
     params = validate_params(yaml.safe_load((report / "params.yaml").read_text()))
-    points = params.sample.operating_points()
-    assert sorted(frame["evaluations"]) == sorted([params.sample.base.evaluations, *(cell.evaluations for cell in points)])
+    points = params.sample.val_points()
+    assert sorted(frame["evaluations"]) == sorted([count_evaluations(cell) for cell in (params.sample.base, *points)])
     assert frame["evaluations"].is_monotonic_increasing
     by_role = frame.set_index("role")
     assert by_role.loc["base", "evaluations"] == 100
@@ -156,7 +157,7 @@ def test_evaluations_have_every_operating_point_and_the_base_row(report: Path) -
     assert np.isnan(by_role.loc["base", "val_ar"]), "only operating points are sampled on val"
     assert by_role.loc["main", "val_ar"] == pytest.approx(60)
     assert by_role.loc["main", "difference"] == pytest.approx(-1.23)
-    assert set(frame["rule"]) == {cell.rule for cell in [*points, params.sample.base]}
+    assert set(frame["rule"]) == {cell.sampler for cell in [*points, params.sample.base]}
     text = (report / "results/made_up/tables/evaluations.md").read_text()
     assert "cost no more than the main one, size 128, 1 step" in text, "the note names the point that is better on val"
     assert "against" in text
@@ -247,7 +248,7 @@ def test_refinement_has_one_row_per_method_and_two_means(report: Path) -> None:
     frame = table(report, "refinement")
     assert list(frame.columns[:7]) == ["method", "real", "miou_before", "miou_after", "delta", "ci_low", "ci_high"]
     assert len(frame) == 11 + 2
-    assert frame["method"].tolist()[-2:] == ["mean of all", "mean of the real ones"]
+    assert frame["method"].tolist()[-2:] == ["mean of all", "mean of real baselines"]
     assert frame["delta"].to_numpy() == pytest.approx((frame["miou_after"] - frame["miou_before"]).to_numpy())
     assert frame["delta"].tolist()[-2:] == pytest.approx(
         [frame["delta"][:-2].mean(), frame["delta"][:-2][frame["real"]].mean()]
@@ -273,10 +274,10 @@ def test_g4seg_is_labelled_ours_and_has_no_published_row(report: Path) -> None:
         frame = table(report, name)
         if "method" in frame and "source" in frame:
             assert not frame.loc[frame["source"] == "published", "method"].str.contains("G4Seg").any()
-    assert "0.77 to +1.00 mIoU on three benchmarks (published)" in table_text(report, "refinement")
+    assert "published gains of +0.77 to +1.00 mIoU on three benchmarks" in table_text(report, "refinement")
 
 
-def test_refinement_costs_are_dashes_without_times(report: Path) -> None:
+def test_refinement_costs_have_a_dash_where_a_time_is_missing(report: Path) -> None:
     frame = pd.read_csv(report / "work/made_up/tables/refinement_costs.csv")
     means = frame[frame["kind"] == "mean"].set_index("refiner")
     assert means["baselines"].to_dict() == {"g4seg": 11, "crf": 1, "random": 0, "alpha=1": 0}
@@ -290,14 +291,17 @@ def test_refinement_costs_are_dashes_without_times(report: Path) -> None:
 
 
 def test_tables_and_page_do_not_depend_on_times(report_copy: Path) -> None:
-    assert main(["tables"]) == 0
     folder = report_copy / RESULTS / "tables"
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
-    path = report_copy / RESULTS / "refined" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"timing": {"g4seg/gs": timed(99)}}))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    costs = report_copy / "work/made_up/tables/refinement_costs.csv"
+    write_json(report_copy / "work/made_up/times/refine.json", {"g4seg/gs": timed(99)})
+    assert main(["tables"]) == 0
+    assert pd.read_csv(costs)["seconds"].dropna().unique().tolist() == [99], "an up-to-date phase also writes the costs"
+    (report_copy / "work/made_up/times/refine.json").unlink()
+    (folder / "manifest.json").unlink()
     assert main(["tables"]) == 0
     assert {path: path.read_bytes() for path in before} == before
-    assert pd.read_csv(report_copy / "work/made_up/tables/refinement_costs.csv")["seconds"].dropna().unique().tolist() == [99]
+    assert pd.read_csv(costs)["seconds"].isna().all()
 
 
 def table_text(root: Path, name: str) -> str:
@@ -366,7 +370,7 @@ def test_latex_cell_with_leading_bracket_is_protected() -> None:
     assert escape_tex('a "b"\n c') == "a ''b'' c"
 
 
-def test_points_are_printed_with_one_decimal_and_without_negative_zero() -> None:
+def test_values_are_printed_with_one_decimal_and_without_negative_zero() -> None:
     frame = pd.DataFrame([{"x": -0.04, "d": 0.04, "scores": "s"}, {"x": 12.349, "d": 1.26, "scores": "s"}])
     text = to_markdown(Table("t", "c", frame, [Column("x", "X"), Column("d", "D", "signed")]))
     assert "| 0.0 | 0.0 |" in text
@@ -395,7 +399,8 @@ def test_evolution_shows_the_timesteps_of_the_paper_and_the_last() -> None:
 
 def test_same_inputs_give_the_same_bytes(report_copy: Path) -> None:
     folders = [report_copy / "results/made_up" / name for name in ("tables", "figures")]
-    before = {path: path.read_bytes() for folder in folders for path in folder.iterdir() if path.name != "manifest.json"}
+    before = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
+    (folders[0] / "index.html").unlink()
     assert main(["tables"]) == 0
     assert {path: path.read_bytes() for path in before} == before
     picture = Image.open(io.BytesIO(before[folders[1] / "examples.png"]))
@@ -424,7 +429,8 @@ def test_manifest_lists_all_written_files(report: Path, monkeypatch: pytest.Monk
     }
     assert set(manifest["outputs"]) == written - {"results/made_up/tables/manifest.json"}
     assert "results/made_up/scores/main.json" in manifest["inputs"]
-    assert not [name for name in manifest["inputs"] if name.endswith("manifest.json")]
+    provenance = {name for name in manifest["inputs"] if name.endswith("manifest.json")}
+    assert provenance == {str(path) for path in manifest_paths(load_params("params.yaml")).values()}
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -436,13 +442,13 @@ def test_manifest_lists_all_written_files(report: Path, monkeypatch: pytest.Monk
         ("scores/protocols/main.ppmn.json", "protocols/main.ppmn.json: no such file"),
         (
             "scores/grid/size=0064/steps=0050/cfg=07.50.json",
-            "no scores of the cell size 64, 50 steps, w = 7.5; run `genseg sample`",
+            "no scores of the operating point size 64, 50 steps, w = 7.5; run `genseg sample`",
         ),
         ("predictions/evolution.safetensors", "evolution.safetensors: no such file; run `genseg sample`"),
         ("predictions/main/predictions.parquet", "no such predictions file"),
         ("scores/baselines/diffseg.json", "diffseg.json: no such file; run `genseg score`"),
         ("scores/refinement.json", "refinement.json: no such file; run `genseg score`"),
-        ("model/manifest.json", "results/made_up/model/manifest.json: no such file"),
+        ("model/gs/manifest.json", "results/made_up/model/gs/manifest.json: no such file"),
     ],
 )
 def test_missing_file_is_named(report_copy: Path, capsys: pytest.CaptureFixture[str], path: str, message: str) -> None:
@@ -484,6 +490,7 @@ def test_inconsistent_figure_inputs_are_named(report_copy: Path, capsys: pytest.
     )
     assert "phrase (77, '0', 0) of the evolution figure is not in the phrase table" in error_of(capsys)
     evolution.write_bytes(good)
+    (report_copy / "results/made_up/figures/examples.png").unlink()
     for image in (report_copy / "data/made_up/images").iterdir():
         Image.fromarray(np.zeros((10, 10, 3), np.uint8)).save(image)
     assert "the image is 10 x 10 pixels, the phrase table says 24 x 32" in error_of(capsys)

@@ -1,4 +1,4 @@
-"""Sampling: the same bytes for any sharding, only new cells for a changed grid, controls that are what they say."""
+"""Sampling: equal bytes for any number of shards, only new points are sampled for a changed grid, and valid controls."""
 
 import hashlib
 import shutil
@@ -35,7 +35,7 @@ def tree(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_study_has_the_runs_it_promises(finished_study):
+def test_finished_study_has_all_runs(finished_study):
     params = load_params(finished_study / "params/smoke.yaml")
     names = [run.name for run in study_runs(params)]
     assert len(set(names)) == len(names)
@@ -50,23 +50,23 @@ def test_the_study_has_the_runs_it_promises(finished_study):
     assert evaluations["colour_threshold"] is None
 
 
-def test_three_shards_give_the_bytes_of_one(study_copy, monkeypatch):
+def test_three_shards_give_the_same_bytes_as_one(study_copy, monkeypatch):
     monkeypatch.chdir(study_copy)
     before = tree(study_copy / "results/smoke/predictions")
     shutil.rmtree(study_copy / "results/smoke/predictions")
     shutil.rmtree(study_copy / "work/smoke/samples")
-    params = variant(study_copy, "sharded", sample__shards=3)
+    params = variant(study_copy, "sharded", resources__sample={"shards": 3})
     assert main(["sample", "--params", params]) == 0
     assert tree(study_copy / "results/smoke/predictions") == before
 
 
-def test_a_new_guidance_samples_only_its_cell_and_prunes_the_old_one(study_copy, monkeypatch, capsys):
+def test_new_guidance_samples_only_its_point_and_removes_the_old_one(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     before = tree(study_copy / "results/smoke/predictions")
     shutil.rmtree(study_copy / "work/smoke/samples")  # as after `dvc pull`
-    params = variant(study_copy, "changed", sample__grid={"sizes": [48], "steps": [2], "guidance": [4.0]})
+    params = variant(study_copy, "changed", sample__grid={"sizes": [48], "num_inference_steps": [2], "guidance_scale": [4.0]})
     assert main(["sample", "--params", params]) == 0
-    assert "1 of 20 runs to make" in capsys.readouterr().out
+    assert "1 of 20 runs are missing" in capsys.readouterr().out
     after = tree(study_copy / "results/smoke/predictions")
     gone = {name for name in before if name not in after}
     new = {name for name in after if name not in before}
@@ -75,11 +75,13 @@ def test_a_new_guidance_samples_only_its_cell_and_prunes_the_old_one(study_copy,
     assert all(after[name] == before[name] for name in after if name not in new)
 
 
-def test_a_new_point_samples_it_on_the_grid_and_on_val(study_copy, monkeypatch, capsys):
+def test_new_point_is_sampled_on_the_grid_and_on_val(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     before = tree(study_copy / "results/smoke/predictions")
     shutil.rmtree(study_copy / "work/smoke/samples")
-    params = variant(study_copy, "changed", sample__points=[{"steps": 1, "guidance": 1.0}, {"steps": 1, "guidance": 2.0}])
+    params = variant(
+        study_copy, "changed", sample__operating_points=[{"num_inference_steps": 1, "guidance_scale": w} for w in (1.0, 2.0)]
+    )
     assert main(["sample", "--params", params]) == 0
     assert "2 of" in capsys.readouterr().out
     after = tree(study_copy / "results/smoke/predictions")
@@ -89,7 +91,7 @@ def test_a_new_point_samples_it_on_the_grid_and_on_val(study_copy, monkeypatch, 
     assert not any("samples=02" in name for name in after)
 
 
-def test_operating_points_are_compared_on_a_fixed_part_of_val(finished_study):
+def test_operating_points_are_compared_on_the_same_part_of_val(finished_study):
     phrases = read_phrases(finished_study / "data/smoke/phrases.parquet")
     names = [run.name for run in study_runs(load_params(finished_study / "params/smoke.yaml")) if run.role == "val"]
     keys = set()
@@ -103,7 +105,7 @@ def test_operating_points_are_compared_on_a_fixed_part_of_val(finished_study):
     assert 0 < len(images) < val["image_id"].nunique()
 
 
-def test_stored_maps_give_the_stored_masks_again(finished_study):
+def test_stored_maps_give_the_stored_masks(finished_study):
     path = finished_study / "results/smoke/predictions/main/predictions.parquet"
     frame, maps = read_predictions(path), read_maps(path)
     assert len(frame) == len(maps)
@@ -112,7 +114,7 @@ def test_stored_maps_give_the_stored_masks_again(finished_study):
         assert 0 <= row.score <= 1
 
 
-def test_a_missing_part_is_named(study_copy, monkeypatch, capsys):
+def test_message_names_a_missing_part(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     shutil.rmtree(study_copy / "results/smoke/predictions/main")
     shutil.rmtree(study_copy / "work/smoke/samples/main")
@@ -122,30 +124,30 @@ def test_a_missing_part_is_named(study_copy, monkeypatch, capsys):
     assert "--size 77" in capsys.readouterr().err
 
 
-def test_a_model_that_is_none_is_named(study_copy, monkeypatch, capsys):
+def test_message_names_an_unreadable_model(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
-    weights = study_copy / "results/smoke/model/unet/diffusion_pytorch_model.safetensors"
+    weights = study_copy / "results/smoke/model/gs/unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     picture = next((study_copy / "data/smoke/scenes/val2017").glob("*.jpg"))
-    command = ["predict", str(picture), "--phrase", "a", "--model", "results/smoke/model", "--out", "out"]
+    command = ["predict", str(picture), "--phrase", "a", "--model", "results/smoke/model/gs", "--out", "out"]
     assert main(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("genseg predict: error: results/smoke/model")
+    assert error.startswith("genseg predict: error: results/smoke/model/gs")
     assert not (study_copy / "out").exists()
 
 
-def test_a_prediction_replaces_the_one_before_and_mistakes_cost_no_sampling(finished_study, tmp_path, monkeypatch, capsys):
+def test_prediction_replaces_an_earlier_one_and_invalid_options_are_rejected(finished_study, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(finished_study)
     picture, out = next((finished_study / "data/smoke/scenes/val2017").glob("*.jpg")), tmp_path / "out"
-    command = ["predict", str(picture), "--model", "results/smoke/model", "--steps", "1"]
+    command = ["predict", str(picture), "--model", "results/smoke/model/gs", "--steps", "1"]
     assert main([*command, "--phrase", "the grass", "--phrase", "the star", "--out", str(out)]) == 0
     (out / "mask_of_mine.png").touch()
     assert main([*command, "--phrase", "the grass", "--out", str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {"mask_0.png", "mask_of_mine.png", "overlay.png", "predictions.json"}
     (tmp_path / "file").touch()
     for options, message in (
-        (["--out", str(tmp_path / "file" / "sub")], "file is a file; give a folder"),
-        (["--out", str(out), "--steps", "1001"], "--steps 1001: the model has 1000 timesteps"),
+        (["--out", str(tmp_path / "file" / "sub")], "file is a file; pass a folder"),
+        (["--out", str(out), "--steps", "1001"], "num_inference_steps must be in 1..1000"),
         (["--out", str(out), "--guidance", "inf"], "--guidance inf: must be a number of at least 1"),
     ):
         capsys.readouterr()
@@ -153,19 +155,19 @@ def test_a_prediction_replaces_the_one_before_and_mistakes_cost_no_sampling(fini
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_with_params_a_prediction_is_sampled_as_the_main_row(study_copy, monkeypatch, capsys):
+def test_prediction_with_params_is_sampled_as_the_main_row(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     document = yaml.safe_load(Path("params/smoke.yaml").read_text())
-    main_row = {"size": 64, "steps": 3, "guidance": 2.0, "rule": "dpmpp", "guidance_interval": [0.4, 1.0], "ensemble": 2}
-    document["sample"] |= {"main": main_row, "threshold": 0.3, "clip_x_0": False, "precision": "fp32"}
+    options = {"sampler": "dpmpp", "guidance_interval": [0.4, 1.0], "ensemble_size": 2}
+    main_row = {"size": 64, "num_inference_steps": 3, "guidance_scale": 2.0, **options}
+    document["sample"] |= {"main": main_row, "threshold": 0.3, "clip_sample": False, "precision": "fp32"}
     Path("some.yaml").write_text(yaml.safe_dump(document))
     picture = next(Path("data/smoke/scenes/val2017").glob("*.jpg"))
     command = ["predict", str(picture), "--phrase", "the grass", "--phrase", "the star", "--params", "some.yaml", "--out"]
     assert main([*command, "out"]) == 0
-    pipe = GSPipeline.from_pretrained("results/smoke/model")
-    pipe.sample_by("trailing", False)
-    options = {"rule": "dpmpp", "guidance_interval": (0.4, 1.0), "ensemble": 2, "threshold": 0.3}
-    expected = pipe(Image.open(picture), ["the grass", "the star"], 3, 2.0, **options)
+    pipe = GSPipeline.from_pretrained("results/smoke/model/gs")
+    pipe.configure_sampling("trailing", False)
+    expected = pipe(Image.open(picture), ["the grass", "the star"], 3, 2.0, **options, threshold=0.3)
     for k, mask in enumerate(expected.masks):
         assert np.array_equal(np.asarray(Image.open(f"out/mask_{k}.png")) == 255, mask)
     assert main([*command, "cheap", "--steps", "1", "--guidance", "1", "--threshold", "0"]) == 0
@@ -173,9 +175,9 @@ def test_with_params_a_prediction_is_sampled_as_the_main_row(study_copy, monkeyp
     document["sample"]["readout"] = "nearest"
     Path("some.yaml").write_text(yaml.safe_dump(document))
     assert main([*command, "out"]) == 2
-    assert "sample.readout is nearest" in capsys.readouterr().err
+    assert "sample.readout nearest" in capsys.readouterr().err
     assert main(["predict", str(picture), "--phrase", "a", "--out", "out"]) == 2
-    assert "--model DIR: name a trained model" in capsys.readouterr().err
+    assert "pass a trained model with --model DIR" in capsys.readouterr().err
 
 
 def frame_of(masks_of_phrases: list[np.ndarray], image_id: int = 1) -> pd.DataFrame:
@@ -192,7 +194,7 @@ def frame_of(masks_of_phrases: list[np.ndarray], image_id: int = 1) -> pd.DataFr
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.integers(0, 100))
-def test_permuted_texts_are_derangements_with_other_ground_truth(kinds, seed):
+def test_permuted_texts_come_from_phrases_with_another_mask(kinds, seed):
     shapes = [np.eye(4, dtype=bool)[kind][None].repeat(4, 0) for kind in kinds]
     rows = frame_of(shapes)
     permuted = permute_texts(rows, seed)
@@ -204,7 +206,7 @@ def test_permuted_texts_are_derangements_with_other_ground_truth(kinds, seed):
     if len(set(kinds)) == 1:
         assert permuted.empty
     elif most <= len(kinds) - most:
-        assert len(permuted) == len(kinds), "a full derangement exists and is found"
+        assert len(permuted) == len(kinds), "a full derangement exists and is returned"
     assert len(permuted) == min(len(kinds), 2 * (len(kinds) - most))
 
 
@@ -216,7 +218,7 @@ def test_shards_are_unions_of_blocks(count, batch, shards):
     assert sorted(parts) == sorted(whole)
 
 
-def test_readouts():
+def test_readouts_of_known_maps():
     soft = np.array([[0.0, 1.0], [0.2, 0.8]], np.float32)
     assert np.array_equal(nearest(soft[None], 4, 4)[0], np.kron(soft, np.ones((2, 2), np.float32)))
     mask, score = read_mask(soft, "nearest", 4, 4, 0.5)
@@ -227,8 +229,8 @@ def test_readouts():
     assert np.array_equal(quantise(quantise(values)), quantise(values))
 
 
-def test_colour_control_finds_what_colour_tells_and_nothing_else(tmp_path):
-    """Red and blue squares: "red square" is found by colour; "left" says nothing about colour and is not."""
+def test_colour_control_segments_by_colour_only(tmp_path):
+    """On red and blue squares, "the red one" is determined by colour and "the left one" is not."""
     rng = np.random.default_rng(0)
     rows = []
     for image_id in range(12):
@@ -244,19 +246,19 @@ def test_colour_control_finds_what_colour_tells_and_nothing_else(tmp_path):
         Image.fromarray(picture).save(tmp_path / f"{image_id}.png")
     frame = pd.DataFrame(rows, columns=[*KEY, "phrase", "mask", "file_name", "height", "width"])
     train, test = frame[frame["image_id"] < 8], frame[frame["image_id"] >= 8]
-    found = predict_colours(fit_colours(train, 0), test, 0.5).merge(test, on=KEY, suffixes=("", "_true"))
+    predictions = predict_colours(fit_colours(train, 0), test, 0.5).merge(test, on=KEY, suffixes=("", "_true"))
 
     def iou(row):
         a, b = decode(row.mask, 32, 32), decode(row.mask_true, 32, 32)
         return (a & b).sum() / (a | b).sum()
 
-    colour = [iou(row) for row in found.itertuples() if "red" in row.phrase or "blue" in row.phrase]
-    place = [iou(row) for row in found.itertuples() if "left" in row.phrase or "right" in row.phrase]
+    colour = [iou(row) for row in predictions.itertuples() if "red" in row.phrase or "blue" in row.phrase]
+    place = [iou(row) for row in predictions.itertuples() if "left" in row.phrase or "right" in row.phrase]
     assert min(colour) > 0.95
     assert np.mean(place) < 0.75
 
 
-def test_grid_rows_are_whole_images_of_test(finished_study):
+def test_grid_runs_have_all_phrases_of_some_test_images(finished_study):
     phrases = read_phrases(finished_study / "data/smoke/phrases.parquet")
     grid = read_predictions(finished_study / "results/smoke/predictions" / BASE / "predictions.parquet")
     images = set(grid["image_id"])

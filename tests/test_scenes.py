@@ -18,7 +18,7 @@ from genseg.data.scenes import (
     attributes_of,
     write_scenes,
 )
-from genseg.params import Scenes
+from genseg.params.data import Scenes
 
 SCENES = Scenes(
     seed=3,

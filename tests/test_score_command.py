@@ -21,6 +21,9 @@ from genseg.artifacts.predictions import maps_path, write_maps, write_prediction
 from genseg.artifacts.resample import area_reduce, bilinear
 from genseg.artifacts.scores import read_per_phrase
 from genseg.cli import main
+from genseg.params import load_params
+from genseg.params.sample import OperatingPoint
+from genseg.sampling.runs import Run, predictions_path
 
 SPLITS = ("overall", "things", "stuff", "singulars", "plurals")
 HEIGHT, WIDTH = 12, 16
@@ -270,17 +273,21 @@ def test_torch_is_not_imported(folder):
 
 # ----------------------------------------------------------------------------------------------------------- study
 RUNS = [
-    ("main", "main", "gs", 32, 4, 2.0, "test"),
-    ("text_permuted", "control", "gs", 32, 4, 2.0, "permutable"),
-    ("discriminative", "control", "discriminative", 32, None, None, "test"),
-    ("colour_threshold", "control", "colour_threshold", None, None, None, "test"),
-    ("grid/size=0032/steps=0050/cfg=07.50", "grid", "gs", 32, 50, 7.5, "grid"),
-    ("grid/size=0016/steps=0050/cfg=07.50", "grid", "gs", 16, 50, 7.5, "grid"),
-    ("readouts/nearest", "readout", "gs", 32, 50, 7.5, "grid"),
-    ("class_phrases", "class_phrases", "gs", 32, 4, 2.0, "class_phrases"),
-    ("discriminative_class_phrases", "class_phrases", "discriminative", 32, None, None, "class_phrases"),
+    ("main", "main", "gs", (32, 4, 2.0), "test", "bilinear"),
+    ("text_permuted", "control", "gs", (32, 4, 2.0), "permutable", "bilinear"),
+    ("discriminative", "control", "discriminative", (32, 1, 1.0), "test", "bilinear"),
+    ("colour_threshold", "control", "colour_threshold", None, "test", "bilinear"),
+    ("grid/size=0032/steps=0050/cfg=07.50", "grid", "gs", (32, 50, 7.5), "grid", "bilinear"),
+    ("grid/size=0016/steps=0050/cfg=07.50", "grid", "gs", (16, 50, 7.5), "grid", "bilinear"),
+    ("readouts/nearest", "readout", "gs", (32, 50, 7.5), "grid", "nearest"),
+    ("class_phrases", "class_phrases", "gs", (32, 4, 2.0), "class_phrases", "bilinear"),
+    ("discriminative_class_phrases", "class_phrases", "discriminative", (32, 1, 1.0), "class_phrases", "bilinear"),
 ]
-FIELDS = ("name", "role", "method", "size", "steps", "guidance", "phrases")
+FIELDS = ("name", "role", "method", "point", "phrases", "readout")
+
+
+def operating_point(size, steps, guidance_scale):
+    return OperatingPoint(size=size, num_inference_steps=steps, guidance_scale=guidance_scale)
 
 
 def shapes(seed, count, height=24, width=32):
@@ -292,13 +299,19 @@ def shapes(seed, count, height=24, width=32):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """Write a study of twelve images whose predictions are the ground truth read from label latents, shifted for controls."""
+    """Write a study of twelve images. Predictions are the ground truth at label-latent size, shifted for the controls."""
     monkeypatch.chdir(tmp_path)
-    document = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
-    document["sample"]["runs"] = ["main", "controls", "grid"]  # A study without runs on val has no refined masks.
-    document["study"], document["sample"]["base"] = "small", {"size": 32, "steps": 50, "guidance": 7.5}
-    document["score"] = document["score"] | {"protocol": "native", "also": ["native", "ppmn"], "bootstrap": 50}
+    document = {
+        "study": "small",
+        "sample": {
+            "runs": ["main", "controls", "grid"],  # A study without runs on val has no refined masks.
+            "main": operating_point(32, 4, 2.0).model_dump(mode="json"),
+            "base": operating_point(32, 50, 7.5).model_dump(mode="json"),
+        },
+        "score": {"protocol": "native", "extra_protocols": ["native", "ppmn"], "bootstrap": 50},
+    }
     Path("params.yaml").write_text(yaml.safe_dump(document))
+    params = load_params("params.yaml")
     masks = {(image, phrase): mask for image in range(12) for phrase, mask in enumerate(shapes(image, 3))}
     frame = pd.DataFrame(
         {
@@ -315,25 +328,25 @@ def study(tmp_path, monkeypatch):
     class_rows.loc[class_rows["phrase_id"] == 2, "mask"] = encode(np.zeros((24, 32)))  # The third class has no pixel.
     write_phrases(class_rows, "data/small/class_phrases.parquet")
 
-    runs = [dict(zip(FIELDS, run, strict=True)) | {"evaluations": None} for run in RUNS]
+    runs = [Run(**dict(zip(FIELDS, run, strict=True)) | {"point": run[3] and operating_point(*run[3])}) for run in RUNS]
     for run in runs:
-        path = Path("results/small/predictions") / run["name"] / "predictions.parquet"
-        rows = class_rows if run["role"] == "class_phrases" else frame[frame["split"] == "test"]
-        if run["phrases"] == "grid":
+        path = predictions_path(params, run)
+        rows = class_rows if run.role == "class_phrases" else frame[frame["split"] == "test"]
+        if run.phrases == "grid":
             rows = rows[rows["image_id"] < 5]
-        if run["phrases"] == "permutable":
+        if run.phrases == "permutable":
             rows = rows[rows["image_id"] != 5]
-        shift = {"text_permuted": 3, "colour_threshold": 6, "discriminative": 4}.get(run["name"].split("_class")[0], 0)
-        is_class_run = run["role"] == "class_phrases"
+        shift = {"text_permuted": 3, "colour_threshold": 6, "discriminative": 4}.get(run.name.split("_class")[0], 0)
         keys = zip(rows["image_id"], rows["phrase_id"], strict=True)
-        truths = [masks[image, phrase] & (not is_class_run or phrase < 2) for image, phrase in keys]
-        side = (run["size"] or 32) // 4
+        truths = [masks[image, phrase] & (run.role != "class_phrases" or phrase < 2) for image, phrase in keys]
+        side = (run.point.size if run.point else 32) // 4
         maps = np.stack([area_reduce(np.roll(mask, shift, 1), side, side) for mask in truths])
         predicted = bilinear(maps, 24, 32) >= 0.5 - 1e-6
         write_predictions(rows[KEY].assign(mask=[encode(mask) for mask in predicted], score=maps.max((1, 2))), path)
-        if run["name"] != "colour_threshold":
+        if run.name != "colour_threshold":
             write_maps(maps, path)
-    write_manifest("results/small/predictions/manifest.json", "sample", {}, [], [], 0.0, code="c", runs=runs)
+    manifest = params.results_dir / "predictions" / "manifest.json"
+    write_manifest(manifest, "sample", params, [], [], runs=[run.model_dump(mode="json") for run in runs])
     return Path("results/small/scores")
 
 
@@ -401,15 +414,24 @@ def test_study_scores_have_the_documented_files_and_contents(study, capsys):
     assert manifest["phase"] == "score"
 
 
-def test_scoring_again_writes_the_same_bytes_and_removes_stale_scores(study, capsys):
+def test_scoring_again_does_nothing(study, capsys):
+    assert main(STUDY) == 0
+    before = {path: path.stat().st_mtime_ns for path in study.rglob("*")}
+    capsys.readouterr()
+    assert main(STUDY) == 0
+    assert capsys.readouterr().out == "score: results/small/scores/manifest.json is up to date\n"
+    assert {path: path.stat().st_mtime_ns for path in study.rglob("*")} == before
+
+
+def test_scoring_from_scratch_writes_the_same_bytes_and_removes_stale_scores(study, capsys):
     assert main(STUDY) == 0
     before = file_contents(study)
+    (study / "main.json").unlink()
     (study / "grid" / "old.json").write_text("{}")
-    (study / "grid" / "old.parquet").write_text("")
+    (study / "old" / "removed.parquet").parent.mkdir()
+    (study / "old" / "removed.parquet").write_text("")
     assert main(STUDY) == 0
-    after = file_contents(study)
-    assert {name for name in before if before[name] != after.get(name)} <= {"manifest.json"}
-    assert set(after) == set(before)
+    assert file_contents(study) == before
 
 
 def test_miou_is_computed_from_masks_without_soft_maps(study, capsys):

@@ -1,5 +1,5 @@
-"""SDXL-inpainting for real: a checkpoint of its exact architecture, shrunk in width only, in the exact format of the hub's,
-through the same commands as the embedded study; and the full shape on the meta device.
+"""Tests with SDXL-inpainting's architecture: a checkpoint of reduced width in the format of the hub's files, processed by the
+same commands as the embedded study, and the full U-Net on the meta device.
 """
 
 import json
@@ -37,13 +37,55 @@ UNET = sdxl.UNET | {
     "projection_class_embeddings_input_dim": WIDTH + 6 * 8,
     "sample_size": 8,
 }
+# The published scheduler config also has keys that `EulerDiscreteScheduler` does not use.
+SCHEDULER = sdxl.SCHEDULER | {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True}
 VAE = sdxl.VAE | {"block_out_channels": [32, 32, 32, 32], "sample_size": 64}
+DEFAULTS = {
+    "unet": {
+        "act_fn": "silu",
+        "addition_embed_type_num_heads": 64,
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "class_embeddings_concat": False,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "cross_attention_norm": None,
+        "downsample_padding": 1,
+        "dual_cross_attention": False,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "layers_per_block": 2,
+        "mid_block_only_cross_attention": None,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "num_attention_heads": None,
+        "num_class_embeds": None,
+        "only_cross_attention": False,
+        "resnet_out_scale_factor": 1.0,
+        "resnet_skip_time_act": False,
+        "resnet_time_scale_shift": "default",
+        "time_cond_proj_dim": None,
+        "time_embedding_act_fn": None,
+        "time_embedding_dim": None,
+        "time_embedding_type": "positional",
+        "timestep_post_act": None,
+    },
+    "vae": {"act_fn": "silu", "force_upcast": True, "in_channels": 3, "norm_num_groups": 32, "out_channels": 3},
+}
+"""Published values that `sdxl` omits because they are defaults of diffusers."""
 NARROW = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_attention_heads": 2, "projection_dim": WIDTH}
 LETTERS = "abcdefghijklmnopqrstuvwxyz',.-"
 
 
 def write_tokenizer(folder: Path, pad: str) -> int:
-    """A byte-pair tokenizer in the files of CLIP's: letters, letters at a word's end, merges, start and end token last."""
+    """Write a byte-pair tokenizer in the format of CLIP's and return the size of its vocabulary.
+
+    The vocabulary consists of letters, letters at the end of a word, merges, and the start and end tokens.
+    """
     merges = ["t h", "th e</w>", "s t", "a r</w>", "st ar</w>"]
     words = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *(merge.replace(" ", "") for merge in merges)]
     vocabulary = {word: number for number, word in enumerate(["!", *words, "<|startoftext|>", "<|endoftext|>"])}
@@ -59,7 +101,7 @@ def write_tokenizer(folder: Path, pad: str) -> int:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """Saved by diffusers' own class, then given the files of the published one where transformers 5 writes others."""
+    """A pipeline saved by diffusers; files that transformers 5 writes differently are replaced by the published format."""
     folder, tokenizers = tmp_path_factory.mktemp("sdxl"), tmp_path_factory.mktemp("tokenizers")
     sizes = [write_tokenizer(tokenizers / name, pad) for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!"))]
     torch.manual_seed(0)
@@ -77,14 +119,15 @@ def checkpoint(tmp_path_factory) -> Path:
         tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer_2"),
         unet=UNet2DConditionModel.from_config(UNET),
-        scheduler=EulerDiscreteScheduler.from_config(sdxl.SCHEDULER),
+        scheduler=EulerDiscreteScheduler.from_config(SCHEDULER),
         force_zeros_for_empty_prompt=True,
     )
     pipeline.save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(folder / name)
         shutil.copytree(tokenizers / name, folder / name)
-    for name in ("text_encoder", "text_encoder_2"):  # transformers 4, which wrote the published files, nests the encoder
+    # The published files were written by transformers 4, which prefixes names of encoder weights with `text_model.`.
+    for name in ("text_encoder", "text_encoder_2"):
         path = folder / name / "model.safetensors"
         state = {
             key if key.startswith(("text_model.", "text_projection")) else f"text_model.{key}": value
@@ -94,19 +137,19 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_checkpoint_has_the_published_configs(checkpoint):
-    """Every key of the published configs is there and has the published value, but for the widths."""
+def test_checkpoint_has_the_published_configs(checkpoint):
+    """Every key of the published configs exists and has the published value, except for the widths."""
+    published = {"unet": DEFAULTS["unet"] | UNET, "vae": DEFAULTS["vae"] | VAE, "scheduler": SCHEDULER}
     for name, file in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json")):
-        found = json.loads((checkpoint / name / file).read_text())
-        narrowed = {"unet": UNET, "vae": VAE}.get(name, {})
-        for key, value in sdxl.CONFIGS[name].items():
-            assert found[key] == narrowed.get(key, value), (name, key)
+        config = json.loads((checkpoint / name / file).read_text())
+        for key, value in published[name].items():
+            assert config[key] == value, (name, key)
     index = json.loads((checkpoint / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionXLInpaintPipeline"
 
 
-def test_nothing_of_the_text_encoders_is_left_out(checkpoint):
-    """The names of the published weights are found, the end token pools, long and padded text agree with SDXL's own call."""
+def test_text_encoders_load_all_weights_and_agree_with_diffusers(checkpoint):
+    """All published weights are loaded, and embeddings of short and of truncated text equal those of SDXL's pipeline."""
     encoders = load_text_encoders(str(checkpoint))
     for model, name in zip(encoders.models, ("text_encoder", "text_encoder_2"), strict=True):
         stored = {
@@ -127,24 +170,23 @@ def test_nothing_of_the_text_encoders_is_left_out(checkpoint):
 
 @pytest.fixture
 def study(checkpoint, tmp_path, monkeypatch) -> Path:
-    """A few of the smoke study's scenes with this checkpoint as the backbone, at next to no steps."""
+    """A small variant of the smoke study with this checkpoint as the backbone and very few steps."""
     monkeypatch.chdir(tmp_path)
     params = yaml.safe_load((PROJECT / "params/smoke.yaml").read_text())
-    off = {"steps": 0, "batch": 4, "lr": 1.0e-3, "precision": "fp32"}
     params["study"] = "sdxl"
     params["data"]["scenes"] |= {"train_images": 12, "test_images": 4}
-    params["backbone"] |= {"init": str(checkpoint), "shape": None, "vae": off, "unet": off}
+    params["backbone"] |= {"init": str(checkpoint), "shape": None, "vae": {"steps": 0}, "unet": {"steps": 0}}
     params["train"] |= {"steps": 2, "batch": 4, "micro_batch": 2, "validate_phrases": 2, "gradient_checkpointing": True}
     params["sample"] |= {
-        "main": {"size": 64, "steps": 1, "guidance": 2.0},
-        "base": {"size": 64, "steps": 1, "guidance": 7.5},
-        "grid": {"sizes": [], "steps": [], "guidance": []},
+        "main": {"size": 64, "num_inference_steps": 1, "guidance_scale": 2.0},
+        "base": {"size": 64, "num_inference_steps": 1, "guidance_scale": 7.5},
+        "grid": {"sizes": [], "num_inference_steps": [], "guidance_scale": []},
     }
     (tmp_path / "sdxl.yaml").write_text(yaml.safe_dump(params))
     return tmp_path
 
 
-def test_it_trains_saves_loads_and_predicts_through_the_same_commands(study, checkpoint):
+def test_commands_train_save_load_and_predict_with_the_checkpoint(study, checkpoint):
     for command in (["data"], ["backbone"], ["latents"], ["train"], ["train", "--model", "discriminative"], ["sample"]):
         assert main([*command, "--params", "sdxl.yaml"]) == 0
     backbone = read_manifest("results/sdxl/backbone/manifest.json")
@@ -153,24 +195,35 @@ def test_it_trains_saves_loads_and_predicts_through_the_same_commands(study, che
     assert backbone["betas"]["beta_end"] == 0.012
     assert read_manifest("results/sdxl/latents/manifest.json")["vae_factor"] == 8
 
-    model = GSPipeline.from_pretrained("results/sdxl/model")
+    model = GSPipeline.from_pretrained("results/sdxl/model/gs")
     assert (model.unet.config.in_channels, model.unet.config.out_channels) == (5, 1)
     assert model.unet.config.addition_embed_type == "text_time"
-    assert set(model.adapter.project) == {"64"}, "one width here, as both attention levels are 64 wide"
+    assert set(model.adapter.project) == {"64"}, "both attention levels have width 64"
     original, stock = load_unet(str(checkpoint)), StableDiffusionXLInpaintPipeline.from_pretrained(checkpoint)
-    moved = {
+    is_trained = {
         name: not torch.equal(value, model.unet.state_dict()[name])
         for name, value in original.state_dict().items()
         if name in model.unet.state_dict() and value.shape == model.unet.state_dict()[name].shape
     }
-    assert all(moved.values())
+    assert all(is_trained.values())
     for name in ("vae", "text_encoder", "text_encoder_2"):
-        kept, given = getattr(model, name).state_dict(), getattr(stock, name).state_dict()
-        assert all(torch.equal(kept[key], value) for key, value in given.items()), name
+        saved, pretrained = getattr(model, name).state_dict(), getattr(stock, name).state_dict()
+        assert all(torch.equal(saved[key], value) for key, value in pretrained.items()), name
     assert len(read_predictions("results/sdxl/predictions/main/predictions.parquet")) > 0
 
     picture = str(next(Path("data/sdxl/scenes/val2017").glob("*.jpg")))
-    command = ["predict", picture, "--phrase", "the star", "--phrase", "a cat", "--model", "results/sdxl/model", "--out", "out"]
+    command = [
+        "predict",
+        picture,
+        "--phrase",
+        "the star",
+        "--phrase",
+        "a cat",
+        "--model",
+        "results/sdxl/model/gs",
+        "--out",
+        "out",
+    ]
     assert main([*command, "--steps", "1", "--precision", "bf16"]) == 0
     assert {path.name for path in Path("out").iterdir()} == {"mask_0.png", "mask_1.png", "overlay.png", "predictions.json"}
     entries = json.loads(Path("out/predictions.json").read_text())
@@ -178,8 +231,8 @@ def test_it_trains_saves_loads_and_predicts_through_the_same_commands(study, che
     assert np.asarray(Image.open("out/mask_0.png")).shape == (64, 64)
 
 
-def test_a_hub_id_in_the_cache_serves_jobs_without_a_network_and_names_its_commit(study, checkpoint):
-    """The hub's cache as a login node leaves it; the jobs run where nothing can be reached."""
+def test_offline_jobs_use_the_commit_of_the_hub_cache(study, checkpoint):
+    """The hub's cache was filled on a login node; the jobs run without a network."""
     commit, hub = "0123456789abcdef" * 2 + "01234567", study / "hub/models--lab--tiny-sdxl"
     shutil.copytree(checkpoint, hub / "snapshots" / commit)
     (hub / "refs").mkdir()
@@ -189,27 +242,27 @@ def test_a_hub_id_in_the_cache_serves_jobs_without_a_network_and_names_its_commi
     Path("sdxl.yaml").write_text(yaml.safe_dump(params))
     assert main(["data", "--params", "sdxl.yaml"]) == 0
     offline = {"HF_HUB_CACHE": str(study / "hub"), "HF_HUB_OFFLINE": "1"}
-    told = run("genseg", "backbone", "--params", "sdxl.yaml", cwd=study, **offline)
-    assert f"taking the cached commit {commit}" in told.stdout
+    completed = run("genseg", "backbone", "--params", "sdxl.yaml", cwd=study, **offline)
+    assert f"using the cached commit {commit}" in completed.stdout
     manifest = read_manifest("results/sdxl/backbone/manifest.json")
     assert (manifest["pipeline"], manifest["revision"]) == ("lab/tiny-sdxl", commit)
-    (hub / "refs/main").unlink()  # as if main had moved on: what is named is the commit
+    (hub / "refs/main").unlink()  # later jobs use the commit in the manifest, not the branch
     for command in (["latents"], ["train"], ["train", "--model", "discriminative"]):
         run("genseg", *command, "--params", "sdxl.yaml", cwd=study, **offline)
-    assert GSPipeline.from_pretrained("results/sdxl/model").unet.config.in_channels == 5
+    assert GSPipeline.from_pretrained("results/sdxl/model/gs").unet.config.in_channels == 5
     params["backbone"]["init"] = "lab/another"
     Path("sdxl.yaml").write_text(yaml.safe_dump(params))
     failed = run("genseg", "backbone", "--params", "sdxl.yaml", cwd=study, check=False, **offline)
     assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines()[-1].startswith("genseg backbone: error: lab/another: the hub does not tell")
+    assert failed.stderr.strip().splitlines()[-1].startswith("genseg backbone: error: lab/another: cannot get its commit")
 
 
 @pytest.mark.parametrize("columns", ["masked_image", "latent"])
-def test_gradients_reach_conv_in_adapter_and_nulls(checkpoint, columns):
+def test_gradients_reach_conv_in_adapter_and_null_embeddings(checkpoint, columns):
     torch.manual_seed(0)
     unet = label_unet(load_unet(str(checkpoint)), columns).requires_grad_(True)
     encoders = load_text_encoders(str(checkpoint))
-    adapter = TextAdapter(encoders.token_width, encoders.pooled_width, tuple(self_attention_widths(unet)))
+    adapter = TextAdapter(2 * WIDTH, WIDTH, tuple(self_attention_widths(unet)))
     adapter.start_nulls_from(encode_phrases(encoders, [""])[0])
     unet.enable_gradient_checkpointing()
     unet.train()
@@ -217,18 +270,18 @@ def test_gradients_reach_conv_in_adapter_and_nulls(checkpoint, columns):
     run_unet(
         unet, torch.randn(2, 1, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), text, (64, 64)
     ).square().sum().backward()
-    dead = [
+    without_gradient = [
         name
         for name, parameter in [*unet.named_parameters(), *adapter.named_parameters()]
         if parameter.grad is None or not parameter.grad.abs().sum() > 0
     ]
-    assert dead == []
+    assert without_gradient == []
     for column in range(5):
-        assert unet.conv_in.weight.grad[:, column].abs().sum() > 0, "every input channel"
+        assert unet.conv_in.weight.grad[:, column].abs().sum() > 0, f"input channel {column}"
 
 
-def test_the_full_shape():
-    """2,567,478,084 parameters; the surgery, the adapter's widths and one pass at 1024 x 1024, shapes only."""
+def test_full_size_unet_has_the_published_shapes_and_runs_on_meta_tensors():
+    """The number of parameters, the converted convolutions, the adapter's widths and one evaluation at 1024 x 1024."""
     unet = meta_unet(sdxl.UNET)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 2_567_478_084
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Sweeps: variants are valid studies of equal budget, val chooses, test is asked once, what agrees is shared."""
+"""Sweeps: variants have equal budgets, points are chosen on val, test is scored once, and equal phases are shared."""
 
 import json
 import os
@@ -19,130 +19,140 @@ from genseg.artifacts.files import write_json
 from genseg.artifacts.scores import write_scores
 from genseg.cli import main
 from genseg.dag.sweep import selected, share
+from genseg.diffusion.guidance import count_evaluations
 from genseg.errors import UserError
-from genseg.metrics.operating import choose_point
-from genseg.params import Cell, load_params
+from genseg.metrics.soft_maps import choose_point
+from genseg.params import OperatingPoint, load_params
 from genseg.report.compare import compare
-from genseg.sampling.runs import cell_path, study_runs
-from genseg.sweeps import Choice, budget, load_sweep
+from genseg.sampling.runs import point_path, study_runs
+from genseg.sweeps import Choice, load_sweep, training_budget
 
 SMOKE = load_params(ROOT / "params/smoke.yaml")
-NOISE = {"train.prediction": "noise", "train.zero_terminal_snr": False, "train.task_weight": 0.0}
+EPSILON = {"train.prediction_type": "epsilon", "train.zero_terminal_snr": False, "train.mask_loss_weight": 0.0}
+MASK_LOSS = {"objective": "mask_loss", "lr_factor": 1.0, "guidance_scale": None}
 
 
-def sweep_of(folder: Path, variants, picks=None, study=SMOKE):
+def sweep_of(folder: Path, variants, picks=None):
     path = folder / "some.yaml"
     path.write_text(yaml.safe_dump({"variants": variants, "picks": picks or {}}, sort_keys=False))
-    return load_sweep(path, study)
+    return load_sweep(path, SMOKE)
 
 
 # --------------------------------------------------------------------------------------------------------- documents
-def test_the_shipped_sweep_has_what_it_promises():
+def test_shipped_sweep_compares_the_documented_trainings():
     study = load_params(ROOT / "params.yaml")
     sweep = load_sweep(ROOT / "sweeps/objectives.yaml", study)
-    assert {budget(params) for params in sweep.variants.values()} == {budget(study)}
     trainings = [params.train for params in sweep.variants.values()]
-    assert {train.prediction for train in trainings} == {"noise", "v", "x0"}
-    assert {stage.objective for train in trainings for stage in train.stages} == {"distill", "task"}
+    assert {train.prediction_type for train in trainings} == {"epsilon", "v_prediction", "sample"}
+    assert {stage.objective for train in trainings for stage in train.stages} == {"distill", "mask_loss"}
     assert {train.label for train in trainings} == {"mask", "vae"}
-    assert {train.p_last for train in trainings} == {0.0, study.train.p_last, 0.6}
+    assert {train.terminal_timestep_prob for train in trainings} == {0.0, study.train.terminal_timestep_prob, 0.6}
     paper = load_params(ROOT / "params/paper.yaml")
-    same = (
-        "prediction",
+    paper_keys = (
+        "prediction_type",
         "zero_terminal_snr",
         "label_scale",
-        "task_weight",
-        "p_last",
-        "image_columns",
-        "p_drop",
+        "mask_loss_weight",
+        "terminal_timestep_prob",
+        "conv_in_init",
+        "cond_drop_prob",
         "stages",
         "ema",
     )
     for name in sweep.groups()["literal"]:
         train = sweep.variants[name].train
-        assert all(getattr(train, key) == getattr(paper.train, key) for key in same)
+        assert all(getattr(train, key) == getattr(paper.train, key) for key in paper_keys)
         assert train.optimizer.model_copy(update={"lr": 1e-7}) == paper.train.optimizer
-        assert [point.evaluations for point in sweep.variants[name].sample.points] == [paper.sample.main.evaluations] == [100]
+        [point] = sweep.variants[name].sample.operating_points
+        assert count_evaluations(point) == count_evaluations(paper.sample.main) == 100
 
 
-def test_a_variant_first_asks_val_alone_and_then_adds_its_main_row(tmp_path):
-    sweep = sweep_of(tmp_path, {"noise": {"evaluations": 2, "params": NOISE}})
-    first = sweep.variants["noise"]
-    assert first.study == "smoke-noise"
+def test_variant_runs_on_val_and_after_the_choice_also_as_main_row(tmp_path):
+    sweep = sweep_of(tmp_path, {"epsilon": {"evaluations": 2, "params": EPSILON}})
+    first = sweep.variants["epsilon"]
+    assert first.study == "smoke-epsilon"
     assert {run.role for run in study_runs(first)} == {"val"}
-    assert all(point.evaluations <= 2 for point in first.sample.operating_points())
-    cell = first.sample.operating_points()[1]
-    second = sweep.params("noise", Choice(cell, 0.35))
-    assert (second.sample.main, second.sample.threshold) == (cell, 0.35)
+    assert all(count_evaluations(point) <= 2 for point in first.sample.val_points())
+    point = first.sample.val_points()[1]
+    second = sweep.params("epsilon", Choice(point, 0.35))
+    assert (second.sample.main, second.sample.threshold) == (point, 0.35)
     assert {run.role for run in study_runs(second)} == {"main", "val"}
-    assert set(second.sample.operating_points()) == set(first.sample.operating_points())
+    assert set(second.sample.val_points()) == set(first.sample.val_points())
 
 
 @pytest.mark.parametrize(
-    ("variants", "picks", "told"),
+    ("variants", "picks", "message"),
     [
         (
-            {"a": {"evaluations": 2, "params": {"train.predicton": "v"}}},
+            {"a": {"evaluations": 2, "params": {"train.predicton_type": "v_prediction"}}},
             {},
-            "unknown key train.predicton; did you mean train.pr",
+            "unknown key train.predicton_type; did you mean train.prediction_type?",
         ),
         (
-            {"a": {"evaluations": 2, "params": {"trian.prediction": "v"}}},
+            {"a": {"evaluations": 2, "params": {"trian.prediction_type": "v_prediction"}}},
             {},
             "variant a: unknown key trian; did you mean train?",
         ),
         ({"a": {"evaluations": 2, "parms": {}}}, {}, "unknown key variants.a.parms; did you mean variants.a.params?"),
-        ({"a": {"evaluations": 2, "params": {"sample.main.steps": 1}}}, {}, "sample.main.steps is set by the sweep"),
-        ({"a": {"evaluations": 2, "params": {"train.steps": 9}}}, {}, "variant a: trains 72 samples, study smoke 64 samples"),
+        ({"a": {"evaluations": 2, "params": {"sample.main.size": 1}}}, {}, "sample.main.size is set by the sweep"),
         (
-            {"a": {"evaluations": 1, "params": {"sample.points": [{"steps": 2, "guidance": 1}]}}},
+            {"a": {"evaluations": 2, "params": {"train.steps": 9}}},
             {},
-            "no point of sample.points",
+            "variant a trains on 72 samples and study smoke on 64 samples",
         ),
-        ({"a": {"evaluations": 2, "params": {"train.stages.0": 1}}}, {}, "stages holds no keys"),
+        (
+            {"a": {"evaluations": 1, "params": {"sample.operating_points": [{"num_inference_steps": 2, "guidance_scale": 1}]}}},
+            {},
+            "no point of sample.operating_points",
+        ),
+        ({"a": {"evaluations": 2, "params": {"train.stages.0": 1}}}, {}, "stages is not a section"),
         ({"A b": {"evaluations": 2, "params": {}}}, {}, "variants.A b"),
         ({"smoke": {"evaluations": 2, "params": {}}}, {}, "has the name of the study"),
-        ({"a": {"evaluations": 2, "params": {}}}, {"p": {"variants": ["b"]}}, "pick 'p': no variant b; it has a"),
+        (
+            {"a": {"evaluations": 2, "params": {}}},
+            {"p": {"variants": ["b"]}},
+            "pick 'p': unknown variant b; the variants are a",
+        ),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, variants, picks, told):
+def test_mistake_is_reported_in_one_line(tmp_path, variants, picks, message):
     with pytest.raises(UserError) as error:
         sweep_of(tmp_path, variants, picks)
     assert str(error.value).startswith(str(tmp_path / "some.yaml"))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_stages_are_part_of_the_budget(tmp_path):
-    stage = {"objective": "task", "steps": 3, "lr_factor": 1.0, "guidance": None}
-    sweep = sweep_of(tmp_path, {"task": {"evaluations": 2, "params": {"train.steps": 5, "train.stages": [stage]}}})
-    assert budget(sweep.variants["task"]) == budget(SMOKE)
+    params = {"train.steps": 5, "train.stages": [MASK_LOSS | {"steps": 3}]}
+    sweep = sweep_of(tmp_path, {"staged": {"evaluations": 2, "params": params}})
+    assert training_budget(sweep.variants["staged"]) == training_budget(SMOKE)
 
 
 @given(st.integers(1, 12), st.sampled_from([1, 2, 4, 8, 16]), st.booleans())
-def test_left_out_steps_are_what_stages_leave_of_the_budget(tmp_path_factory, steps, batch, two):
-    stage = {"objective": "task", "steps": steps, "lr_factor": 1.0, "guidance": None}
-    params = {"train.batch": batch, "train.micro_batch": 1, "train.stages": [stage] * (1 + two)}
+def test_omitted_steps_are_the_budget_minus_the_stages(tmp_path_factory, steps, batch, two):
+    stages = [MASK_LOSS | {"steps": steps}] * (1 + two)
+    params = {"train.batch": batch, "train.micro_batch": 1, "train.stages": stages}
     left = 64 - batch * steps * (1 + two)  # samples; smoke trains 8 steps of 8
     folder = tmp_path_factory.mktemp("sweep")
     if left < batch:
-        with pytest.raises(UserError, match=f"variant task: its stages take {64 - left} of the 64 samples"):
-            sweep_of(folder, {"task": {"evaluations": 2, "params": params}})
+        with pytest.raises(UserError, match=f"variant staged: its stages use {64 - left} of the 64 samples"):
+            sweep_of(folder, {"staged": {"evaluations": 2, "params": params}})
     else:
-        sweep = sweep_of(folder, {"task": {"evaluations": 2, "params": params}})
-        assert sweep.variants["task"].train.steps * batch == left
+        sweep = sweep_of(folder, {"staged": {"evaluations": 2, "params": params}})
+        assert sweep.variants["staged"].train.steps * batch == left
 
 
 @pytest.mark.parametrize("params", ["params.yaml", "params/camvid.yaml", "params/coco_narrated.yaml"])
-def test_the_shipped_sweep_is_one_of_every_shipped_study(params):
+def test_shipped_sweep_is_valid_for_every_trained_study(params):
     study = load_params(ROOT / params)
     sweep = load_sweep(ROOT / "sweeps/objectives.yaml", study)
-    assert {budget(variant) for variant in sweep.variants.values()} == {budget(study)}
+    assert {training_budget(variant) for variant in sweep.variants.values()} == {training_budget(study)}
 
 
 # -------------------------------------------------------------------------------------------------------------- choice
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 5)), min_size=1), st.integers(1, 9))
-def test_choice_is_the_argmax_of_val_among_the_affordable(points, most):
+def test_choice_has_the_highest_ar_on_val_within_the_evaluation_budget(points, most):
     rows = [{"name": str(i), "evaluations": cost, "best_ar": ar / 5} for i, (cost, ar) in enumerate(points)]
     if affordable := [row for row in rows if row["evaluations"] <= most]:
         chosen = choose_point(rows, most)
@@ -152,53 +162,56 @@ def test_choice_is_the_argmax_of_val_among_the_affordable(points, most):
 
 
 # ------------------------------------------------------------------------------------------------------------- sharing
-def test_selection_closes_over_groups_and_shared_trainings(tmp_path):
-    some = {"evaluations": 2, "params": NOISE}
+def test_selection_includes_groups_and_shared_trainings(tmp_path):
+    epsilon = {"evaluations": 2, "params": EPSILON}
     slow = {"evaluations": 2, "group": "lr", "params": {"train.optimizer.lr": 0.1}}
     slower = {"evaluations": 2, "group": "lr", "params": {"train.optimizer.lr": 0.2}}
-    sweep = sweep_of(tmp_path, {"noise": some, "again": some, "slow": slow, "slower": slower})
-    assert selected(sweep, ["again"]) == ["noise", "again"]
+    sweep = sweep_of(tmp_path, {"epsilon": epsilon, "copy": epsilon, "slow": slow, "slower": slower})
+    assert selected(sweep, ["copy"]) == ["epsilon", "copy"]
     assert selected(sweep, ["slower"]) == ["slow", "slower"]
-    assert selected(sweep, []) == ["noise", "again", "slow", "slower"]
-    with pytest.raises(UserError, match="--only nois: no such variant"):
-        selected(sweep, ["nois"])
+    assert selected(sweep, []) == ["epsilon", "copy", "slow", "slower"]
+    with pytest.raises(UserError, match="--only epsilo: unknown variant"):
+        selected(sweep, ["epsilo"])
 
 
-def test_shared_folders_follow_their_origin_and_own_ones_are_left_alone(tmp_path, monkeypatch):
+def test_shared_folders_follow_their_origin_and_own_folders_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = ("data/smoke", "results/smoke/backbone", "results/smoke/latents", "results/smoke/model")
+    folders = ("data/smoke", "results/smoke/backbone", "results/smoke/latents", "results/smoke/model/gs")
     for folder in folders:
         write_json(f"{folder}/manifest.json", folder)
-    sweep = sweep_of(tmp_path, {"same": {"evaluations": 2, "params": {}}, "noise": {"evaluations": 2, "params": NOISE}})
+    sweep = sweep_of(tmp_path, {"same": {"evaluations": 2, "params": {}}, "epsilon": {"evaluations": 2, "params": EPSILON}})
     share(sweep, "same")
-    share(sweep, "noise")
+    share(sweep, "epsilon")
     for folder in folders:
         assert Path(folder.replace("smoke", "smoke-same"), "manifest.json").samefile(f"{folder}/manifest.json")
-    assert Path("results/smoke-noise/latents/manifest.json").exists()
-    assert not Path("results/smoke-noise/model").exists()
+    assert Path("results/smoke-epsilon/latents/manifest.json").exists()
+    assert not Path("results/smoke-epsilon/model").exists()
 
-    write_json("results/smoke/model/manifest.json", "trained again")  # a new file in the old one's place
-    assert Path("results/smoke-same/model/manifest.json").read_text() != "trained again"
+    write_json("results/smoke/model/gs/manifest.json", "trained again")  # replaces the file
+    assert Path("results/smoke-same/model/gs/manifest.json").read_text() != "trained again"
     share(sweep, "same")
-    assert json.loads(Path("results/smoke-same/model/manifest.json").read_text()) == "trained again"
+    assert json.loads(Path("results/smoke-same/model/gs/manifest.json").read_text()) == "trained again"
 
-    write_json("results/smoke-noise/model/manifest.json", "its own")
-    changed = {"same": {"evaluations": 2, "params": {"train.optimizer.lr": 0.1}}, "noise": {"evaluations": 2, "params": {}}}
+    write_json("results/smoke-epsilon/model/gs/manifest.json", "own")
+    changed = {"same": {"evaluations": 2, "params": {"train.optimizer.lr": 0.1}}, "epsilon": {"evaluations": 2, "params": {}}}
     sweep = sweep_of(tmp_path, changed)
     share(sweep, "same")
     assert not Path("results/smoke-same/model").exists()
     assert Path("results/smoke-same/latents/manifest.json").exists()
-    share(sweep, "noise")
-    assert json.loads(Path("results/smoke-noise/model/manifest.json").read_text()) == "its own"
+    share(sweep, "epsilon")
+    assert json.loads(Path("results/smoke-epsilon/model/gs/manifest.json").read_text()) == "own"
 
 
-def test_killed_sweep_goes_on_and_makes_nothing_twice(tmp_path):
+def test_killed_sweep_continues_and_repeats_no_job(tmp_path):
     study = FakeStudy.make(tmp_path / "study")
     study.call("bash", "-c", "rm params.yaml && cp $0 params.yaml", str(ROOT / "params/smoke.yaml"))
-    sweep = sweep_of(study.folder, {"noise": {"evaluations": 2, "params": NOISE}, "same": {"evaluations": 2, "params": {}}})
-    for name, params in sweep.variants.items():  # what scoring would say, which the fake command does not
-        points = [point.model_dump() | {"name": str(i), "evaluations": point.evaluations, "best_ar": i, "best_threshold": 0.3}
-                  for i, point in enumerate(params.sample.operating_points())]  # fmt: skip
+    sweep = sweep_of(study.folder, {"epsilon": {"evaluations": 2, "params": EPSILON}, "same": {"evaluations": 2, "params": {}}})
+    for name, params in sweep.variants.items():  # the fake command writes no scores
+        points = [
+            {"point": point.model_dump(), "name": str(i), "evaluations": count_evaluations(point), "best_ar": i}
+            | {"best_threshold": 0.3}
+            for i, point in enumerate(params.sample.val_points())
+        ]
         write_json(study.folder / f"results/smoke-{name}/scores/operating_points.json", {"points": points})
     script = (
         "from genseg.dag.sweep import run_sweep; from genseg.params import load_params; from genseg.sweeps import load_sweep;"
@@ -214,17 +227,17 @@ def test_killed_sweep_goes_on_and_makes_nothing_twice(tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     _wait(lambda: not _alive(job))
-    assert study.ran().keys() == {"data", "backbone", "latents for training"}
+    assert study.ran().keys() - {"refine training"} == {"data", "backbone", "latents for training"}
     study.call(*command)
     ran = study.ran()
     assert "data" not in ran
     assert "backbone" not in ran
-    assert ran["train gs"] == 2  # the study's and noise's
-    assert ran["train discriminative"] == 1  # variants have no controls
+    assert ran["train gs"] == 2  # of the study and of the variant epsilon
+    assert ran["train discriminative"] == 1  # variants have no discriminative control
     assert "tables" not in ran
     for name, params in sweep.variants.items():
         choice = json.loads((study.folder / f"work/smoke-{name}/choice.json").read_text())
-        assert Cell.model_validate(choice["cell"]) == params.sample.operating_points()[-1]
+        assert OperatingPoint.model_validate(choice["point"]) == params.sample.val_points()[-1]
         assert choice["threshold"] == 0.3
     study.call(*command)
     assert not study.ran()
@@ -242,7 +255,7 @@ def _wait(condition):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("waited for a minute in vain")
+    raise AssertionError("condition not met within a minute")
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -261,42 +274,46 @@ def _summary(run, ious):
     }
 
 
-def _write_scores(params, cell, ious, path, shift=0):
+def _write_scores(params, point, ious, path, shift=0):
     frame = pd.DataFrame({"image_id": np.arange(len(ious)) // 2, "narrative_id": "n", "phrase_id": np.arange(len(ious))})
     frame = frame.assign(is_thing=True, is_plural=False, iou=ious, boundary_iou=ious, area=np.arange(len(ious)) + shift)
-    write_scores(frame, _summary({"name": path.stem, "evaluations": cell.evaluations, **cell.model_dump()}, ious), path)
+    write_scores(frame, _summary({"name": path.stem, "point": point.model_dump()}, ious), path)
 
 
 def _finished(params, choice, best, ious, shift=0):
-    """Scores of a study whose operating points have the given AR on val, and whose main point was scored on test."""
+    """Write scores of a study: the AR of its operating points on val, and the IoUs of its main point on test."""
     scores = params.results_dir / "scores"
     points = []
-    for cell, ar in zip(params.sample.operating_points(), best, strict=True):
-        path = scores / "val" / f"{cell_path(cell)}.json"
-        _write_scores(params, cell, np.full(6, ar), path)
-        facts = {"name": str(cell), "evaluations": cell.evaluations, "ar": ar, "best_ar": ar, "best_threshold": 0.4}
-        points.append(facts | {"threshold": choice[1], "phrases": 6, "scores": str(path)} | cell.model_dump())
+    for point, ar in zip(params.sample.val_points(), best, strict=True):
+        path = scores / "val" / f"{point_path(point)}.json"
+        _write_scores(params, point, np.full(6, ar), path)
+        facts = {"name": str(point), "evaluations": count_evaluations(point), "ar": ar, "best_ar": ar, "best_threshold": 0.4}
+        points.append(facts | {"threshold": choice[1], "phrases": 6, "scores": str(path), "point": point.model_dump()})
     write_json(scores / "operating_points.json", {"points": points})
     if ious is not None:
         _write_scores(params, choice[0], ious, scores / "main.json", shift)
-    write_json(params.results_dir / "model" / "manifest.json", {"params": params.subtree("seed", "train", "latents")})
+    write_json(params.results_dir / "model" / "gs" / "manifest.json", {"params": params.subtree("seed", "train", "latents")})
 
 
 @pytest.fixture
 def finished_sweep(tmp_path, monkeypatch):
-    """A study, a pair of variants that compete and one more, with scores drawn at random."""
+    """A study with two variants of one group and a third variant, with random scores."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
-    pair = {"evaluations": 2, "group": "pair", "params": NOISE}
-    variants = {"a": pair, "b": pair | {"params": {**NOISE, "train.p_drop": 0.2}}, "c": {"evaluations": 5, "params": {}}}
-    picks = {"few": {"evaluations": [1, 2]}, "c": {"variants": ["c"]}, "nobody": {"evaluations": [90, 100]}}
+    pair = {"evaluations": 2, "group": "pair", "params": EPSILON}
+    variants = {
+        "a": pair,
+        "b": pair | {"params": {**EPSILON, "train.cond_drop_prob": 0.2}},
+        "c": {"evaluations": 5, "params": {}},
+    }
+    picks = {"few": {"evaluations": [1, 2]}, "c": {"variants": ["c"]}, "none": {"evaluations": [90, 100]}}
     sweep = sweep_of(tmp_path, variants, picks)
     ious = {name: random.random(40) for name in ("smoke", "a", "c")}
-    cells = {name: params.sample.operating_points() for name, params in sweep.variants.items()}
+    points = {name: params.sample.val_points() for name, params in sweep.variants.items()}
     _finished(SMOKE, (SMOKE.sample.main, SMOKE.sample.threshold), [0.5, 0.4, 0.4, 0.4], ious["smoke"])
-    _finished(sweep.variants["a"], (cells["a"][1], 0.4), [0.3, 0.6], ious["a"])
-    _finished(sweep.variants["b"], (cells["b"][0], 0.4), [0.55, 0.2], None)
-    _finished(sweep.variants["c"], (cells["c"][2], 0.4), [0.3, 0.4, 0.7], ious["c"])
+    _finished(sweep.variants["a"], (points["a"][1], 0.4), [0.3, 0.6], ious["a"])
+    _finished(sweep.variants["b"], (points["b"][0], 0.4), [0.55, 0.2], None)
+    _finished(sweep.variants["c"], (points["c"][2], 0.4), [0.3, 0.4, 0.7], ious["c"])
     return sweep, ious
 
 
@@ -307,9 +324,9 @@ def test_comparison_agrees_with_brute_force(finished_sweep):
     table = pd.read_csv(folder / "variants.csv").set_index("variant")
     assert list(table.index) == ["smoke", "a", "b", "c"]
     assert table["val_ar"].tolist() == pytest.approx([50, 60, 55, 70])
-    for name, found in ious.items():
-        assert table.loc[name, "overall"] == pytest.approx(100 * found.mean())
-    assert np.isnan(table.loc["b", "overall"])  # lost on val: test was not asked
+    for name, values in ious.items():
+        assert table.loc[name, "overall"] == pytest.approx(100 * values.mean())
+    assert np.isnan(table.loc["b", "overall"])  # not the best of its group on val, so not scored on test
     for name in ("a", "c"):
         assert table.loc[name, "difference"] == pytest.approx(100 * (ious["smoke"] - ious[name]).mean())
         per_image = (ious["smoke"] - ious[name]).reshape(-1, 2).mean(1)
@@ -330,7 +347,7 @@ def test_comparison_agrees_with_brute_force(finished_sweep):
     assert (folder / "evaluations.png").stat().st_size > 5000
 
 
-def test_a_variant_that_was_not_run_is_named_and_its_group_has_no_winner(finished_sweep):
+def test_missing_variant_is_named_and_its_group_has_no_test_row(finished_sweep):
     sweep, _ = finished_sweep
     (sweep.variants["b"].results_dir / "scores/operating_points.json").unlink()
     folder = compare(sweep)
@@ -339,17 +356,17 @@ def test_a_variant_that_was_not_run_is_named_and_its_group_has_no_winner(finishe
     assert np.isnan(table.loc["a", "overall"])
 
 
-def test_comparison_refuses_what_does_not_belong(finished_sweep, tmp_path, capsys):
+def test_comparison_rejects_scores_of_other_phrases_points_or_params(finished_sweep, tmp_path, capsys):
     sweep, ious = finished_sweep
-    params, cells = sweep.variants["c"], sweep.variants["c"].sample.operating_points()
-    _finished(params, (cells[2], 0.4), [0.3, 0.4, 0.7], ious["c"], shift=1)
+    params, points = sweep.variants["c"], sweep.variants["c"].sample.val_points()
+    _finished(params, (points[2], 0.4), [0.3, 0.4, 0.7], ious["c"], shift=1)
     with pytest.raises(UserError, match="other test phrases than study smoke"):
         compare(sweep)
-    _finished(params, (cells[1], 0.4), [0.3, 0.4, 0.7], ious["c"])
+    _finished(params, (points[1], 0.4), [0.3, 0.4, 0.7], ious["c"])
     with pytest.raises(UserError, match="not at the point chosen on val"):
         compare(sweep)
-    _finished(params, (cells[2], 0.4), [0.3, 0.4, 0.7], ious["c"])
-    write_json(params.results_dir / "model" / "manifest.json", {"params": {}})
+    _finished(params, (points[2], 0.4), [0.3, 0.4, 0.7], ious["c"])
+    write_json(params.results_dir / "model" / "gs" / "manifest.json", {"params": {}})
     Path("params.yaml").write_text((ROOT / "params/smoke.yaml").read_text())
     assert main(["compare", "--sweep", str(tmp_path / "some.yaml")]) == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -357,8 +374,8 @@ def test_comparison_refuses_what_does_not_belong(finished_sweep, tmp_path, capsy
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
-def test_another_threshold_is_read_from_the_stored_maps(study_copy, monkeypatch, capsys):
-    """Choosing a threshold on val after the points were sampled must not sample them again."""
+def test_another_threshold_uses_the_stored_maps(study_copy, monkeypatch, capsys):
+    """Selecting a threshold on val after the points were sampled must not sample them again."""
     import genseg.sampling.shard as shard
     from test_training import variant
 
@@ -366,7 +383,7 @@ def test_another_threshold_is_read_from_the_stored_maps(study_copy, monkeypatch,
     changed = variant(study_copy, "changed", sample__threshold=0.3, sample__runs=["val"])
     assert os.path.exists("results/smoke/predictions/grid")
     with monkeypatch.context() as patched:
-        patched.setattr(shard.Sampler, "pipeline", None)  # nothing may be sampled
+        patched.setattr(shard.Sampler, "pipeline", None)  # sampling would fail
         assert main(["sample", "--params", changed]) == 0
     assert not os.path.exists("results/smoke/predictions/grid")
     stored = {path: path.read_bytes() for path in Path("results/smoke/predictions").rglob("predictions.parquet")}

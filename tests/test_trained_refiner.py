@@ -1,4 +1,4 @@
-"""The trained refiner: corruptions, training that learns and repeats itself, predictions -> predictions."""
+"""The trained refiner: corruptions, training and its reproducibility, and refinement of predictions."""
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from genseg.refine.trained import CORRUPTIONS, Refiner, RefinerNet, corrupt, tra
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(CORRUPTIONS))
-def test_corruptions_do_what_they_are_called(seed, kind):
+def test_each_corruption_changes_the_mask_as_its_name_says(seed, kind):
     rng = np.random.default_rng(seed)
     mask = np.zeros((32, 40), bool)
     y, x, height, width = rng.integers(0, [24, 30, 8, 10])
@@ -42,7 +42,7 @@ def test_corruptions_do_what_they_are_called(seed, kind):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Bright squares on dark ground: the picture says where the mask should end."""
+    """Phrases of bright squares on a dark background, so that the image shows the mask's boundary."""
     folder = tmp_path_factory.mktemp("refiner")
     rng, rows = np.random.default_rng(0), []
     for image_id in range(24):
@@ -66,7 +66,7 @@ def trained(study, tmp_path_factory):
     return out, train(study, out)
 
 
-def test_training_learns_to_follow_the_picture(study, trained):
+def test_training_reduces_the_loss_and_improves_coarse_masks(study, trained):
     out, losses = trained
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     test = study[study["split"] == "test"]
@@ -75,14 +75,14 @@ def test_training_learns_to_follow_the_picture(study, trained):
     refined = Refiner(out).refine_predictions(study, predictions)[0]
     truth = [decode(mask, 40, 40) for mask in test["mask"]]
 
-    def mean_iou(found):
-        return np.mean([(a & b).sum() / (a | b).sum() for a, b in zip(found, truth, strict=True)])
+    def mean_iou(masks):
+        return np.mean([(a & b).sum() / (a | b).sum() for a, b in zip(masks, truth, strict=True)])
 
     assert mean_iou([decode(mask, 40, 40) for mask in refined["mask"]]) > mean_iou(coarse) + 0.1
     assert refined["score"].tolist() == [0.5] * len(test)
 
 
-def test_a_seed_gives_the_same_bytes_and_another_one_others(study, trained, tmp_path):
+def test_weights_are_reproducible_and_depend_on_the_seed(study, trained, tmp_path):
     train(study, tmp_path / "a", steps=3)
     train(study, tmp_path / "b", steps=3)
     train(study, tmp_path / "c", steps=3, seed=4)
@@ -90,7 +90,7 @@ def test_a_seed_gives_the_same_bytes_and_another_one_others(study, trained, tmp_
     assert a == b != c
 
 
-def test_masks_do_not_see_each_other_and_empty_ones_stay_empty(study, trained):
+def test_masks_are_refined_independently_and_empty_masks_stay_empty(study, trained):
     refiner = Refiner(trained[0])
     image = np.asarray(Image.open(study["file_name"].iloc[0]))
     masks = np.stack([decode(study["mask"].iloc[k], 40, 40) for k in (0, 1)])
@@ -100,14 +100,14 @@ def test_masks_do_not_see_each_other_and_empty_ones_stay_empty(study, trained):
     assert not decode(refiner.refine_predictions(study, empty)[0]["mask"].iloc[0], 40, 40).any()
 
 
-def test_the_network_is_small():
+def test_network_has_at_most_300_000_parameters():
     assert sum(parameter.numel() for parameter in RefinerNet().parameters()) <= 300_000
 
 
 def test_errors_name_the_file_and_the_remedy(study, trained, tmp_path):
-    with pytest.raises(UserError, match="multiples of 16, not 40"):
+    with pytest.raises(UserError, match="expected a multiple of 16, got 40"):
         train(study, tmp_path / "x", size=40)
-    with pytest.raises(UserError, match="no phrase of split train"):
+    with pytest.raises(UserError, match="expected phrases of split train, got none"):
         train(study[study["split"] == "test"], tmp_path / "x")
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         Refiner(tmp_path)
@@ -117,5 +117,5 @@ def test_errors_name_the_file_and_the_remedy(study, trained, tmp_path):
     with pytest.raises(UserError, match=r"refiner\.safetensors: cannot read the weights"):
         Refiner(tmp_path)
     (tmp_path / "config.json").write_text('{"version": 99}')
-    with pytest.raises(UserError, match=r"config\.json: not a refiner of version"):
+    with pytest.raises(UserError, match=r"config\.json: expected a refiner of version"):
         Refiner(tmp_path)

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`genseg.GSPipeline` without torch in every `import genseg`."""
+    """Import `GSPipeline`, and with it torch, on first access."""
     if name == "GSPipeline":
         from genseg.diffusion.pipeline import GSPipeline
 

@@ -1,4 +1,4 @@
-"""`python -m genseg`: the command line, for launchers that start modules."""
+"""`python -m genseg`: the command line, for launchers that start a module, such as torchrun."""
 
 import sys
 

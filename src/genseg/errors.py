@@ -1,4 +1,4 @@
-"""The error that is shown to users."""
+"""The exception for mistakes that a user can correct."""
 
 
 class UserError(Exception):

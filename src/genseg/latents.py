@@ -1,27 +1,26 @@
 """The phase `latents`: VAE latents of every image, once per size, and text embeddings of every phrase.
 
-Label latents are not stored: they are area-reduced masks, which are cheaper to compute from the run lengths than to read
-(they would be 12 GB at paper scale).
+Label latents are not stored. They are area-reduced masks, which are faster to compute from the run lengths than to read from
+disk, and would take 12 GB at paper scale.
 """
 
-from __future__ import annotations
-
-import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL
 
 from genseg.artifacts.files import file_sha256, write_json
-from genseg.artifacts.latents import LatentStore, write_store
-from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
-from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.subsets import grid_phrases, val_phrases
+from genseg.artifacts.latents import LatentStore, is_current_store, write_store
+from genseg.artifacts.manifest import is_current, read_manifest, write_manifest
+from genseg.artifacts.phrases import grid_phrases, read_phrases, val_phrases
+from genseg.artifacts.reuse import prune
 from genseg.data.images import load_image
 from genseg.models.backbone import load_text_encoders, load_vae
 from genseg.models.device import DTYPES, choose_device, describe
@@ -29,107 +28,102 @@ from genseg.models.text import TextEmbedding, encode_phrases
 from genseg.models.vae import encode_images, image_tensor, psnr, vae_factor
 from genseg.params import Params, digest
 
-CODE = ("params.py", "artifacts", "data/images.py", "models", "latents.py")
 PSNR_IMAGES = 64
-
-
-def latents_dir(params: Params) -> Path:
-    """Return the folder of all stores."""
-    return params.results_dir / "latents"
+TEXT_ROWS = 8  # ratio of texts per shard to images per shard
 
 
 def image_store(params: Params, size: int) -> Path:
     """Return the store of the latents of images resized to `size` pixels."""
-    return latents_dir(params) / "images" / f"size={size:04d}"
+    return params.results_dir / "latents" / "images" / f"size={size:04d}"
 
 
 def text_store(params: Params) -> Path:
     """Return the store of the text embeddings."""
-    return latents_dir(params) / "text"
+    return params.results_dir / "latents" / "text"
 
 
 def images_by_size(params: Params, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """Return the images to encode at each size, as tables (image_id, file_name) with one row per image.
 
-    The training size has train and val. The main size has all of test (an image without a narrative still has class phrases)
-    and the subset of val. Every other size of the grid has the grid's subset of test.
+    At the training size: train and val. At the main size: all of test (an image without a narrative still has class phrases),
+    and the subset of val. At every other size of the grid: the grid's subset of test.
     """
-    tables: dict[int, list[pd.DataFrame]] = {params.train.size: [phrases[phrases["split"] != "test"]]}
-    tests = [table[table["split"] == "test"] for table in (phrases, class_phrases)]
-    tables.setdefault(params.sample.main.size, []).extend([*tests, val_phrases(params, phrases)])
+    tables: dict[int, list[pd.DataFrame]] = defaultdict(list)
+    tables[params.train.size].append(phrases[phrases["split"] != "test"])
+    tables[params.sample.main.size] += [table[table["split"] == "test"] for table in (phrases, class_phrases)]
+    tables[params.sample.main.size].append(val_phrases(params, phrases))
     for size in params.sample.sizes():
-        tables.setdefault(size, []).append(grid_phrases(params, phrases))
-    columns = ["image_id", "file_name"]
-    return {
-        size: pd.concat(parts)[columns].drop_duplicates("image_id").sort_values("image_id") for size, parts in tables.items()
-    }
+        tables[size].append(grid_phrases(params, phrases))
+    images = {size: pd.concat(parts)[["image_id", "file_name"]] for size, parts in tables.items()}
+    return {size: table.drop_duplicates("image_id").sort_values("image_id") for size, table in images.items()}
 
 
 def compute_latents(params: Params, only_training: bool = False) -> None:
-    """Write the stores in `results/<study>/latents` and, last, their manifest. Complete shards are not computed again.
+    """Write the stores in `results/<study>/latents` and then their manifest. Complete shards are not computed again.
 
     Args:
-        only_training: write only what training reads (the images at `train.size`, all texts) and then `train.json`. That file
-            holds no times, so a rerun with the same inputs writes the same bytes and does not trigger training.
+        only_training: write only what training reads (the images at `train.size` and all texts) and then `train.json`. Its
+            bytes change only with that data, so a rerun does not trigger training.
 
     Raises:
-        UserError: an image is missing or corrupt, the backbone cannot be loaded, the disk is full, or there is no GPU for
-            `device: cuda`.
+        UserError: an image is missing or corrupt, the backbone cannot be loaded, the disk is full, or `device` is cuda and
+            there is no GPU.
     """
-    start_time = time.time()
-    device = choose_device(params.device, params.resources["latents"].threads)
-    print(f"latents: device {describe(device)}", flush=True)
+    folder, backbone_path = params.results_dir / "latents", params.results_dir / "backbone" / "manifest.json"
+    inputs = [params.data_dir / "manifest.json", backbone_path]
+    if not only_training and is_current(folder / "manifest.json", "latents", params, inputs):
+        return
 
     # 1. Load the inputs and hash them.
-    backbone = read_manifest(params.results_dir / "backbone" / "manifest.json")
-    source, revision = backbone["pipeline"], backbone["revision"]
+    backbone = read_manifest(backbone_path)
     phrases = read_phrases(params.data_dir / "phrases.parquet")
     class_phrases = read_phrases(params.data_dir / "class_phrases.parquet")
     images = images_by_size(params, phrases, class_phrases)
     if only_training:
         images = {params.train.size: images[params.train.size]}
     texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
-    phrases_hash, encoding = file_sha256(params.data_dir / "phrases.parquet"), params.latents.model_dump(mode="json")
-    image_key = digest([phrases_hash, backbone["weights"], encoding])
+    phrases_hash = file_sha256(params.data_dir / "phrases.parquet")
+    image_key = digest([phrases_hash, backbone["weights"], params.latents.model_dump(mode="json")])
     text_key = digest([backbone["weights"], texts])
+    train_record = {"version": 1, "size": params.train.size, "images": image_key, "texts": text_key}
+    if only_training and _are_current(params, images[params.train.size], texts, image_key, text_key):
+        print(f"latents: {folder / 'train.json'} is up to date", flush=True)
+        write_json(folder / "train.json", train_record)
+        return
 
     # 2. Encode images and texts.
-    facts = _encode_images(params, images, source, revision, device, image_key)
-    truncated = _encode_texts(params, texts, source, revision, device, text_key)
+    device = choose_device(params.device, params.resources.latents.threads)
+    print(f"latents: device {describe(device)}", flush=True)
+    facts = _encode_images(params, images, backbone, device, image_key)
+    truncated = _encode_texts(params, texts, backbone, device, text_key)
     if truncated:
-        print(
-            f"latents: warning: {len(truncated)} phrases exceed the tokenizer's limit and are truncated, e.g. {truncated[0]!r}",
-            file=sys.stderr,
-        )
+        warning = f"{len(truncated)} phrases exceed the tokenizer's limit and are truncated, e.g. {truncated[0]!r}"
+        print(f"latents: warning: {warning}", file=sys.stderr)
 
     # 3. Remove stores of sizes that the study no longer uses, and write the manifest.
     if only_training:
-        facts = {"version": 1, "size": params.train.size, "images": image_key, "texts": text_key}
-        write_json(latents_dir(params) / "train.json", facts)
+        write_json(folder / "train.json", train_record)
         return
-    for store in sorted(set((latents_dir(params) / "images").iterdir()) - {image_store(params, size) for size in images}):
-        shutil.rmtree(store)
-        print(f"latents: removed {store}, which the study no longer uses", flush=True)
-    write_manifest(
-        latents_dir(params) / "manifest.json",
-        "latents",
-        params.subtree("latents", "train.size", "sample", "seed"),
-        [params.data_dir / "manifest.json", params.results_dir / "backbone" / "manifest.json"],
-        [latents_dir(params) / "images", latents_dir(params) / "text"],
-        start_time,
-        describe(device),
-        code=code_hash(*CODE),
-        truncated_phrases=truncated,
-        texts=len(texts),
-        **facts,
+    prune(folder / "images", [image_store(params, size) for size in images], "latents")
+    facts = {"truncated_phrases": truncated, "texts": len(texts)} | facts
+    outputs = [folder / "images", folder / "text"]
+    write_manifest(folder / "manifest.json", "latents", params, inputs, outputs, describe(device), **facts)
+
+
+def _are_current(params: Params, images: pd.DataFrame, texts: list[str], image_key: str, text_key: str) -> bool:
+    """Return whether the stores contain the latents of the images at `train.size` and the embeddings of all texts."""
+    size, rows = params.train.size, params.latents.shard_rows
+    store, image_ids = image_store(params, size), list(map(str, images["image_id"]))
+    return is_current_store(store, image_ids, rows, f"{image_key}:{size}") and is_current_store(
+        text_store(params), texts, TEXT_ROWS * rows, text_key
     )
 
 
 def _encode_images(
-    params: Params, images: dict[int, pd.DataFrame], source: str, revision: str | None, device: torch.device, key: str
-) -> dict[str, object]:
+    params: Params, images: dict[int, pd.DataFrame], backbone: dict[str, Any], device: torch.device, key: str
+) -> dict[str, Any]:
     """Write the image stores, one per size, and return facts for the manifest."""
-    vae = load_vae(source, revision, DTYPES[params.latents.encode_precision]).to(device)
+    vae = load_vae(backbone["pipeline"], backbone["revision"], DTYPES[params.latents.encode_precision]).to(device)
     psnrs: dict[str, float] = {}
     counts: dict[str, int] = {}
     for size, table in sorted(images.items()):
@@ -143,7 +137,7 @@ def _encode_images(
             rate = min(encoded, done) / max(time.monotonic() - start_time, 1e-9)
             print(f"latents: size {size}: {done}/{len(files)} images, {rate:.1f} images/s", flush=True)
 
-        # Measure how well the VAE restores a sample of them.
+        # Measure the VAE's reconstruction error on a sample of the images.
         paths = list(files.values())[:: max(1, len(files) // PSNR_IMAGES)][:PSNR_IMAGES]
         values = [psnr(vae, image_tensor(load_image(path), size, device)[None]).item() for path in paths]
         psnrs[str(size)] = sum(values) / len(values)
@@ -155,7 +149,7 @@ def _encode_images(
 def _image_latents(
     vae: AutoencoderKL, params: Params, size: int, files: dict[str, str], device: torch.device, ids: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Return the latents [N, C, h, w] of N images. files: image id -> path."""
+    """Return the latents [N, C, h, w] of the images `ids`; `files` maps image ids to paths."""
     latents = []
     for start in range(0, len(ids), params.latents.batch):
         batch_ids = ids[start : start + params.latents.batch]
@@ -164,11 +158,9 @@ def _image_latents(
     return {"latent": torch.cat(latents)}
 
 
-def _encode_texts(
-    params: Params, texts: list[str], source: str, revision: str | None, device: torch.device, key: str
-) -> list[str]:
-    """Write the text store and return the truncated texts among those encoded now."""
-    encoders = load_text_encoders(source, revision)
+def _encode_texts(params: Params, texts: list[str], backbone: dict[str, Any], device: torch.device, key: str) -> list[str]:
+    """Write the text store and return the truncated texts. Texts of complete shards are not checked again."""
+    encoders = load_text_encoders(backbone["pipeline"], backbone["revision"])
     for model in encoders.models:
         model.to(device)
     truncated: list[str] = []
@@ -183,20 +175,17 @@ def _encode_texts(
             "offsets": lengths.cumsum(0),
         }
 
-    for done, _ in write_store(text_store(params), texts, 8 * params.latents.shard_rows, key, encode):
+    for done, _ in write_store(text_store(params), texts, TEXT_ROWS * params.latents.shard_rows, key, encode):
         print(f"latents: {done}/{len(texts)} phrases encoded", flush=True)
     return truncated
 
 
 class Texts:
-    """Text embeddings by phrase. The most recently used ones are cached, not all (SDXL's embeddings of a million narratives
-    are 15 GB)."""
-
-    CACHED = 4096
+    """Text embeddings by phrase. The 4096 most recently used are cached (SDXL's for a million narratives are 15 GB)."""
 
     def __init__(self, store: Path, device: torch.device) -> None:
         self._store, self._device = LatentStore(store), device
-        self._cached = lru_cache(self.CACHED)(self._read)
+        self._cached = lru_cache(4096)(self._read)
 
     def __getitem__(self, phrase: str) -> TextEmbedding:
         return self._cached(phrase)

@@ -5,17 +5,15 @@ rule backbone:
     output:
         f"{RESULTS}/backbone/manifest.json",
     log:
-        f"{WORK}/logs/backbone.log",
+        STUDY.log("backbone"),
     benchmark:
-        f"{WORK}/benchmarks/backbone.tsv"
+        STUDY.benchmark("backbone")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("backbone")
     resources:
         **STUDY.resources("backbone"),
     params:
-        uses=STUDY.uses("backbone"),
-        code=STUDY.code("backbone"),
-        file=STUDY.params_file,
+        **STUDY.params("backbone"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg backbone --params {params.file}"
+        STUDY.command("backbone")

@@ -6,17 +6,15 @@ rule baselines:
     output:
         f"{RESULTS}/baselines/manifest.json",
     log:
-        f"{WORK}/logs/baselines.log",
+        STUDY.log("baselines"),
     benchmark:
-        f"{WORK}/benchmarks/baselines.tsv"
+        STUDY.benchmark("baselines")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("baselines")
     resources:
         **STUDY.resources("baselines"),
     params:
-        uses=STUDY.uses("baselines"),
-        code=STUDY.code("baselines"),
-        file=STUDY.params_file,
+        **STUDY.params("baselines"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg baseline --params {params.file}"
+        STUDY.command("baseline")

@@ -2,17 +2,15 @@ rule data:
     output:
         f"{DATA}/manifest.json",
     log:
-        f"{WORK}/logs/data.log",
+        STUDY.log("data"),
     benchmark:
-        f"{WORK}/benchmarks/data.tsv"
+        STUDY.benchmark("data")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("data")
     resources:
         **STUDY.resources("data"),
     params:
-        uses=STUDY.uses("data"),
-        code=STUDY.code("data"),
-        file=STUDY.params_file,
+        **STUDY.params("data"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg data --params {params.file}"
+        STUDY.command("data")

@@ -1,4 +1,4 @@
-# What training reads, apart: one more size to sample at must not train again.
+# The latents that training reads have their own rule, so that another image size for sampling causes no new training.
 rule latents_train:
     input:
         f"{DATA}/manifest.json",
@@ -6,24 +6,21 @@ rule latents_train:
     output:
         f"{RESULTS}/latents/train.json",
     log:
-        f"{WORK}/logs/latents_train.log",
+        STUDY.log("latents_train"),
     benchmark:
-        f"{WORK}/benchmarks/latents_train.tsv"
+        STUDY.benchmark("latents_train")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("latents")
     resources:
         **STUDY.resources("latents"),
     params:
-        uses=STUDY.uses("latents", only=["latents", "train.size"]),
-        code=STUDY.code("latents"),
-        file=STUDY.params_file,
+        **STUDY.params("latents", only=["latents", "train.size"]),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- "
-        "genseg latents --params {params.file} --only-training"
+        STUDY.command("latents --only-training")
 
 
-# Every size; what is there already is kept.
+# All image sizes. Finished shards are reused.
 rule latents:
     input:
         f"{DATA}/manifest.json",
@@ -32,17 +29,15 @@ rule latents:
     output:
         f"{RESULTS}/latents/manifest.json",
     log:
-        f"{WORK}/logs/latents.log",
+        STUDY.log("latents"),
     benchmark:
-        f"{WORK}/benchmarks/latents.tsv"
+        STUDY.benchmark("latents")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("latents")
     resources:
         **STUDY.resources("latents"),
     params:
-        uses=STUDY.uses("latents"),
-        code=STUDY.code("latents"),
-        file=STUDY.params_file,
+        **STUDY.params("latents"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg latents --params {params.file}"
+        STUDY.command("latents")

@@ -1,27 +1,25 @@
-# The trained control, on the training phrases: it waits for no other phase.
+# Trains the network of the trained control on the training phrases. It needs no phase but `data`.
 rule refine_train:
     input:
         f"{DATA}/manifest.json",
     output:
         f"{RESULTS}/refined/network.json",
     log:
-        f"{WORK}/logs/refine_train.log",
+        STUDY.log("refine_train"),
     benchmark:
-        f"{WORK}/benchmarks/refine_train.tsv"
+        STUDY.benchmark("refine_train")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("refine")
     resources:
-        **STUDY.resources("refine") | {"gpu": 0},
+        **STUDY.resources("refine", gpu=False),
     params:
-        uses=STUDY.uses("refine", only=["seed", "refine.trained", "refine.controls"]),
-        code=STUDY.code("refine"),
-        file=STUDY.params_file,
+        **STUDY.params("refine", only=["seed", "refine.trained", "refine.controls"]),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg refine --params {params.file} --train"
+        STUDY.command("refine --train")
 
 
-# Every n-th baseline by all of its refiners; what is there already is kept.
+# One job refines every n-th baseline with G4Seg and its controls. Finished files are reused.
 rule refine_shard:
     input:
         f"{DATA}/manifest.json",
@@ -30,44 +28,39 @@ rule refine_shard:
         f"{RESULTS}/baselines/manifest.json",
         f"{RESULTS}/refined/network.json",
     output:
-        STUDY.refined_shard("{shard}"),
+        STUDY.refine_marker("{shard}"),
     log:
-        f"{WORK}/logs/refine.shard={{shard}}.log",
+        STUDY.log("refine.shard={shard}"),
     benchmark:
-        f"{WORK}/benchmarks/refine.shard={{shard}}.tsv"
+        STUDY.benchmark("refine.shard={shard}")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("refine")
     resources:
         **STUDY.resources("refine"),
     params:
-        uses=STUDY.uses("refine"),
-        code=STUDY.code("refine"),
-        shards=STUDY.params.refine.shards,
-        file=STUDY.params_file,
+        **STUDY.params("refine"),
+        shards=STUDY.values.resources.refine.shards,
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg refine --params {params.file} "
-        "--shard {wildcards.shard} --shards {params.shards}"
+        STUDY.command("refine --shard {wildcards.shard} --shards {params.shards}")
 
 
-# Removes what no baseline and refiner account for.
+# Writes the manifest and removes files that belong to no baseline and refiner of the study.
 rule refine:
     input:
-        STUDY.refined_shards(),
+        STUDY.refine_markers(),
     output:
         f"{RESULTS}/refined/manifest.json",
     log:
-        f"{WORK}/logs/refine.log",
+        STUDY.log("refine"),
     benchmark:
-        f"{WORK}/benchmarks/refine.tsv"
+        STUDY.benchmark("refine")
     conda:
         "../envs/genseg.yaml"
     threads: 1
     resources:
-        **STUDY.resources("refine") | {"gpu": 0},
+        **STUDY.resources("refine", gpu=False),
     params:
-        uses=STUDY.uses("refine"),
-        code=STUDY.code("refine"),
-        file=STUDY.params_file,
+        **STUDY.params("refine"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg refine --params {params.file} --gather"
+        STUDY.command("refine --gather")

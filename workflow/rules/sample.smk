@@ -1,49 +1,43 @@
-# One job writes many cells: model and libraries are loaded once a job. It skips the cells that an earlier run finished,
-# here or in the predictions.
+# One job samples many runs, so that the model and the libraries are loaded once. Finished runs are reused.
 rule sample_shard:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/latents/manifest.json",
         STUDY.models(),
     output:
-        STUDY.shard("{size}", "{shard}"),
+        STUDY.sample_marker("{size}", "{shard}"),
     log:
-        f"{WORK}/logs/sample.size={{size}}.shard={{shard}}.log",
+        STUDY.log("sample.size={size}.shard={shard}"),
     benchmark:
-        f"{WORK}/benchmarks/sample.size={{size}}.shard={{shard}}.tsv"
+        STUDY.benchmark("sample.size={size}.shard={shard}")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("sample")
     resources:
         **STUDY.resources("sample"),
     params:
-        uses=STUDY.uses_at_size,
-        code=STUDY.code("sample"),
-        shards=STUDY.params.sample.shards,
-        file=STUDY.params_file,
+        **STUDY.params("sample", at_size=True),
+        shards=STUDY.values.resources.sample.shards,
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg sample --params {params.file} "
-        "--size {wildcards.size} --shard {wildcards.shard} --shards {params.shards}"
+        STUDY.command("sample --size {wildcards.size} --shard {wildcards.shard} --shards {params.shards}")
 
 
-# Gathers the shards into the predictions and removes the cells that the grid no longer holds.
+# Gathers the shards into the predictions and removes the runs that the study no longer has.
 rule sample:
     input:
-        STUDY.shards(),
+        STUDY.sample_markers(),
     output:
         f"{RESULTS}/predictions/manifest.json",
     log:
-        f"{WORK}/logs/sample.log",
+        STUDY.log("sample"),
     benchmark:
-        f"{WORK}/benchmarks/sample.tsv"
+        STUDY.benchmark("sample")
     conda:
         "../envs/genseg.yaml"
     threads: 1
     resources:
-        **STUDY.resources("sample") | {"gpu": 0},
+        **STUDY.resources("sample", gpu=False),
     params:
-        uses=STUDY.uses("sample"),
-        code=STUDY.code("sample"),
-        file=STUDY.params_file,
+        **STUDY.params("sample"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg sample --params {params.file} --gather"
+        STUDY.command("sample --gather")

@@ -6,17 +6,15 @@ rule score:
     output:
         f"{RESULTS}/scores/manifest.json",
     log:
-        f"{WORK}/logs/score.log",
+        STUDY.log("score"),
     benchmark:
-        f"{WORK}/benchmarks/score.tsv"
+        STUDY.benchmark("score")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("score")
     resources:
         **STUDY.resources("score"),
     params:
-        uses=STUDY.uses("score"),
-        code=STUDY.code("score"),
-        file=STUDY.params_file,
+        **STUDY.params("score"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- genseg score --params {params.file}"
+        STUDY.command("score")

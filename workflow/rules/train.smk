@@ -4,41 +4,43 @@ rule train_gs:
         f"{RESULTS}/backbone/manifest.json",
         f"{RESULTS}/latents/train.json",
     output:
-        f"{RESULTS}/model/manifest.json",
+        f"{RESULTS}/model/gs/manifest.json",
     log:
-        f"{WORK}/logs/train_gs.log",
+        STUDY.log("train_gs"),
     benchmark:
-        f"{WORK}/benchmarks/train_gs.tsv"
+        STUDY.benchmark("train_gs")
     conda:
         "../envs/genseg.yaml"
     threads: STUDY.threads("train")
     resources:
         **STUDY.resources("train"),
     params:
-        model="gs",
-        uses=STUDY.uses("train"),
-        code=STUDY.code("train"),
-        file=STUDY.params_file,
+        **STUDY.params("train"),
     shell:
-        "exec genseg lease --log {log} --gpus {resources.gpu} -- "
-        "genseg train --params {params.file} --model {params.model}"
+        STUDY.command("train --model gs")
 
 
-use rule train_gs as train_control with:
+rule train_discriminative:
+    input:
+        rules.train_gs.input,
     output:
-        f"{RESULTS}/control/manifest.json",
+        f"{RESULTS}/model/discriminative/manifest.json",
     log:
-        f"{WORK}/logs/train_control.log",
+        STUDY.log("train_discriminative"),
     benchmark:
-        f"{WORK}/benchmarks/train_control.tsv"
+        STUDY.benchmark("train_discriminative")
+    conda:
+        "../envs/genseg.yaml"
+    threads: STUDY.threads("train")
+    resources:
+        **STUDY.resources("train"),
     params:
-        model="discriminative",
-        uses=STUDY.uses("train"),
-        code=STUDY.code("train"),
-        file=STUDY.params_file,
+        **STUDY.params("train"),
+    shell:
+        STUDY.command("train --model discriminative")
 
 
 rule train:
     input:
         rules.train_gs.output,
-        rules.train_control.output,
+        rules.train_discriminative.output,

@@ -1,7 +1,7 @@
-"""Latents: named tensors with fixed or ragged rows in safetensors shards, and a Parquet index.
+"""Latents: named tensors with fixed-size or ragged rows in safetensors shards, and a Parquet index.
 
-A *store* is a directory with `shard-00000.safetensors`, ... and `index.parquet` (columns id, shard, row). Writing resumes
-at shards. The index is written last, so a store with an index is complete.
+A *store* is a directory with `shard-00000.safetensors`, ... and `index.parquet` (columns id, shard, row). Interrupted writing
+continues after the last complete shard. The index is written last, so a store with an index is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,7 @@ VERSION = 1
 
 
 def shard_path(store: Path, shard: int) -> Path:
-    """Return the path of a shard of a store, by the shard's number."""
+    """Return the path of a shard of a store."""
     return store / f"shard-{shard:05d}.safetensors"
 
 
@@ -39,14 +40,6 @@ def is_current_shard(path: Path, key: str) -> bool:
         return False
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
-    """Write the tensors of one shard atomically, with `key` in the file's metadata."""
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"key": key})
-
-
 def write_store(
     store: Path, ids: Sequence[str], shard_rows: int, key: str, encode: Callable[[list[str]], dict[str, torch.Tensor]]
 ) -> Iterator[tuple[int, bool]]:
@@ -54,40 +47,54 @@ def write_store(
 
     Args:
         shard_rows: ids per shard.
-        key: hash of everything that the rows depend on; shards with another key are written again.
+        key: hash of everything that the rows depend on. Shards with another key are written again.
         encode: function from ids to tensors. Either every tensor has one row per id, or the rows are ragged: with a tensor
             `offsets` [n + 1], rows offsets[i]:offsets[i + 1] belong to id i (in tensors `pooled*`, row i).
 
     Yields:
-        (rows done, whether this shard was written now)
+        After each shard, the number of rows written so far, and whether this call wrote the shard.
     """
-    shards = [list(ids[start : start + shard_rows]) for start in range(0, len(ids), shard_rows)]
-    for number, members in enumerate(shards):
-        path = shard_path(store, number)
-        shard_key = f"{key}:{hashlib.sha256(json.dumps(members).encode()).hexdigest()}"
+    from safetensors.torch import save_file
+
+    # 1. Write the shards, and remove surplus shards of an earlier, larger store.
+    shards = list(_shards(store, ids, shard_rows, key))
+    for number, (path, members, shard_key) in enumerate(shards):
         is_new = not is_current_shard(path, shard_key)
         if is_new:
-            write_shard(path, encode(members), shard_key)
+            tensors = {name: tensor.contiguous() for name, tensor in encode(members).items()}
+            with atomic_path(path) as temporary:
+                save_file(tensors, temporary, metadata={"key": shard_key})
         yield min((number + 1) * shard_rows, len(ids)), is_new
     for surplus_path in sorted(store.glob("shard-*.safetensors"))[len(shards) :]:
         surplus_path.unlink()
+
+    # 2. Write the index.
+    shard, row = np.divmod(np.arange(len(ids), dtype=np.int32), shard_rows)
     index = pa.table(
-        {
-            "id": pa.array([str(item) for item in ids], pa.string()),
-            "shard": pa.array([position // shard_rows for position in range(len(ids))], pa.int32()),
-            "row": pa.array([position % shard_rows for position in range(len(ids))], pa.int32()),
-        },
+        {"id": pa.array(ids, pa.string()), "shard": pa.array(shard, pa.int32()), "row": pa.array(row, pa.int32())},
         metadata={"kind": "latents", "version": str(VERSION), "key": key},
     )
     with atomic_path(store / "index.parquet") as temporary:
         pq.write_table(index, temporary)
 
 
-class LatentStore:
-    """Reader of a store: `store[id]` returns the tensors of a row, memory-mapped. Opened shards stay open.
+def is_current_store(store: Path, ids: Sequence[str], shard_rows: int, key: str) -> bool:
+    """Return whether `write_store` with these arguments would have nothing to encode."""
+    shards = _shards(store, ids, shard_rows, key)
+    return (store / "index.parquet").exists() and all(is_current_shard(path, shard_key) for path, _, shard_key in shards)
 
-    Raises:
-        UserError: the index or a shard is missing or truncated, or an id has no row.
+
+def _shards(store: Path, ids: Sequence[str], shard_rows: int, key: str) -> Iterator[tuple[Path, list[str], str]]:
+    """Yield the path, the ids and the key of each shard."""
+    for number, start in enumerate(range(0, len(ids), shard_rows)):
+        members = list(ids[start : start + shard_rows])
+        yield shard_path(store, number), members, f"{key}:{hashlib.sha256(json.dumps(members).encode()).hexdigest()}"
+
+
+class LatentStore:
+    """Reader of a store: `store[id]` reads the tensors of a row from a memory-mapped shard. Opened shards stay open.
+
+    Raises UserError if the index or a shard is missing or truncated, or an id has no row.
     """
 
     def __init__(self, store: str | Path) -> None:
@@ -98,9 +105,7 @@ class LatentStore:
             raise UserError(f"{self.path}: no complete latents (index.parquet is missing); run `genseg latents`") from None
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path}/index.parquet: unreadable ({error}); remove it and run `genseg latents`") from None
-        self._locations: dict[str, tuple[int, int]] = {
-            item: (shard, row) for item, shard, row in zip(index["id"], index["shard"], index["row"], strict=True)
-        }
+        self._locations = dict(zip(index["id"], zip(index["shard"], index["row"], strict=True), strict=True))
         self._handles: dict[int, safe_open] = {}
 
     def __len__(self) -> int:
@@ -113,23 +118,18 @@ class LatentStore:
         """Return all ids, in the order in which they were written."""
         return list(self._locations)
 
-    def _handle(self, shard: int) -> safe_open:
+    def __getitem__(self, item: object) -> dict[str, torch.Tensor]:
+        if item not in self:
+            raise UserError(f"{self.path}: no latents of {str(item)!r} in this store; run `genseg latents` again")
+        shard, row = self._locations[str(item)]
         if shard not in self._handles:
             path = shard_path(self.path, shard)
             try:
                 self._handles[shard] = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
-                message = f"{path}: missing or truncated ({error}); remove {self.path} and run `genseg latents`"
-                raise UserError(message) from None
-        return self._handles[shard]
-
-    def __getitem__(self, item: object) -> dict[str, torch.Tensor]:
-        try:
-            shard, row = self._locations[str(item)]
-        except KeyError:
-            message = f"{self.path}: no latents of {str(item)!r}, they belong to other data; run `genseg latents` again"
-            raise UserError(message) from None
-        handle = self._handle(shard)
+                remedy = f"remove {self.path} and run `genseg latents`"
+                raise UserError(f"{path}: missing or truncated ({error}); {remedy}") from None
+        handle = self._handles[shard]
         names = handle.keys()
         if "offsets" not in names:
             return {name: handle.get_slice(name)[row] for name in names}

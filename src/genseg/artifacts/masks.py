@@ -1,7 +1,5 @@
 """Binary masks as COCO compressed run-length encodings (RLE, `counts` of pycocotools), always at native size."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,29 +20,24 @@ def encode(mask: NDArray[np.generic]) -> bytes:
 
 
 def decode(rle: bytes, height: int, width: int) -> Mask:
-    """Return the mask [height, width] of an RLE as bool.
-
-    Raises:
-        UserError: the RLE does not have exactly height x width pixels. (pycocotools would leave the remaining pixels
-            empty or raise an error of its own.)
-    """
-    check(rle, height, width)
+    """Return the mask [height, width] of an RLE as bool. Raises UserError if it does not have height x width pixels."""
+    check(rle, height, width)  # otherwise pycocotools leaves the remaining pixels empty or raises another error
     return decode_checked(rle, height, width)
 
 
 def decode_checked(rle: bytes, height: int, width: int) -> Mask:
-    """Decode an RLE that was already checked, e.g. by `measure`."""
+    """Return the mask [height, width] of an RLE whose size was already checked, e.g. with `measure`."""
     return np.asarray(coco_mask.decode({"size": [height, width], "counts": rle}), dtype=bool)
 
 
 def check(rle: bytes, height: int, width: int) -> None:
     """Raise UserError unless the runs of an RLE add up to height * width."""
     if measure([rle]).pixels[0] != height * width:
-        raise UserError(f"{misfit(height, width)}; it belongs to another size or is truncated")
+        raise UserError(f"{misfit(height, width)}; it has another size or is truncated")
 
 
 def misfit(height: int, width: int) -> str:
-    """Return the common start of all messages about an RLE of the wrong size."""
+    """Return the beginning of all messages about an RLE of the wrong size."""
     return f"the RLE of a mask does not fit {height} x {width} pixels"
 
 
@@ -54,17 +47,14 @@ class Measures(NamedTuple):
     pixels: Integers
     """Sum of all runs, i.e. height * width of the mask; -1 if the bytes are not an RLE."""
     foreground: Integers
-    """Sum of the foreground runs, i.e. the area of the mask; 0 if the bytes are not an RLE."""
+    """Area of the mask; 0 if the bytes are not an RLE."""
     canonical: Mask
-    """Whether no run but the first is empty. pycocotools' `iou` and `merge` may stop early at other empty runs."""
+    """Whether all runs after the first are non-empty. pycocotools' `iou` and `merge` may stop early at an empty run."""
 
 
 def measure(rles: Sequence[bytes]) -> Measures:
     """Measure many RLEs at once without decoding them."""
-    measures = _empty_measures(len(rles))
-    for rows in _blocks(np.array([len(rle) for rle in rles], np.int64)):
-        _fill_measures(measures, rows, *_run_ends([rles[row] for row in rows.tolist()]))
-    return measures
+    return _measure(rles)[0][0]
 
 
 def compare(left: Sequence[bytes], right: Sequence[bytes]) -> tuple[Measures, Measures, Integers]:
@@ -73,15 +63,25 @@ def compare(left: Sequence[bytes], right: Sequence[bytes]) -> tuple[Measures, Me
     Returns:
         The measures of `left`, those of `right`, and the pixels [n] in the intersection of each pair.
     """
-    measures, common = (_empty_measures(len(left)), _empty_measures(len(right))), np.zeros(len(left), np.int64)
-    for rows in _blocks(np.array([len(a) + len(b) for a, b in zip(left, right, strict=True)], np.int64)):
+    (left_measures, right_measures), common = _measure(left, right)
+    return left_measures, right_measures, common
+
+
+def _measure(*sides: Sequence[bytes]) -> tuple[list[Measures], Integers]:
+    """Measure the RLEs of one or two sides, block by block, and count the common pixels of two sides."""
+    count = len(sides[0])
+    measures = [Measures(np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, bool)) for _ in sides]
+    common = np.zeros(count, np.int64)
+    for rows in _blocks(np.array([sum(map(len, rles)) for rles in zip(*sides, strict=True)], np.int64)):
         ends_of_sides = []
-        for rles, side_measures in zip((left, right), measures, strict=True):
-            ends, canonical = _run_ends([rles[row] for row in rows.tolist()])
-            _fill_measures(side_measures, rows, ends, canonical)
+        for rles, (pixels, foreground, canonical) in zip(sides, measures, strict=True):
+            ends, canonical[rows] = _run_ends([rles[row] for row in rows.tolist()])
+            pixels[rows] = ends[:, -1]
+            foreground[rows] = (ends[:, 1::2] - ends[:, ::2]).sum(1, dtype=np.int64)
             ends_of_sides.append(ends)
-        common[rows] = _common_pixels(*ends_of_sides)
-    return *measures, common
+        if len(sides) == 2:
+            common[rows] = _common_pixels(*ends_of_sides)
+    return measures, common
 
 
 def _blocks(lengths: Integers) -> Iterator[Integers]:
@@ -96,31 +96,21 @@ def _blocks(lengths: Integers) -> Iterator[Integers]:
         start = end
 
 
-def _empty_measures(count: int) -> Measures:
-    return Measures(np.full(count, -1, np.int64), np.zeros(count, np.int64), np.zeros(count, bool))
-
-
-def _fill_measures(measures: Measures, rows: Integers, ends: Integers, canonical: Mask) -> None:
-    measures.pixels[rows] = ends[:, -1]
-    measures.foreground[rows] = (ends[:, 1::2] - ends[:, ::2]).sum(1, dtype=np.int64)
-    measures.canonical[rows] = canonical
-
-
 _WELL_FORMED = re.compile(rb"(?:[P-o]{0,5}[0-O])+").fullmatch
 """Complete numbers of at most six digits, enough for runs of up to 2 ** 29 pixels."""
 _CONTINUED = bytes(range(48 + 32, 48 + 64))
-"""Digits that are followed by another digit of the same number."""
+"""Bytes of digits that are followed by another digit of the same number."""
 
 
 def _run_ends(rles: list[bytes]) -> tuple[Integers, Mask]:
     """Return the ends of the runs of n RLEs, and `Measures.canonical` [n].
 
-    The ends [n, L] alternate between background and foreground runs. L is even, shorter rows repeat their last end, and a
-    row is -1 if its bytes are not an RLE.
+    The ends [n, L] alternate between background and foreground runs. L is even, shorter rows repeat their last end, and all
+    entries of a row are -1 if its bytes are not an RLE.
 
-    An RLE is a sequence of little-endian base-32 numbers, one per run: 5 bits per byte, bit 5 marks that more digits
-    follow, bit 4 of the last digit is the sign, and 48 is added to make the byte printable. From the fourth number on,
-    a number is the difference from the run two places before (pycocotools, `rleToString`).
+    An RLE is a sequence of little-endian base-32 numbers, one per run: 5 bits per byte; bit 5 is set if more digits follow;
+    bit 4 of the last digit is the sign; 48 is added to make the byte printable. The fourth and later numbers are differences
+    from the run two places before (pycocotools, `rleToString`).
     """
     # 1. Split the bytes into digits; replace malformed RLEs with an empty one.
     sizes = np.array([len(rle) for rle in rles])
@@ -138,7 +128,7 @@ def _run_ends(rles: list[bytes]) -> tuple[Integers, Mask]:
     finals = np.frombuffer(joined.translate(None, _CONTINUED), np.uint8) - np.uint8(48)
     numbers = ((finals << 3).view(np.int8) >> 3).astype(np.int32)
     count = sizes - np.diff(np.searchsorted(more, stops), prepend=0)
-    follow = more - np.arange(len(more))  # index of the number that each other digit belongs to
+    follow = more - np.arange(len(more))  # index of the number to which each continued digit belongs
     while len(more):
         final = np.append(follow[1:] != follow[:-1], True)
         number = follow[final]
@@ -167,7 +157,7 @@ def _run_ends(rles: list[bytes]) -> tuple[Integers, Mask]:
 def _common_pixels(left: Integers, right: Integers) -> Integers:
     """Return the pixels [n] that are foreground in both masks, from the results of `_run_ends`.
 
-    At most two runs overlap at any pixel. With starts and stops sorted, the overlap after start k + 1 ends at stop k.
+    At most two runs overlap at any pixel. With starts and stops sorted, an overlap reaches from start k + 1 to stop k.
     """
     starts, stops = (np.concatenate([left[:, side::2], right[:, side::2]], axis=1) for side in (0, 1))
     starts.sort(axis=1)

@@ -1,6 +1,4 @@
-"""Parquet tables with a version in their metadata; the reader also accepts what plain pandas writes."""
-
-from __future__ import annotations
+"""Parquet tables with a version in their metadata; the reader also accepts files written by pandas."""
 
 from pathlib import Path
 
@@ -12,7 +10,8 @@ from genseg.artifacts.files import atomic_path
 from genseg.errors import UserError
 
 KEY = ["image_id", "narrative_id", "phrase_id"]
-KEY_FIELDS = [pa.field("image_id", pa.int64()), pa.field("narrative_id", pa.string()), pa.field("phrase_id", pa.int64())]
+_KEY_TYPES = (pa.int64(), pa.string(), pa.int64())
+KEY_FIELDS = [pa.field(name, dtype, nullable=False) for name, dtype in zip(KEY, _KEY_TYPES, strict=True)]
 
 
 def write_table(frame: pd.DataFrame, schema: pa.Schema, path: str | Path, metadata: dict[str, str]) -> None:
@@ -24,7 +23,7 @@ def write_table(frame: pd.DataFrame, schema: pa.Schema, path: str | Path, metada
 
 
 def read_table(path: str | Path, schema: pa.Schema, kind: str, version: int, optional: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read and check a table. Columns are cast losslessly, extra columns are ignored and a missing version means 1.
+    """Read and check a table. Integers are cast losslessly, extra columns are ignored, and a missing version means 1.
 
     Args:
         kind: name of the artifact in messages.
@@ -32,8 +31,8 @@ def read_table(path: str | Path, schema: pa.Schema, kind: str, version: int, opt
         optional: columns that may be missing; their values are then null.
 
     Raises:
-        UserError: the file is missing or truncated, its version is newer, a column is missing, a value does not fit the
-            column's type, or a key occurs twice (the message gives the row number).
+        UserError: the file is missing or truncated, its version is newer, a column is missing, a value is missing or does not
+            fit the column's type, or a key occurs twice (the message gives the row number).
     """
     path = Path(path)
     if path.is_dir():

@@ -1,7 +1,5 @@
 """Predictions of any method: one row per phrase with a native-size mask, and optional soft label maps in a second file."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from genseg.errors import UserError
 VERSION = 1
 SCHEMA = pa.schema(
     [
-        *[pa.field(field.name, field.type, nullable=False) for field in KEY_FIELDS],
+        *KEY_FIELDS,
         pa.field("mask", pa.binary(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
     ]
@@ -41,15 +39,13 @@ def write_predictions(frame: pd.DataFrame, path: str | Path, **metadata: str) ->
 
 
 def write_with_maps(frame: pd.DataFrame, maps: NDArray[np.float32] | None, path: str | Path, **metadata: str) -> None:
-    """Write predictions that are sorted by key and their soft maps [N, h, w]; without maps, remove those of an earlier run.
+    """Write predictions that are sorted by key, and their soft maps [N, h, w]. If `maps` is None, old maps are removed.
 
-    The old predictions are removed first and the new ones written last, so that after an interruption a predictions file
-    never has the maps of another run.
+    The predictions file is removed first and written last, so after an interruption it never has maps of another run.
     """
     Path(path).unlink(missing_ok=True)
-    if maps is None:
-        maps_path(path).unlink(missing_ok=True)
-    else:
+    maps_path(path).unlink(missing_ok=True)
+    if maps is not None:
         write_maps(maps, path)
     write_predictions(frame, path, **metadata)
 
@@ -67,14 +63,10 @@ def write_maps(maps: NDArray[np.float32], predictions: str | Path) -> None:
 
 
 def read_maps(predictions: str | Path, rows: slice = slice(None)) -> NDArray[np.float32]:
-    """Read the soft label maps [N, h, w] in [0, 1] of a predictions file, or only those of some `rows`.
-
-    Raises:
-        UserError: the maps are missing or truncated.
-    """
+    """Read soft label maps [N, h, w] in [0, 1], or only some rows. Raises UserError if they are missing or truncated."""
     with _open_maps(predictions) as maps:
         count, height, width = maps.get_shape()
-        if not count:  # an empty shard; safetensors cannot slice an empty tensor
+        if not count:  # safetensors cannot slice an empty tensor
             return np.zeros((0, height, width), np.float32)
         return np.asarray(maps[rows] / np.float32(255), dtype=np.float32)
 
@@ -84,8 +76,7 @@ def maps_shape(predictions: str | Path) -> tuple[int, int, int] | None:
     if not maps_path(predictions).exists():
         return None
     with _open_maps(predictions) as maps:
-        count, height, width = maps.get_shape()
-        return count, height, width
+        return tuple(maps.get_shape())
 
 
 @contextlib.contextmanager

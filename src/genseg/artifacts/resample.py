@@ -1,10 +1,8 @@
 """Area reduction and bilinear interpolation of maps without torch: masks to label latents and back.
 
-Both are separable, `out = R x C^T`, with sparse matrices that are cached by size. The result of a map depends neither on the
-other maps of the batch nor on the number of threads.
+Both are separable, `out = R x C^T`, with sparse matrices R and C that are cached by size. The result for a map does not depend
+on the other maps of the batch or on the number of threads.
 """
-
-from __future__ import annotations
 
 from functools import lru_cache
 
@@ -18,26 +16,18 @@ Map = NDArray[np.float32]
 
 
 def area_reduce(maps: Map | Mask, height: int, width: int) -> Map:
-    """Reduce maps [..., H, W] to [..., height, width] by exact area averaging, for any ratio of the sides.
+    """Reduce maps [..., H, W] to float32 [..., height, width] by exact area averaging, for any ratio of the sides.
 
-    The value of a cell is the mean of the map over the cell's rectangle. Pixels that its border cuts are weighted by the
-    covered fraction, so the mean of the map is preserved. Equal to `torch.nn.functional.interpolate(mode="area")` for
-    integer ratios.
-
-    Returns:
-        float32 [..., height, width]; in [0, 1] for masks.
+    The value of a cell is the mean of the map over the cell's rectangle, with pixels that its border cuts weighted by the
+    covered fraction. Equal to `torch.nn.functional.interpolate(mode="area")` for integer ratios.
     """
     return separable(maps, area_matrix(maps.shape[-2], height), area_matrix(maps.shape[-1], width))
 
 
 def bilinear(maps: Map | Mask, height: int, width: int) -> Map:
-    """Interpolate maps [..., h, w] bilinearly to [..., height, width], with pixel centres at half-integers.
+    """Interpolate maps [..., h, w] bilinearly to float32 [..., height, width], with pixel centres at half-integers.
 
-    Equal to `torch.nn.functional.interpolate(mode="bilinear", align_corners=False, antialias=False)`: down-sampling
-    reads two neighbours along each axis and is not antialiased.
-
-    Returns:
-        float32 [..., height, width].
+    Equal to `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`, so down-sampling is not antialiased.
     """
     return separable(maps, bilinear_matrix(maps.shape[-2], height), bilinear_matrix(maps.shape[-1], width))
 

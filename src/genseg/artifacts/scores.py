@@ -1,6 +1,4 @@
-"""Scores: IoU per phrase as Parquet, and a JSON summary (unrounded fractions; null for a split without phrases)."""
-
-from __future__ import annotations
+"""Scores: the IoU of every phrase as Parquet, and a JSON summary (unrounded fractions; null for a split without phrases)."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from genseg.artifacts.parquet import KEY, KEY_FIELDS, read_table, write_table
 VERSION = 1
 SCHEMA = pa.schema(
     [
-        *[pa.field(field.name, field.type, nullable=False) for field in KEY_FIELDS],
+        *KEY_FIELDS,
         pa.field("is_thing", pa.bool_(), nullable=False),
         pa.field("is_plural", pa.bool_(), nullable=False),
         pa.field("iou", pa.float64(), nullable=False),

@@ -1,4 +1,1 @@
-"""Methods that GS is compared with, and coarse masks that a refiner is given. Every one emits predictions.
-
-`registry` lists them all; importing it needs no torch.
-"""
+"""Methods that GS is compared with, and sources of coarse masks for the refiners; `registry` lists them, without torch."""

@@ -1,10 +1,8 @@
-"""What the attention baselines do with attention: pure functions of recorded maps.
+"""Phrase maps from recorded attention, as pure functions.
 
 A *grid* is the (h, w) of a layer's image tokens, N = h * w. Cross-attention is [K, N, L] for K phrases and L text tokens,
-self-attention [N, N]; rows sum to 1 (`models.attention_control.AttentionStore`).
+self-attention is [N, N]; rows sum to 1 (`models.attention_control.AttentionStore`).
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
@@ -16,14 +14,14 @@ from genseg.artifacts.resample import bilinear, bilinear_matrix
 
 Grid = tuple[int, int]
 TINY = 1e-12
+"""Added to denominators and probabilities, or their lower bound, to avoid division by zero and log(0)."""
 
 
 # ----------------------------------------------------------------------------------------------------- phrase maps
 def enlarge(maps: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Bilinear interpolation of maps [K, h, w] to a grid.
+    """Interpolate maps [K, h, w] bilinearly to a grid.
 
-    By products with the axes' weights: torch's own needs several copies of the result where algorithms must be
-    deterministic, on GPUs alone.
+    With deterministic algorithms, torch's own interpolation would need several copies of the result on GPUs.
     """
     rows, columns = (
         torch.from_numpy(bilinear_matrix(source, target).toarray()).to(maps)
@@ -33,29 +31,29 @@ def enlarge(maps: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 
 def nearest_grid(grids: Iterable[Grid], side: int) -> Grid:
-    """The grid whose height is nearest to `side`, the coarser of two."""
+    """Return the grid whose height is nearest to `side`; on a tie the coarser one."""
     return min(grids, key=lambda grid: (abs(grid[0] - side), grid))
 
 
 def phrase_maps(cross: torch.Tensor, grid: Grid, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean over a phrase's tokens: cross-attention [K, N, L] and weights [K, L] -> maps [K, h, w]."""
+    """Return the weighted mean [K, h, w] over each phrase's tokens of cross-attention [K, N, L], with weights [K, L]."""
     return torch.einsum("knl,kl->kn", cross, weights / weights.sum(1, keepdim=True)).unflatten(1, grid)
 
 
 def combined_maps(cross: Mapping[Grid, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """Phrase maps [K, h, w] of all grids on the finest one, each in proportion to its side, as DiffSeg weighs them."""
+    """Return the mean over grids of the phrase maps, resized to the finest grid (h, w) and weighted by height as in DiffSeg."""
     finest, total = max(cross), sum(grid[0] for grid in cross)
     parts = [enlarge(phrase_maps(part, grid, weights), finest) * (grid[0] / total) for grid, part in sorted(cross.items())]
     return torch.stack(parts).sum(0)
 
 
-def lift(maps: torch.Tensor) -> torch.Tensor:
-    """Each map [K, h, w] over its own mean: phrases whose tokens attract more attention everywhere become comparable."""
+def divide_by_mean(maps: torch.Tensor) -> torch.Tensor:
+    """Divide each map [K, h, w] by its mean, so that phrases whose attention is high everywhere become comparable."""
     return maps / maps.mean((1, 2), keepdim=True).clamp_min(TINY)
 
 
 def minmax(maps: torch.Tensor, together: bool = False) -> torch.Tensor:
-    """Maps [K, h, w] to [0, 1], each by its own range or all by one (`together`: they compete); constant ones to 0."""
+    """Scale maps [K, h, w] to [0, 1], each by its own range, or all by a common range if `together`; constants become 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     if together:
         low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
@@ -65,24 +63,22 @@ def minmax(maps: torch.Tensor, together: bool = False) -> torch.Tensor:
 
 # --------------------------------------------------------------------------------------------------------- DiffPNG
 def locate(maps: torch.Tensor, grid: Grid, anchor: float) -> torch.Tensor:
-    """DiffPNG's first step: phrase maps [K, h, w], enlarged and min-max scaled; anchors [K, N] bool are those over `anchor`."""
+    """Return DiffPNG's anchors [K, N] bool: tokens of a grid where the min-max scaled phrase maps [K, h, w] exceed `anchor`."""
     return (minmax(enlarge(maps, grid)) > anchor).flatten(1)
 
 
 def spread(self_attention: torch.Tensor, anchors: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """DiffPNG's second step: mean of the self-attention rows [K, N, N] at the anchors [K, N] -> maps [K, h, w].
-
-    A mean, not its sum: scaled to [0, 1] it is the same, and maps of several phrases compare. Zero without an anchor.
-    """
+    """Return DiffPNG's maps [K, h, w]: the mean self-attention row [K, N, N] of the anchors [K, N], 0 without anchors."""
+    # DiffPNG takes the sum. After min-max scaling both are equal, but only means are comparable between phrases.
     weights = anchors.to(self_attention) / anchors.sum(1, keepdim=True).clamp_min(1)
     return torch.einsum("kn,knm->km", weights, self_attention).unflatten(1, grid)
 
 
 # --------------------------------------------------------------------------------------------------------- DiffSeg
 def aggregate(self_attention: Mapping[Grid, torch.Tensor]) -> torch.Tensor:
-    """DiffSeg's attention aggregation: [N, N] of every grid -> distributions [H * W, H * W] on the finest grid (H, W).
+    """Aggregate self-attention [N, N] of all grids to distributions [H * W, H * W] on the finest grid (H, W), as in DiffSeg.
 
-    The last two dimensions are interpolated bilinearly, the first two repeated; weights in proportion to the side.
+    Rows are repeated and their maps interpolated bilinearly. The weight of a grid is proportional to its height.
     """
     finest, total = max(self_attention), sum(grid[0] for grid in self_attention)
     result = torch.zeros(())
@@ -95,56 +91,58 @@ def aggregate(self_attention: Mapping[Grid, torch.Tensor]) -> torch.Tensor:
 
 
 def anchor_indices(grid: Grid, side: int) -> torch.Tensor:
-    """Rows of an evenly spaced `side` x `side` grid of anchors, clipped to the grid that there is."""
+    """Return the token indices of `side` x `side` evenly spaced anchors (fewer on a smaller grid)."""
     axes = [(torch.arange(min(side, length)) * 2 + 1) * length // (2 * min(side, length)) for length in grid]
     return (axes[0][:, None] * grid[1] + axes[1]).flatten()
 
 
 def divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Half the symmetric Kullback-Leibler divergence, (KL(p|q) + KL(q|p)) / 2, of distributions [A, M] and [B, M]: [A, B]."""
+    """Return (KL(p|q) + KL(q|p)) / 2 for all pairs of distributions p [A, M] and q [B, M], as [A, B]."""
     p, q = first + TINY, second + TINY
     log_p, log_q = p.log(), q.log()
-    own = (p * log_p).sum(1)[:, None] + (q * log_q).sum(1)
-    return ((own - p @ log_q.T - log_p @ q.T) / 2).clamp_min(0)
+    negative_entropies = (p * log_p).sum(1)[:, None] + (q * log_q).sum(1)
+    return ((negative_entropies - p @ log_q.T - log_p @ q.T) / 2).clamp_min(0)
 
 
-def merge(maps: torch.Tensor, anchors: torch.Tensor, tau: float, iterations: int) -> torch.Tensor:
-    """DiffSeg's iterative merging: distributions [M, M] and anchors' rows [A] -> proposals [P, M].
+def merge(maps: torch.Tensor, anchors: torch.Tensor, tau: float, iterations: int = 3) -> torch.Tensor:
+    """Merge distributions [M, M] into proposals [P, M], starting from anchors [A] (DiffSeg's iterative attention merging).
 
-    First every anchor becomes the mean of all maps nearer than tau; each further iteration goes through the proposals in
-    order, and the first that belongs to no group takes all ungrouped ones nearer than tau into its own: their mean.
+    The first iteration makes a proposal for every anchor: the mean of all distributions closer to it than tau. Each further
+    iteration goes through the proposals in order and groups each with the ungrouped ones closer than tau; a group becomes its
+    mean.
     """
     near = (divergence(maps[anchors], maps) < tau).to(maps)
-    near[torch.arange(len(anchors)), anchors] = 1  # its own divergence is 0 but for rounding
+    near[torch.arange(len(anchors)), anchors] = 1  # rounding may make the divergence from itself nonzero
     proposals = near @ maps / near.sum(1, keepdim=True)
     for _ in range(iterations - 1):
         close = (divergence(proposals, proposals) < tau).cpu().numpy()
-        free, groups = np.ones(len(proposals), bool), []
+        ungrouped, groups = np.ones(len(proposals), bool), []
         for first in range(len(proposals)):
-            if free[first]:
-                members = free & close[first]
+            if ungrouped[first]:
+                members = ungrouped & close[first]
                 members[first] = True
-                free &= ~members
+                ungrouped &= ~members
                 groups.append(proposals[torch.from_numpy(members).to(maps.device)].mean(0))
         proposals = torch.stack(groups)
     return proposals
 
 
 def segment(proposals: torch.Tensor, grid: Grid, height: int, width: int) -> NDArray[np.int64]:
-    """Segments [height, width]: at every pixel the proposal that is highest there; ties to the first."""
+    """Return the index [height, width] of the highest proposal at every pixel; on a tie the first one."""
     return bilinear(proposals.float().unflatten(1, grid).cpu().numpy(), height, width).argmax(0)
 
 
 def assign(segments: NDArray[np.int64], maps: NDArray[np.float32], every_phrase: bool) -> NDArray[np.float32]:
-    """Our adaptation of DiffSeg to phrases: each segment goes to the phrase whose map has the highest mean over it.
+    """Assign each segment to the phrase whose map has the highest mean over it. This adapts DiffSeg to phrases.
 
     Args:
-        segments: [H, W]. maps: [K, h, w], non-negative and comparable between phrases.
-        every_phrase: a phrase that won nothing takes the segment of its own highest mean (a narrative's phrases are all
-            grounded; the classes of a list are not all there).
+        segments: [H, W].
+        maps: [K, h, w], non-negative and comparable between phrases.
+        every_phrase: whether a phrase without segments gets the segment where its mean is highest. All phrases of a narrative
+            are in the image, but not all classes of a list.
 
     Returns:
-        [K, H, W]: inside a phrase's segments its part of all phrases' means, in (0, 1]; 0 outside.
+        [K, H, W]: in the segments of a phrase, its mean divided by the sum of all phrases' means, in (0, 1]; 0 elsewhere.
     """
     large = bilinear(maps, *segments.shape).reshape(len(maps), -1)
     _, index = np.unique(segments, return_inverse=True)
@@ -153,6 +151,6 @@ def assign(segments: NDArray[np.int64], maps: NDArray[np.float32], every_phrase:
     shares = (means + TINY) / (means + TINY).sum(0)
     wins = shares.argmax(0) == np.arange(len(maps))[:, None]
     if every_phrase:
-        lost = np.flatnonzero(~wins.any(1))
-        wins[lost, means[lost].argmax(1)] = True
+        unassigned = np.flatnonzero(~wins.any(1))
+        wins[unassigned, means[unassigned].argmax(1)] = True
     return np.where(wins, shares, 0).astype(np.float32)[:, index].reshape(len(maps), *segments.shape)

@@ -1,9 +1,9 @@
-"""The command `genseg baseline`: predictions of the baselines, thresholds and amounts chosen, finished ones kept."""
-
-from __future__ import annotations
+"""The command `genseg baseline`: chooses thresholds and amounts, and writes the predictions that are not up to date."""
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,212 +13,233 @@ from numpy.typing import NDArray
 
 from genseg.artifacts import masks
 from genseg.artifacts.files import file_sha256
-from genseg.artifacts.manifest import code_hash, write_manifest
+from genseg.artifacts.manifest import write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
-from genseg.artifacts.phrases import hash_unit, read_phrases, row_mask
-from genseg.artifacts.predictions import maps_path, read_predictions, write_predictions, write_with_maps
+from genseg.artifacts.phrases import hash_unit, is_background, read_phrases, row_mask
+from genseg.artifacts.predictions import read_predictions, write_predictions, write_with_maps
 from genseg.artifacts.resample import bilinear
-from genseg.baselines.attend import METHODS, SOME, Attended, Maps
+from genseg.artifacts.reuse import has_key, has_maps, prune, with_maps
+from genseg.baselines.attend import ANY_POSITIVE, METHODS, ImageAttention, Maps
 from genseg.baselines.inexact import find_amount, inexact_masks
-from genseg.baselines.registry import INEXACT, Baseline, baselines_dir, find_baseline, import_paths, imports, own_baselines
+from genseg.baselines.registry import (
+    INEXACT,
+    Baseline,
+    baselines_dir,
+    find_baseline,
+    import_paths,
+    imported_baselines,
+    own_baselines,
+)
 from genseg.data.images import load_image
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
+from genseg.models.source import chosen_backbone
 from genseg.models.text_to_image import TextToImage
 from genseg.models.vae import image_tensor
 from genseg.params import Params, digest
-from genseg.training.prepare import chosen_backbone
-
-CODE = ("params.py", "artifacts", "data/images.py", "models", "baselines", "training/prepare.py")
-KEYS = {
-    "cross_attention": ("cross_attention",),
-    "diffpng_cross": ("diffpng",),
-    "diffpng_cross_self": ("diffpng",),
-    "diffseg": ("diffseg",),
-}
-"""What of `baselines` each method reads beside what all of them read."""
-SHARED = ("size", "precision", "batch", "prompt", "visible", "val_images", "thresholds")
-BACKGROUND = "background"
+from genseg.phases import code_hash
 
 
 def make_baselines(params: Params, names: Sequence[str] = ()) -> None:
-    """Write `results/<study>/baselines/<name>.parquet` for the phrases of test and `<name>_class_phrases.parquet` for its
-    class phrases, for every baseline or the named ones that are not there yet; without names also, last, the manifest.
+    """Write the predictions of the named baselines that are not up to date.
+
+    Without names, make all baselines of the study, remove the files of baselines that it no longer has, and write the manifest.
 
     Raises:
-        UserError: an unknown name, or the name of a run of another phase; data or backbone missing; a target out of reach; an
-            import for other phrases.
+        UserError: a name is unknown or belongs to a sampling run, data or backbone are missing, the target of an inexact
+            baseline is out of reach, or imported predictions are for other phrases.
     """
-    started = time.time()
-    every = [*own_baselines(params), *imports(params)]
-    wanted = [find_baseline(params, name, every) for name in names] or [b for b in every if b.family != "run"]
-    for baseline in wanted:
+    # 1. Find the baselines to make.
+    baselines = [*own_baselines(params), *imported_baselines(params)]
+    chosen = [find_baseline(params, name, baselines) for name in names] or [b for b in baselines if b.family != "run"]
+    for baseline in chosen:
         if baseline.family == "run":
-            raise UserError(f"{baseline.name}: its predictions are made by the phase sample: run `genseg sample`")
-    keys = {baseline.name: baseline_key(params, baseline) for baseline in wanted}
-    missing = [baseline for baseline in wanted if not is_made(params, baseline, keys[baseline.name])]
-    print(f"baseline: {len(missing)} of {len(wanted)} to make", flush=True)
+            raise UserError(f"{baseline.name}: its predictions come from sampling; run `genseg sample`")
+    keys = {baseline: baseline_key(params, baseline) for baseline in chosen}
+    missing = {baseline: key for baseline, key in keys.items() if not is_up_to_date(params, baseline, key)}
+    print(f"baseline: {len(missing)} of {len(chosen)} to make", flush=True)
+
+    # 2. Read the phrases.
     phrases = read_phrases(params.data_dir / "phrases.parquet")
     classes = read_phrases(params.data_dir / "class_phrases.parquet")
-    test, classes = phrases[phrases["split"] == "test"], classes[classes["split"] == "test"]
-    classes = classes[[tags is None or BACKGROUND not in tags for tags in classes["tags"]]]
-    for baseline in missing:
+    test = phrases[phrases["split"] == "test"]
+    classes = classes[(classes["split"] == "test") & ~is_background(classes)]
+
+    # 3. Make the baselines.
+    for baseline, key in missing.items():
         if baseline.family == "inexact":
-            _make_inexact(params, baseline, keys[baseline.name], test, classes)
+            _make_inexact(params, baseline, key, test, classes)
         if baseline.family == "imported":
-            _take_imported(params, baseline, keys[baseline.name], test, classes)
-    attention = [baseline for baseline in missing if baseline.family == "attention"]
-    device = choose_device(params.device, params.resources["baselines"].threads)
+            _copy_imported(params, baseline, key, test, classes)
+    attention = {baseline: key for baseline, key in missing.items() if baseline.family == "attention"}
+    device = choose_device(params.device, params.resources.baselines.threads)
     if attention:
         print(f"baseline: device {describe(device)}", flush=True)
-        _make_attention(params, attention, keys, phrases[phrases["split"] == "val"], test, classes, device)
+        _make_attention(params, attention, phrases, classes, device)
+
+    # 4. Write the manifest.
     if not names:
-        _write_manifest(params, every, started, device)
+        _write_manifest(params, baselines, device)
 
 
 def baseline_key(params: Params, baseline: Baseline) -> str:
-    """Hash of everything a baseline's bytes depend on: predictions that carry it need not be made again."""
+    """Return a hash of everything that a baseline's predictions depend on; files with this hash are up to date."""
     settings = params.baselines
     data = [file_sha256(params.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
-    facts = [baseline.name, params.seed, *data, code_hash(*CODE)]
+    facts = [baseline.name, params.seed, *data, code_hash("baselines")]
     if baseline.family == "imported":
         files = [path for path in import_paths(params, baseline.name) if path.exists()]
         return digest([*facts, [[path.name, file_sha256(path)] for path in files]])
     if baseline.family == "inexact":
         return digest([*facts, settings.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
-    values = settings.model_dump(mode="json", include={*SHARED, *KEYS[baseline.name]})
-    return digest([*facts, values, chosen_backbone(params, params.baselines)[2]])
+    other_sections = {method.section for method in METHODS.values()} - {METHODS[baseline.name].section}
+    values = settings.model_dump(mode="json", exclude={"backbone", "revision", "inexact", *other_sections})
+    return digest([*facts, values, chosen_backbone(params, settings).weights_hash])
 
 
-def is_made(params: Params, baseline: Baseline, key: str) -> bool:
-    paths = [baseline.predictions(params), baseline.class_predictions(params)]
+def is_up_to_date(params: Params, baseline: Baseline, key: str) -> bool:
+    """Return whether all files of a baseline exist and are up to date."""
+    paths = baseline.paths(params)
     if baseline.family == "imported":
-        there = [path.exists() for path in import_paths(params, baseline.name)]
-        return there == [path.exists() for path in paths] and all(
-            read_metadata(path).get("key") == key for path in paths if path.exists()
-        )
-    if baseline.name in METHODS and METHODS[baseline.name].chosen and not all(maps_path(path).exists() for path in paths):
-        return False
-    return all(read_metadata(path).get("key") == key for path in paths)
+        sources = import_paths(params, baseline.name)
+        same_files = [path.exists() for path in sources] == [path.exists() for path in paths]
+        return same_files and has_key(key, *(path for path in paths if path.exists()))
+    needs_maps = baseline.family == "attention" and METHODS[baseline.name].choose_threshold
+    return has_key(key, *paths) and (has_maps(*paths) or not needs_maps)
 
 
-def _write_manifest(params: Params, every: list[Baseline], started: float, device: torch.device) -> None:
+def _write_manifest(params: Params, baselines: list[Baseline], device: torch.device) -> None:
     folder = baselines_dir(params)
-    made = [baseline for baseline in every if baseline.family != "run"]
-    outputs = [path for b in made for path in (b.predictions(params), b.class_predictions(params))]
-    outputs = [path for path in outputs if path.exists()]
-    outputs += [maps_path(path) for path in outputs if maps_path(path).exists()]
-    for stale in sorted({*folder.glob("*.parquet"), *folder.glob("*.safetensors")} - set(outputs)):
-        stale.unlink()
-        print(f"baseline: removed {stale}, which the study no longer has", flush=True)
+    own = [baseline for baseline in baselines if baseline.family != "run"]
+    outputs = with_maps(path for baseline in own for path in baseline.paths(params) if path.exists())
+    prune(folder, [*outputs, folder / "manifest.json"], "baseline")
     entries = []
-    for baseline in every:
+    for baseline in baselines:
         entry: dict[str, Any] = {"name": baseline.name, "label": baseline.label, "real": baseline.real}
         entry["imported"] = baseline.family == "imported"
-        for which, path in (
-            ("predictions", baseline.predictions(params)),
-            ("class_predictions", baseline.class_predictions(params)),
-        ):
+        for which, path in zip(("predictions", "class_predictions"), baseline.paths(params), strict=True):
             entry[which] = None if entry["imported"] and not path.exists() else str(path)
-        metadata = read_metadata(baseline.predictions(params)) if baseline in made else {}
+        metadata = read_metadata(baseline.predictions(params)) if baseline in own else {}
         entries.append(entry | {name: float(metadata[name]) for name in ("threshold", "amount", "iou") if name in metadata})
     write_manifest(
         folder / "manifest.json",
         "baselines",
-        params.subtree("seed", "baselines"),
+        params,
         [params.data_dir / "phrases.parquet", params.data_dir / "class_phrases.parquet"],
         outputs,
-        started,
         describe(device),
-        code=code_hash(*CODE),
-        weights=chosen_backbone(params, params.baselines)[2],
+        weights=chosen_backbone(params, params.baselines).weights_hash,
         baselines=entries,
     )
 
 
-# ----------------------------------------------------------------------------------------------- from ground truth
+# ------------------------------------------------------------------------------------------- inexact masks and imports
 def _make_inexact(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
+    """Degrade the ground truth by the amount that gives the target IoU on the test phrases."""
     kind: Any = baseline.name.removeprefix(INEXACT)
-    amount, reached = find_amount(test, kind, params.baselines.inexact[kind], params.seed)
-    facts = {"key": key, "amount": str(amount), "iou": str(reached)}
-    for rows, path in ((classes, baseline.class_predictions(params)), (test, baseline.predictions(params))):
-        write_predictions(inexact_masks(rows, kind, amount, params.seed), path, **facts)
-    print(f"baseline: {baseline.name}: amount {amount:.3f}, mean IoU {reached:.3f}", flush=True)
+    amount, iou = find_amount(test, kind, params.baselines.inexact[kind], params.seed)
+    for rows, path in zip((test, classes), baseline.paths(params), strict=True):
+        predictions = inexact_masks(rows, kind, amount, params.seed)
+        write_predictions(predictions, path, key=key, amount=str(amount), iou=str(iou))
+    print(f"baseline: {baseline.name}: amount {amount:.3f}, mean IoU {iou:.3f}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------- imported
-def _take_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
-    """Copy what `genseg import` read, if it is for the phrases that the study has now; of two files one may be missing."""
-    out = baseline.predictions(params), baseline.class_predictions(params)
-    for source, rows, path in zip(import_paths(params, baseline.name), (test, classes), out, strict=True):
+def _copy_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
+    """Copy the files of `genseg import`, of which one may be absent, after checking that they match the study's phrases."""
+    sources = import_paths(params, baseline.name)
+    for source, rows, path in zip(sources, (test, classes), baseline.paths(params), strict=True):
         if not source.exists():
             path.unlink(missing_ok=True)
             continue
         frame = read_predictions(source)
         unknown = ~pd.MultiIndex.from_frame(frame[KEY]).isin(pd.MultiIndex.from_frame(rows[KEY]))
         if unknown.any():
-            one = tuple(frame[KEY].iloc[int(unknown.argmax())])
-            raise UserError(
-                f"{source}: {one} (image_id, narrative_id, phrase_id) is no phrase of test ({unknown.sum()} such rows): the "
-                f"data have changed since; run `genseg import {baseline.name}` again, or remove the file"
-            )
+            example = tuple(frame[KEY].iloc[int(unknown.argmax())])
+            named = f"{example} (image_id, narrative_id, phrase_id)"
+            remedy = f"the data have changed: run `genseg import {baseline.name}` again, or remove the file"
+            raise UserError(f"{source}: {named} is not a phrase of test ({unknown.sum()} such rows); {remedy}")
         write_predictions(frame, path, key=key, imported=read_metadata(source).get("imported", "{}"))
         print(f"baseline: {baseline.name}: {len(frame)} masks of {source}", flush=True)
 
 
-# --------------------------------------------------------------------------------------------------- by attention
+# -------------------------------------------------------------------------------------------- attention baselines
+@dataclass
+class _Output:
+    """Predictions of one method for the phrases or the class phrases, collected image by image."""
+
+    predictions: list[pd.DataFrame] = field(default_factory=list)
+    maps: list[Maps] = field(default_factory=list)
+    """Soft maps [K, h, w] of every image; empty for a method whose threshold is not chosen, whose maps are not written."""
+
+    def add(self, image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool, threshold: float) -> None:
+        """Predict the phrases of `rows`. The score is the mean of the soft map inside the mask, 0 for an empty mask."""
+        ordered, maps = narrative_maps(image, name, rows, exclusive)
+        codes, scores = [], []
+        for soft in maps:
+            large = bilinear(soft[None], *image.native)[0]
+            mask = large >= threshold
+            codes.append(masks.encode(mask))
+            scores.append(float(large[mask].mean()) if mask.any() else 0.0)
+        self.predictions.append(ordered[KEY].assign(mask=codes, score=scores))
+        if METHODS[name].choose_threshold:
+            self.maps.append(maps)
+
+    def write(self, path: Path, key: str, threshold: float) -> None:
+        frame = pd.concat(self.predictions, ignore_index=True).sort_values(KEY, kind="stable")
+        soft = np.concatenate(self.maps)[frame.index] if self.maps else None
+        write_with_maps(frame, soft, path, key=key, threshold=str(threshold))
+
+
 def _make_attention(
-    params: Params,
-    baselines: list[Baseline],
-    keys: dict[str, str],
-    val: pd.DataFrame,
-    test: pd.DataFrame,
-    classes: pd.DataFrame,
-    device: torch.device,
+    params: Params, keys: dict[Baseline, str], phrases: pd.DataFrame, classes: pd.DataFrame, device: torch.device
 ) -> None:
+    """Write the predictions of attention baselines with their keys. They share the forward passes for an image."""
+    # 1. Load the backbone and choose the thresholds.
     source, revision, _ = chosen_backbone(params, params.baselines)
-    model = TextToImage(source, revision, device, DTYPES[params.baselines.precision], params.baselines.visible)
-    thresholds = choose_thresholds(params, model, [b.name for b in baselines], val)
-    both = pd.concat([test.assign(exclusive=False), classes.assign(exclusive=True)], ignore_index=True)
-    found: dict[tuple[str, bool], list[tuple[pd.DataFrame, list[float], list[bytes], Maps]]] = {}
-    last, count = time.monotonic(), both["image_id"].nunique()
-    for done, (image, rows) in enumerate(attended_images(params, model, both), start=1):
-        for baseline in baselines:
-            name = baseline.name
-            for exclusive, part in rows.groupby("exclusive"):
-                ordered, maps = narrative_maps(image, name, part, bool(exclusive))
-                codes, scores = zip(*(_read(soft, *image.native, thresholds[name]) for soft in maps), strict=True)
-                kept = maps if METHODS[name].chosen else maps[:, :0, :0]
-                found.setdefault((name, bool(exclusive)), []).append((ordered[KEY], list(scores), list(codes), kept))
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            print(f"baseline: image {done} of {count}", flush=True)
-    for baseline in baselines:
-        for exclusive, path in ((True, baseline.class_predictions(params)), (False, baseline.predictions(params))):
-            parts = found[baseline.name, exclusive]
-            frame = pd.concat([keys_ for keys_, *_ in parts], ignore_index=True)
-            frame["score"] = [score for _, scores, *_ in parts for score in scores]
-            frame["mask"] = [code for *_, codes, _ in parts for code in codes]
-            order = frame.sort_values(KEY, kind="stable").index.to_numpy()
-            soft = np.concatenate([maps for *_, maps in parts])[order] if METHODS[baseline.name].chosen else None
-            threshold = str(thresholds[baseline.name])
-            write_with_maps(frame.iloc[order], soft, path, key=keys[baseline.name], threshold=threshold)
-        print(f"baseline: {baseline.name}: {len(frame)} masks, threshold {thresholds[baseline.name]:g}", flush=True)
+    model = TextToImage(source, revision, device, DTYPES[params.baselines.precision])
+    thresholds = choose_thresholds(params, model, [baseline.name for baseline in keys], phrases[phrases["split"] == "val"])
+
+    # 2. Predict all phrases (not exclusive) and class phrases (exclusive) of each image.
+    test = phrases[phrases["split"] == "test"]
+    rows = pd.concat([test.assign(exclusive=False), classes.assign(exclusive=True)], ignore_index=True)
+    outputs = {(baseline.name, exclusive): _Output() for baseline in keys for exclusive in (False, True)}
+    last_print, count = time.monotonic(), rows["image_id"].nunique()
+    for number, (image, image_rows) in enumerate(attended_images(params, model, rows), start=1):
+        for name, threshold in thresholds.items():
+            for exclusive, part in image_rows.groupby("exclusive"):
+                outputs[name, bool(exclusive)].add(image, name, part, bool(exclusive), threshold)
+        if time.monotonic() - last_print > 10:
+            last_print = time.monotonic()
+            print(f"baseline: image {number} of {count}", flush=True)
+
+    # 3. Write the predictions.
+    for baseline, key in keys.items():
+        name, threshold = baseline.name, thresholds[baseline.name]
+        for exclusive, path in zip((False, True), baseline.paths(params), strict=True):
+            outputs[name, exclusive].write(path, key, threshold)
+        print(f"baseline: {name}: masks of {len(test)} phrases, threshold {threshold:g}", flush=True)
 
 
-def attended_images(params: Params, model: TextToImage, rows: pd.DataFrame) -> Iterator[tuple[Attended, pd.DataFrame]]:
-    """Each image of `rows`, encoded once, with its rows in key order."""
+def attended_images(params: Params, model: TextToImage, rows: pd.DataFrame) -> Iterator[tuple[ImageAttention, pd.DataFrame]]:
+    """Yield each image of `rows`, encoded once, with its rows in key order."""
     settings = params.baselines
     for image_id, group in rows.sort_values(KEY, kind="stable").groupby("image_id", sort=True):
         first = group.iloc[0]
         latent = model.encode(image_tensor(load_image(first["file_name"]), settings.size)[None]).float()
         texts = sorted(set(group["phrase"]))
         native = int(first["height"]), int(first["width"])
-        yield Attended(model, settings, latent, native, texts, (params.seed, image_id)), group
+        yield ImageAttention(model, settings, latent, native, texts, (params.seed, image_id)), group
 
 
-def narrative_maps(image: Attended, name: str, rows: pd.DataFrame, exclusive: bool) -> tuple[pd.DataFrame, Maps]:
-    """The rows narrative by narrative, and a method's soft map for each."""
+def narrative_maps(image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool) -> tuple[pd.DataFrame, Maps]:
+    """Compute the soft map of one of `METHODS` for each phrase of an image, in one call for the phrases of a narrative.
+
+    Args:
+        exclusive: whether the phrases of a narrative exclude each other, as class phrases do.
+
+    Returns:
+        The rows, ordered by narrative, and their maps [K, h, w] in the same order; equal phrases of a narrative share a map.
+    """
     ordered, maps = [], []
     for _, narrative in rows.groupby("narrative_id", sort=True):
         texts = list(dict.fromkeys(narrative["phrase"]))
@@ -228,21 +249,16 @@ def narrative_maps(image: Attended, name: str, rows: pd.DataFrame, exclusive: bo
     return pd.concat(ordered), np.stack(maps)
 
 
-def _read(soft: Maps, height: int, width: int, threshold: float) -> tuple[bytes, float]:
-    """Mask and score: the mean of the up-sampled map inside the mask, 0 for an empty one."""
-    large = bilinear(soft[None], height, width)[0]
-    mask = large >= threshold
-    return masks.encode(mask), float(large[mask].mean()) if mask.any() else 0.0
-
-
+# ----------------------------------------------------------------------------------------------------- thresholds
 def choose_thresholds(params: Params, model: TextToImage, names: Sequence[str], val: pd.DataFrame) -> dict[str, float]:
-    """For each method the threshold with the highest mean IoU on some images of val; the first of equals."""
-    chosen = [name for name in names if METHODS[name].chosen]
-    thresholds = dict.fromkeys(names, SOME)
+    """Return the threshold of each method: the one with the highest mean IoU on `threshold_rows` (the lowest on a tie), or
+    `ANY_POSITIVE` for methods whose threshold is not chosen."""
+    tuned = [name for name in names if METHODS[name].choose_threshold]
+    thresholds = dict.fromkeys(names, ANY_POSITIVE)
     candidates = np.sort(np.array(params.baselines.thresholds, np.float32))
-    totals = {name: np.zeros(len(candidates)) for name in chosen}
-    for image, rows in attended_images(params, model, threshold_rows(params, val)) if chosen else ():
-        for name in chosen:
+    totals = {name: np.zeros(len(candidates)) for name in tuned}
+    for image, rows in attended_images(params, model, threshold_rows(params, val)) if tuned else ():
+        for name in tuned:
             ordered, maps = narrative_maps(image, name, rows, False)
             for (_, row), soft in zip(ordered.iterrows(), maps, strict=True):
                 totals[name] += threshold_ious(bilinear(soft[None], *image.native)[0], row_mask(row), candidates)
@@ -250,14 +266,19 @@ def choose_thresholds(params: Params, model: TextToImage, names: Sequence[str], 
 
 
 def threshold_rows(params: Params, val: pd.DataFrame) -> pd.DataFrame:
-    """The phrases of val that thresholds are chosen on: all of some images, chosen by hash."""
+    """Return the phrases that thresholds are chosen on: all phrases of `baselines.val_images` images of val, chosen by hash."""
     ids = sorted(val["image_id"].unique(), key=lambda image_id: hash_unit(params.seed, "baseline val", image_id))
     return val[val["image_id"].isin(ids[: params.baselines.val_images])]
 
 
 def threshold_ious(soft: NDArray[np.float32], truth: NDArray[np.bool_], thresholds: NDArray[np.float32]) -> NDArray[np.float64]:
-    """IoU of {soft >= threshold} with the truth for every one of ascending thresholds, in one go over the pixels."""
-    level = np.searchsorted(thresholds, soft, side="right")  # how many thresholds a pixel reaches
-    counts = [np.bincount(level[where], minlength=len(thresholds) + 1) for where in (truth, ~truth)]
-    hit, miss = (count[::-1].cumsum()[::-1][1:] for count in counts)
-    return hit / np.maximum(1, truth.sum() + miss)
+    """Return the IoU [T] of `soft >= threshold` with the ground truth for every threshold, 0 where both masks are empty.
+
+    Args:
+        soft, truth: soft map and ground-truth mask, both [H, W].
+        thresholds: [T], ascending.
+    """
+    passed = np.searchsorted(thresholds, soft, side="right")  # [H, W], number of thresholds that a pixel reaches
+    inside, outside = (np.bincount(passed[region], minlength=len(thresholds) + 1) for region in (truth, ~truth))
+    true_positives, false_positives = (counts[::-1].cumsum()[::-1][1:] for counts in (inside, outside))
+    return true_positives / np.maximum(1, truth.sum() + false_positives)

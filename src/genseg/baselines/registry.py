@@ -1,6 +1,4 @@
-"""The table of baselines: names, what they are called in tables, where their predictions lie."""
-
-from __future__ import annotations
+"""The baselines of a study: their names, their labels in tables and the paths of their predictions."""
 
 import re
 from collections.abc import Sequence
@@ -14,15 +12,16 @@ from genseg.params import Params
 
 INEXACT = "inexact_"
 CLASSES = "_class_phrases"
+"""Suffix of the names of files with predictions for class phrases."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One set of coarse masks: of the test phrases, and of the class phrases that mIoU is computed from.
+    """A method with predictions for the test phrases, and for the class phrases that mIoU is computed from.
 
-    family: attention (made by `genseg baseline` with the backbone's attention), inexact (made from ground truth), run (made
-    by `genseg sample`, only pointed to) or imported (another program's, read by `genseg import`; it may lack one of the two
-    files). label: its row in tables. real: False where the ground truth was looked at.
+    family: attention or inexact (`genseg baseline` makes it from the backbone's attention or from ground truth), run (`genseg
+        sample` makes it) or imported (`genseg import` reads it; one of the two files may be absent).
+    label: name in tables. run, class_run: for family run, the names of the sampling runs.
     """
 
     name: str
@@ -33,23 +32,27 @@ class Baseline:
 
     @property
     def real(self) -> bool:
+        """Whether the predictions were made without ground truth."""
         return self.family != "inexact"
 
+    def paths(self, params: Params) -> tuple[Path, Path]:
+        """Return the files of the predictions for the phrases and the class phrases of test; soft maps are next to them."""
+        if self.run is not None and self.class_run is not None:
+            folder = params.results_dir / "predictions"
+            return folder / self.run / "predictions.parquet", folder / self.class_run / "predictions.parquet"
+        return baselines_dir(params) / f"{self.name}.parquet", baselines_dir(params) / f"{self.name}{CLASSES}.parquet"
+
     def predictions(self, params: Params) -> Path:
-        """Predictions for the test phrases."""
-        return self._path(params, self.run, self.name)
+        """Return the file of the predictions for the test phrases."""
+        return self.paths(params)[0]
 
     def class_predictions(self, params: Params) -> Path:
-        """Predictions for the class phrases of test, with soft maps beside them where the method has some."""
-        return self._path(params, self.class_run, f"{self.name}{CLASSES}")
-
-    def _path(self, params: Params, run: str | None, name: str) -> Path:
-        if run is not None:
-            return params.results_dir / "predictions" / run / "predictions.parquet"
-        return baselines_dir(params) / f"{name}.parquet"
+        """Return the file of the predictions for the class phrases of test."""
+        return self.paths(params)[1]
 
 
 def baselines_dir(params: Params) -> Path:
+    """Return the folder of the predictions that `genseg baseline` writes."""
     return params.results_dir / "baselines"
 
 
@@ -73,45 +76,43 @@ INEXACT_LABELS = {
 
 
 def study_baselines(params: Params) -> list[Baseline]:
-    """All baselines of a study, in the order of tables; imported ones as the phase baselines took them over."""
+    """Return all baselines of a study in the order of tables, with the imported ones that `genseg baseline` has copied."""
     paths = sorted(path for path in baselines_dir(params).glob("*.parquet") if "imported" in read_metadata(path))
-    return [*own_baselines(params), *_imported(paths)]
+    return [*own_baselines(params), *_from_paths(paths)]
 
 
 def own_baselines(params: Params) -> list[Baseline]:
-    """Those that this program makes; inexact ones as far as `baselines.inexact` gives them a target."""
+    """Return the baselines that this program makes; of the inexact ones, only those with a target in `baselines.inexact`."""
     inexact = [Baseline(INEXACT + kind, "inexact", INEXACT_LABELS[kind]) for kind in params.baselines.inexact]
     return [*ATTENTION, *RUNS, *inexact]
 
 
-def imports(params: Params) -> list[Baseline]:
-    """Those that `genseg import` has put into `data/imported/<study>`, by name."""
-    return _imported(sorted(params.imported_dir.glob("*.parquet")))
+def imported_baselines(params: Params) -> list[Baseline]:
+    """Return the baselines that `genseg import` has written to `data/imported/<study>`, by name."""
+    return _from_paths(sorted(params.imported_dir.glob("*.parquet")))
 
 
-def _imported(paths: Sequence[Path]) -> list[Baseline]:
+def _from_paths(paths: Sequence[Path]) -> list[Baseline]:
     return [Baseline(name, "imported", name) for name in sorted({path.stem.removesuffix(CLASSES) for path in paths})]
 
 
 def import_paths(params: Params, name: str) -> tuple[Path, Path]:
-    """Where imported predictions go, those of the phrases and those of the class phrases.
+    """Return the paths of imported predictions for the phrases and for the class phrases.
 
-    Raises:
-        UserError: a name that no file or no row of a table may have.
+    Raises UserError if the name is not a valid file name, or belongs to a baseline of the study.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name.endswith(CLASSES):
-        raise UserError(f"{name}: give a name of letters, digits and . _ + -, which starts with a letter or digit")
-    taken = {known.lower() for own in own_baselines(params) for known in (own.name, own.label)} | {
-        INEXACT + k for k in INEXACT_LABELS
-    }
-    if name.lower() in taken:
-        raise UserError(f"{name}: a baseline of the study itself is called so; choose another name")
+        raise UserError(f"{name}: use letters, digits and . _ + -, starting with a letter or digit and not ending in {CLASSES}")
+    reserved = {text.lower() for baseline in own_baselines(params) for text in (baseline.name, baseline.label)}
+    reserved |= {INEXACT + kind for kind in INEXACT_LABELS}
+    if name.lower() in reserved:
+        raise UserError(f"{name}: this is the name of one of the study's own baselines; choose another name")
     return params.imported_dir / f"{name}.parquet", params.imported_dir / f"{name}{CLASSES}.parquet"
 
 
 def find_baseline(params: Params, name: str, baselines: Sequence[Baseline]) -> Baseline:
-    """The baseline of this name. Raises UserError where there is none."""
-    known = {baseline.name: baseline for baseline in baselines}
-    if name not in known:
-        raise UserError(f"{name}: no baseline of study {params.study}; there are {', '.join(known)}")
-    return known[name]
+    """Return the baseline with this name. Raises UserError if there is none."""
+    by_name = {baseline.name: baseline for baseline in baselines}
+    if name not in by_name:
+        raise UserError(f"{name}: not a baseline of study {params.study}; choose from {', '.join(by_name)}")
+    return by_name[name]

@@ -1,6 +1,4 @@
-"""Name, fit or train the backbone: VAE, text encoders and U-Net of an SDXL-inpainting pipeline."""
-
-from __future__ import annotations
+"""Select, fine-tune or train the backbone: VAE, text encoders and U-Net of an SDXL-inpainting pipeline."""
 
 import argparse
 
@@ -11,6 +9,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from genseg.params import load_params
-    from genseg.training.prepare import prepare_backbone
+    from genseg.training.backbone import prepare_backbone
 
     prepare_backbone(load_params(arguments.params))

@@ -1,10 +1,8 @@
-"""Predictions of the baselines: the backbone's attention (cross-attention maps, DiffPNG, DiffSeg), inexact masks made from
-ground truth, and what `genseg import` read. What is finished is kept.
+"""Make the predictions of the baselines: from the backbone's attention (cross-attention maps, DiffPNG, DiffSeg), from ground
+truth (inexact masks), and from the files of `genseg import`. Predictions that are up to date are kept.
 
-Without a name all of a study's baselines are made, and a manifest of them is written.
+Without a name, make all baselines of the study and write their manifest.
 """
-
-from __future__ import annotations
 
 import argparse
 
@@ -14,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="*",
         metavar="NAME",
-        help="cross_attention, diffpng_cross, diffpng_cross_self, diffseg, inexact_<kind>, or an import",
+        help="cross_attention, diffpng_cross, diffpng_cross_self, diffseg, inexact_<kind>, or the name of an import",
     )
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
 

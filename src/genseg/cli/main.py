@@ -1,6 +1,4 @@
-"""Entry point: finds the command's module, which is imported only when its command runs."""
-
-from __future__ import annotations
+"""Entry point. The module of a command is imported only when the command runs."""
 
 import argparse
 import importlib
@@ -11,25 +9,32 @@ import sys
 from genseg.errors import UserError
 
 COMMANDS = {
+    "params": "print the resolved params of a study, or how two studies differ",
     "data": "assemble the data into the phrase table",
-    "backbone": "load, fit or train the backbone (VAE, text encoders, U-Net)",
-    "latents": "precompute image latents and text embeddings",
+    "backbone": "load, fine-tune or train the backbone (VAE, text encoders, U-Net)",
+    "latents": "compute image latents and text embeddings",
     "train": "train the label-diffusion model or its discriminative control",
-    "baseline": "predict masks by the backbone's attention, or make inexact ones",
+    "baseline": "predict masks from the backbone's attention, or make inexact masks",
     "sample": "predict masks: the main row, its controls, the grid",
     "refine": "refine predictions of any method with G4Seg",
     "score": "score predictions: AR, mIoU, boundary IoU",
     "tables": "write the tables and figures",
     "sweep": "train variants of a study and compare them",
-    "compare": "compare a sweep's variants, from their scores",
+    "compare": "compare the variants of a sweep from their scores",
     "predict": "segment one image by phrases",
-    "import": "make another method's outputs a baseline of the study",
+    "import": "import predictions of another method as a baseline of the study",
     "export": "write predictions as COCO results or index masks",
-    "plan": "what a study will take: memory, bytes, operations, hours",
-    "sync": "make Snakemake and DVC agree about what is up to date",
-    "dvc": "write dvc.yaml from the Snakefile, or check it",
+    "plan": "estimate memory, storage, operations and hours of a study",
+    "sync": "synchronise the records of Snakemake and DVC",
+    "dvc": "write dvc.yaml from the phases and rules, or check it",
     "lease": "run a command on leased GPUs",
 }
+
+SHARED_MODULES = {
+    "study": ("params", "data", "latents", "train", "sample", "tables"),
+    "workflow": ("sweep", "compare", "sync", "dvc", "lease"),
+}
+"""Modules with a function `run_<command>` for each of these commands. Any other command has its own module."""
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -38,38 +43,40 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TQDM_MININTERVAL": "5",
 }
-"""The libraries' chatter is switched off, unless the user set it: our lines say what matters."""
+"""Environment variables that silence the libraries, unless the user has set them."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 2 with one line on stderr for a user's mistake."""
+    """Run one command. Return the exit code: 0, or 2 after a user error, with one line on stderr."""
     parser = argparse.ArgumentParser(
-        prog="genseg", description=__doc__ and "Generative segmentation by label diffusion, as a study."
+        prog="genseg",
+        usage="genseg COMMAND [arguments]",
+        description="Generative segmentation by label diffusion, as a reproducible study.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        + "\n\n`genseg COMMAND --help` lists the arguments of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "command", choices=COMMANDS, metavar="COMMAND", help="; ".join(f"{k}: {v}" for k, v in COMMANDS.items())
-    )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="`genseg COMMAND --help` lists them")
-    parser.usage = "genseg COMMAND [arguments]"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "commands:\n" + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
-    parser._actions[1].help = argparse.SUPPRESS
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="name of the command")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     head = parser.parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    module = importlib.import_module(f"genseg.cli.{head.command}{'_' if keyword.iskeyword(head.command) else ''}")
+    shared = next((module for module, commands in SHARED_MODULES.items() if head.command in commands), None)
+    name = shared or f"{head.command}{'_' if keyword.iskeyword(head.command) else ''}"
+    module = importlib.import_module(f"genseg.cli.{name}")
     command = argparse.ArgumentParser(prog=f"genseg {head.command}", description=module.__doc__)
-    module.add_arguments(command)
-    arguments = command.parse_args(head.arguments)
     try:
-        module.run(arguments)
+        if shared:
+            run = getattr(module, f"run_{head.command}")
+            command.description = run.__doc__
+            run(command, head.arguments)
+        else:
+            module.add_arguments(command)
+            module.run(command.parse_args(head.arguments))
     except UserError as error:
         print(f"genseg {head.command}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

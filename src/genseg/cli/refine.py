@@ -1,13 +1,12 @@
-"""Refine masks with G4Seg (ours): predictions in, predictions out, each phrase alone.
+"""Refine the masks of predictions with our reimplementation of G4Seg, each phrase independently.
 
-With --predictions one file of any method; constants are those of the params file's `refine`, and --method takes its controls
-(`upsampling_only`, `alpha_zero`, ...), too. Without, all baselines of the study by G4Seg and its controls, on the fixed part of
-test that `refine.test_fraction` gives; --train, --shard and --gather do a part of that. What is finished is kept.
-With --tune-crf nothing is refined: ten settings of the dense CRF are compared on val, on GS's masks and on ground truth made
-inexact, and the best one is printed as `refine.crf`, to be put into the params by hand.
+With --predictions, one predictions file of any method is refined with the constants of `refine` in the params file; --method
+chooses G4Seg or one of its controls (`upsampling_only`, `alpha_zero`, ...). Without it, all baselines of the study are refined
+by G4Seg and its controls on a fixed part of test (`refine.test_fraction`); --train, --shard and --gather each run one step of
+this. Files that are up to date are kept.
+With --tune-crf, nothing is refined. Instead, ten settings of the dense CRF are compared on val, on the masks of GS and on
+inexact ground-truth masks. The best setting is printed as `refine.crf`, to be copied into the params file.
 """
-
-from __future__ import annotations
 
 import argparse
 
@@ -15,21 +14,17 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
     parser.add_argument("--train", action="store_true", help="train the trained control")
-    parser.add_argument("--shard", type=int, help="refine every n-th baseline, from this one, n = --shards")
-    parser.add_argument("--shards", type=int, default=1, metavar="N", help="of how many (default: %(default)s)")
-    parser.add_argument("--gather", action="store_true", help="remove what the study no longer has, write the manifest")
+    parser.add_argument("--shard", type=int, metavar="I", help="refine shard I of the baselines, counted from 0")
+    parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of shards (default: %(default)s)")
+    parser.add_argument("--gather", action="store_true", help="remove stale files and write the manifest")
     parser.add_argument("--tune-crf", action="store_true", help="compare ten settings of the dense CRF on val, print the best")
-    parser.add_argument("--phrases", metavar="FILE", help="phrase table, Parquet; it names the images")
+    parser.add_argument("--phrases", metavar="FILE", help="phrase table with the file names of the images, Parquet")
     parser.add_argument("--predictions", metavar="FILE", help="coarse predictions, Parquet")
-    parser.add_argument("--out", metavar="FILE", help="where the refined predictions go, Parquet")
-    parser.add_argument(
-        "--method",
-        default="g4seg",
-        help="g4seg, or a control of its own: upsampling_only, ... (default: %(default)s)",
-    )
+    parser.add_argument("--out", metavar="FILE", help="file for the refined predictions, Parquet")
+    parser.add_argument("--method", default="g4seg", help="g4seg or a control: upsampling_only, ... (default: %(default)s)")
     parser.add_argument("--model", metavar="DIR", help="Stable Diffusion to refine with (default: refine.backbone)")
-    parser.add_argument("--images", metavar="DIR", help="folder that the table's file names start from (default: here)")
-    parser.add_argument("--pictures", metavar="DIR", help="write what is in between as one PNG a phrase")
+    parser.add_argument("--images", metavar="DIR", help="folder that the table's file names are relative to (default: .)")
+    parser.add_argument("--pictures", metavar="DIR", help="folder for intermediate results, one PNG per phrase")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -37,23 +32,23 @@ def run(arguments: argparse.Namespace) -> None:
     from genseg.params import load_params
 
     params = load_params(arguments.params)
-    one = {f"--{name}": getattr(arguments, name) for name in ("phrases", "predictions", "out")}
+    file_flags = {f"--{name}": getattr(arguments, name) for name in ("phrases", "predictions", "out")}
     if arguments.tune_crf:
-        parts = {"--train": arguments.train, "--shard": arguments.shard is not None, "--gather": arguments.gather}
-        given = [flag for flag, value in (one | parts).items() if value]
-        if given:
-            raise UserError(f"--tune-crf refines nothing; leave out {', '.join(given)}")
-        import yaml
-
+        part_flags = {"--train": arguments.train, "--shard": arguments.shard is not None, "--gather": arguments.gather}
+        unused = [flag for flag, value in (file_flags | part_flags).items() if value]
+        if unused:
+            raise UserError(f"--tune-crf refines nothing; leave out {', '.join(unused)}")
         from genseg.refine.crf_search import tune_crf
 
-        best, tried = tune_crf(params)
-        print(tried, "", yaml.safe_dump({"refine": {"crf": best.model_dump()}}, sort_keys=False).rstrip(), sep="\n")
+        tune_crf(params)
         return
-    if any(one.values()):
-        lacking = [flag for flag, value in one.items() if value is None]
-        if lacking:
-            raise UserError(f"give {', '.join(lacking)}, too (one set of predictions), or none of {', '.join(one)} (a study)")
+    if any(file_flags.values()):
+        missing = [flag for flag, value in file_flags.items() if value is None]
+        if missing:
+            raise UserError(
+                f"missing {', '.join(missing)}; give all of {', '.join(file_flags)} to refine one file, or none of them to "
+                "refine the study"
+            )
         from genseg.refine.files import refine_file
 
         refine_file(
@@ -67,15 +62,14 @@ def run(arguments: argparse.Namespace) -> None:
             pictures=arguments.pictures,
         )
         return
-    single = {"--model": arguments.model, "--images": arguments.images, "--pictures": arguments.pictures}
-    single["--method"] = arguments.method if arguments.method != "g4seg" else None
-    if given := [flag for flag, value in single.items() if value is not None]:
-        raise UserError(f"{', '.join(given)}: only for one set of predictions; give --phrases, --predictions and --out, too")
-    from genseg.refine.gather import gather_refined
-    from genseg.refine.shard import refine_shard
-    from genseg.refine.trained_control import train_network
+    one_file_only = {f"--{name}": getattr(arguments, name) for name in ("model", "images", "pictures")}
+    one_file_only["--method"] = arguments.method if arguments.method != "g4seg" else None
+    unused = [flag for flag, value in one_file_only.items() if value is not None]
+    if unused:
+        raise UserError(f"{', '.join(unused)}: applies to one file only; also give {', '.join(file_flags)}")
+    from genseg.refine.study import gather_refined, refine_shard, train_network
 
-    everything = not (arguments.train or arguments.gather or arguments.shard is not None)
+    everything = not arguments.train and arguments.shard is None and not arguments.gather
     if arguments.train or everything:
         train_network(params)
     if arguments.shard is not None or everything:

@@ -5,13 +5,14 @@ JSON; the per-phrase table is written next to it (.parquet). With `--params` all
 and comparisons. No images are needed. A phrase without a prediction counts as IoU 0.
 """
 
-from __future__ import annotations
-
 import argparse
+from pathlib import Path
+
+from genseg.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--params", help="params file of a study, to score all of its runs; excludes the options below")
+    parser.add_argument("--params", help="params of a study whose runs are all scored; replaces the options below")
     parser.add_argument("--phrases", help="phrase table (Parquet)")
     parser.add_argument(
         "--predictions", help="predictions (Parquet): image_id, narrative_id, phrase_id, mask (RLE counts), score"
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold-grid",
         choices=("exact", "official", "drmn", "gs_eq12"),
         default="exact",
-        help="thresholds of AR; exact (default) is the limit of ever finer grids, the mean IoU",
+        help="thresholds of AR; exact (default) is the limit of infinitely fine grids, the mean IoU",
     )
     parser.add_argument(
         "--boundary-ratio",
@@ -43,35 +44,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from genseg.errors import UserError
-
     options = {f"--{name}": getattr(args, name) for name in ("phrases", "predictions", "out")}
+    missing = [flag for flag, value in options.items() if value is None]
+    if args.params and (present := [flag for flag in options if flag not in missing]):
+        raise UserError(f"--params scores a whole study, so leave out {', '.join(present)}")
     if args.params:
-        present = [flag for flag, value in options.items() if value is not None]
-        if present:
-            raise UserError(f"--params scores a whole study, so leave out {', '.join(present)}")
         from genseg.metrics.study import score_study
         from genseg.params import load_params
 
         score_study(load_params(args.params))
-        return
-    missing = [flag for flag, value in options.items() if value is None]
-    if missing:
+    elif missing:
         raise UserError(f"missing {', '.join(missing)} to score one set of predictions; or score a study with --params FILE")
-    _score_one(args)
+    else:
+        _score_one(args)
 
 
 def _score_one(args: argparse.Namespace) -> None:
     import json
     import sys
 
-    from genseg.metrics.files import score_file, score_notes
+    from genseg.artifacts.phrases import read_phrases
+    from genseg.artifacts.predictions import read_predictions
+    from genseg.artifacts.scores import read_summary, write_scores
+    from genseg.metrics.scoring import score_run
 
     _check(args)
-    summary = score_file(
-        args.phrases,
-        args.predictions,
-        args.out,
+    per_phrase, summary = score_run(
+        read_phrases(args.phrases),
+        read_predictions(args.predictions),
         args.protocol,
         split=args.split,
         threshold_grid_name=args.threshold_grid,
@@ -79,18 +79,22 @@ def _score_one(args: argparse.Namespace) -> None:
         latent=None if args.label_latent is None else (args.label_latent, args.label_latent),
         replicates=args.bootstrap,
         seed=args.seed,
+        origins=(args.phrases, args.predictions),
     )
-    for note in score_notes(summary):
-        print(f"genseg score: {note}", file=sys.stderr)
-    print(json.dumps(summary, indent=2, ensure_ascii=False))
+    write_scores(per_phrase, summary, args.out)
+    notes = {
+        "missing": "phrases without a prediction, counted as IoU 0",
+        "other_split": f"predictions for splits other than {args.split}, not scored",
+        "plural_by_flag": f"phrases without segment_ids, plural by the table's flag instead of {args.protocol}'s rule",
+    }
+    for key, text in notes.items():
+        if summary["counts"][key]:
+            print(f"genseg score: {text}: {summary['counts'][key]}", file=sys.stderr)
+    print(json.dumps(read_summary(args.out), indent=2, ensure_ascii=False))
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for an argument that is out of range or would overwrite an input."""
-    from pathlib import Path
-
-    from genseg.errors import UserError
-
     out = Path(args.out)
     if out.suffix != ".json":
         raise UserError(f"--out {out}: expected a name that ends in .json; the per-phrase table is written next to it")

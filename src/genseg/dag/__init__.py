@@ -1,1 +1,1 @@
-"""The study's DAG: what each phase uses and makes, and how Snakemake, DVC and the GPUs of a machine agree about it."""
+"""The DAG of a study: Snakemake rules, DVC stages, GPU leases and sweeps."""

@@ -1,134 +1,146 @@
-"""What the Snakefile asks about the study: its params as each rule sees them, paths and resources."""
-
-from __future__ import annotations
+"""A study as the Snakefile uses it: paths, and the params, resources and commands of the rules."""
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from genseg.artifacts.files import write_text
-from genseg.artifacts.manifest import code_hash
-from genseg.dag.phases import PHASES
 from genseg.errors import UserError
 from genseg.params import Params, canonical_json, digest, read_document, validate_params
+from genseg.phases import PHASES, code_hash
 
 
-def open_study(config: dict[str, Any], files: list[str | Path]) -> Study:
-    """The study of a params document that was read from `files`; a user's mistake ends Snakemake with one line and exit
-    code 2."""
+def open_study(config: dict[str, Any], files: list[str | Path]) -> "Study":
+    """Validate the params that Snakemake read from `files`, and complete its config with the defaults.
+
+    A user error ends Snakemake with a message of one line and exit code 2.
+    """
     try:
         for file in files:
-            read_document(os.path.relpath(file), "configfile")  # Snakemake's own reader lets a later of two equal keys win
-        study = Study(validate_params(dict(config), ", ".join(os.path.relpath(file) for file in files)))
-        study.write_params()
+            read_document(os.path.relpath(file), "configfile")  # Snakemake's own reader accepts duplicate keys
+        params = validate_params(dict(config), ", ".join(os.path.relpath(file) for file in files))
+        study = Study(params)
+        if not Path(study.params_file).exists():
+            write_text(study.params_file, canonical_json(params.model_dump(mode="json")))
     except UserError as error:
         print(f"snakemake: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    # The rules call `genseg`, also when this environment's snakemake was called by its path, not activated.
+    config.update(params.model_dump(mode="json"))
+    # The rules call `genseg`, which is not on PATH when Snakemake was called by its path without activating the environment.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
     return study
 
 
 class Study:
-    """One study's params, as the rules use them."""
+    """Paths, params, resources and commands of the rules of one study."""
 
     def __init__(self, params: Params) -> None:
-        self.params = params
+        self.values = params
         self.data = params.data_dir.as_posix()
         self.results = params.results_dir.as_posix()
         self.work = params.work_dir.as_posix()
-        document = params.model_dump(mode="json")
-        self._params_file = f"{self.work}/params/{digest(document)}.json"
+        # The resolved params, which the commands read; the file is named by its content.
+        self.params_file = f"{self.work}/params/{digest(params.model_dump(mode='json'))}.json"
 
-    def write_params(self) -> None:
-        """Write the resolved params that the commands read to a file named by its content."""
-        if not Path(self._params_file).exists():
-            write_text(self._params_file, canonical_json(self.params.model_dump(mode="json")))
+    def params(self, phase: str, only: Sequence[str] = (), at_size: bool = False) -> dict[str, Any]:
+        """Return the params of a rule: the values that it depends on and the hash of its code. A change reruns the rule.
 
-    @property
-    def params_file(self) -> Callable[..., str]:
-        """Path of the resolved params, as a function of `resources`: Snakemake does not track such a param, so a change
-        of the file's name alone reruns nothing."""
-        return lambda wildcards, resources: self._params_file
+        With `only`, the rule depends on these dotted keys instead of all keys of its phase. With `at_size`, it depends only on
+        the operating points whose image size is the wildcard `size`.
+        """
 
-    def uses(self, phase: str, only: Sequence[str] = ()) -> Callable[..., str]:
-        """The params a phase uses (or a rule of it that uses `only` some), as canonical JSON: when it changes, the rule runs
-        again. A function, because Snakemake looks for wildcards in the braces of a text."""
-        return lambda wildcards: canonical_json(self.params.subtree(*(only or PHASES[phase].keys)))
+        # These are functions because Snakemake looks for wildcards in strings with braces. It does not track functions that
+        # take `resources`, so a new name of the params file alone reruns nothing.
+        def uses(wildcards: Any) -> str:
+            if at_size:
+                return self._uses_at_size(int(wildcards.size))
+            return canonical_json(self.values.subtree(*(only or PHASES[phase].keys)))
 
-    def uses_at_size(self, wildcards: Any) -> str:
-        """The params one `sample_shard` job uses: of the cells only those of its size."""
-        size, sample = int(wildcards.size), self.params.sample
-        keys = set(PHASES["sample"].keys) - {"sample.main", "sample.base", "sample.grid", "sample.points"}
-        cells = {
-            "main": [sample.main],
-            "base": [sample.base],
-            "grid": sample.grid_cells(),
-            "points": sample.operating_points(),
-        }
-        chosen = {
-            name: sorted(canonical_json(cell.model_dump(mode="json")) for cell in members if cell.size == size)
-            for name, members in cells.items()
-        }
-        return canonical_json(self.params.subtree(*keys) | {"cells": chosen})
+        def file(wildcards: Any, resources: Any) -> str:
+            return self.params_file
 
-    def code(self, phase: str) -> str:
-        """Hash of the source a phase runs."""
-        return code_hash(*PHASES[phase].rooms)
+        return {"uses": uses, "code": code_hash(phase), "file": file}
 
     def threads(self, phase: str) -> int:
-        return self.params.resources[phase].threads  # type: ignore[index]
+        """Return the CPU threads of one job of a phase."""
+        return self.values.job(phase).threads
 
-    def resources(self, phase: str) -> dict[str, int]:
-        """gpu, mem_mb and runtime (minutes) of one job of a phase; no GPU where the study says `device: cpu`."""
-        asked = self.params.resources[phase]  # type: ignore[index]
-        gpu = 0 if self.params.device == "cpu" else asked.gpu
-        return {"gpu": gpu, "mem_mb": asked.mem_mb, "runtime": asked.runtime}
+    def resources(self, phase: str, gpu: bool = True) -> dict[str, int]:
+        """Return GPUs (none if the study's device is cpu), memory (MB) and time limit (minutes) of one job."""
+        job = self.values.job(phase)
+        return {"gpu": job.gpu if gpu and self.values.device != "cpu" else 0, "mem_mb": job.mem_mb, "runtime": job.runtime}
 
-    def shard(self, size: str, shard: str) -> str:
-        """What one `sample_shard` job writes last."""
-        return f"{self.work}/samples/size={size}.shard={shard}-of-{self.params.sample.shards}.json"
+    def log(self, name: str) -> str:
+        """Return the path of a rule's log."""
+        return f"{self.work}/logs/{name}.log"
 
-    def shards(self) -> list[str]:
-        """What the gather waits for."""
-        sample = self.params.sample
-        return [self.shard(f"{size:04d}", str(shard)) for size in sample.run_sizes() for shard in range(sample.shards)]
+    def benchmark(self, name: str) -> str:
+        """Return the path of the file in which Snakemake records time and memory of a rule's job."""
+        return f"{self.work}/benchmarks/{name}.tsv"
+
+    @staticmethod
+    def command(command: str) -> str:
+        """Return the shell command of a rule that runs a `genseg` command on leased GPUs."""
+        return f"exec genseg lease --log {{log}} --gpus {{resources.gpu}} -- genseg {command} --params {{params.file}}"
+
+    def _uses_at_size(self, size: int) -> str:
+        sample = self.values.sample
+        points = {"main": [sample.main], "grid": sample.test_subset_points(), "val": sample.val_points()}
+        at_size = {
+            group: sorted(point.model_dump_json() for point in members if point.size == size)
+            for group, members in points.items()
+        }
+        other_keys = set(type(sample).model_fields) - {"main", "base", "grid", "operating_points"}
+        keys = [key for key in PHASES["sample"].keys if key != "sample"] + sorted(f"sample.{key}" for key in other_keys)
+        return canonical_json(self.values.subtree(*keys) | {"points": at_size})
+
+    def sample_marker(self, size: str, shard: str) -> str:
+        """Return the file that a `sample_shard` job writes last."""
+        return f"{self.work}/samples/size={size}.shard={shard}-of-{self.values.resources.sample.shards}.json"
+
+    def sample_markers(self) -> list[str]:
+        """Return the markers of all sampling jobs."""
+        sizes, shards = self.values.sample.run_sizes(), self.values.resources.sample.shards
+        return [self.sample_marker(f"{size:04d}", str(shard)) for size in sizes for shard in range(shards)]
+
+    def refine_marker(self, shard: str) -> str:
+        """Return the file that a `refine_shard` job writes last."""
+        return f"{self.work}/refined/shard={shard}-of-{self.values.resources.refine.shards}.json"
+
+    def refine_markers(self) -> list[str]:
+        """Return the markers of all refinement jobs."""
+        return [self.refine_marker(str(shard)) for shard in range(self.values.resources.refine.shards)]
 
     def models(self) -> list[str]:
-        """Manifests of the models that are sampled."""
-        folders = ["model", *(["control"] if "controls" in self.params.sample.runs else [])]
-        return [f"{self.results}/{folder}/manifest.json" for folder in folders]
-
-    def refined_shard(self, shard: str) -> str:
-        """What one `refine_shard` job writes last."""
-        return f"{self.work}/refined/shard={shard}-of-{self.params.refine.shards}.json"
-
-    def refined_shards(self) -> list[str]:
-        return [self.refined_shard(str(shard)) for shard in range(self.params.refine.shards)]
+        """Return the manifests of the models that are sampled."""
+        names = ["gs", "discriminative"] if "controls" in self.values.sample.runs else ["gs"]
+        return [f"{self.results}/model/{name}/manifest.json" for name in names]
 
     def refinement(self) -> list[str]:
-        """Manifests of the baselines and of what was refined, which studies with some of the runs only go without."""
-        folders = ("baselines", "refined") if self.params.sample.is_whole() else ()
+        """Return the manifests of baselines and refinement; none if `sample.runs` lacks a group, because they need all."""
+        folders = ("baselines", "refined") if self.values.sample.has_all_runs() else ()
         return [f"{self.results}/{folder}/manifest.json" for folder in folders]
 
     def manifests(self) -> list[str]:
-        """Manifests of every phase, as far as the runs of the study call for them."""
-        every = [target.format(study=self.params.study) for phase in PHASES.values() for target in phase.targets]
-        control, *last = (f"{self.results}/{name}/manifest.json" for name in ("control", "baselines", "refined", "tables"))
-        unwanted = {control} - set(self.models()) | (set() if self.params.sample.is_whole() else set(last))
-        return [target for target in every if target not in unwanted]
+        """Return the manifests of all phases that the study's `sample.runs` allow."""
+        manifests = [path.format(study=self.values.study) for phase in PHASES.values() for path in phase.manifests]
+        optional = {*PHASES["train"].manifests}
+        if not self.values.sample.has_all_runs():
+            optional |= {path for phase in ("baselines", "refine", "tables") for path in PHASES[phase].manifests}
+        unused = {path.format(study=self.values.study) for path in optional} - set(self.models())
+        return [path for path in manifests if path not in unused]
 
     def local_backbone(self) -> list[str]:
-        """Files of the pipeline that the backbone starts from, where that is a folder here and no name on the hub."""
-        init = self.params.backbone.init
+        """Return the files of the pipeline that the backbone starts from; none if it is on the hub or has random weights."""
+        init = self.values.backbone.init
         return sorted(path.as_posix() for path in Path(init).rglob("*") if path.is_file()) if init else []
 
     def imported(self) -> list[str]:
-        """Other people's predictions that the study has."""
-        return sorted(path.as_posix() for path in self.params.imported_dir.glob("*.parquet"))
+        """Return the imported predictions of other methods."""
+        return sorted(path.as_posix() for path in self.values.imported_dir.glob("*.parquet"))
 
     def published(self) -> list[str]:
-        """The published results that the tables repeat."""
+        """Return the published results that tables quote."""
         return sorted(path.as_posix() for path in Path("data/published").glob("*.csv"))

@@ -2,10 +2,8 @@
 
 A reader (`coco_panoptic`, `index_masks`, `coco_object`) scans the files once and returns a `Source`: the classes, one job per
 image, and a pure function that reads the image of a job. `assemble` runs the jobs in order and writes the results. An invalid
-row or image becomes a `Skip`, which the report counts; only an invalid top-level file stops the assembly.
+row or image becomes a `Skip`, which the report counts. Only an invalid top-level file stops the assembly.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,21 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genseg.artifacts import masks
+from genseg.artifacts.phrases import BACKGROUND
 from genseg.artifacts.seeds import derive_seed
 
 PROGRESS_SECONDS = 10.0
-"""Seconds between two progress lines when the output is not a terminal."""
+"""Seconds between two lines of progress."""
 
 
 @dataclass(frozen=True)
 class SemanticClass:
-    """A class of the data set; `id` is its number in the annotation files."""
+    """A class of the data set; `id` is its category id or mask index in the source."""
 
     id: int
     name: str
     is_thing: bool
     background: bool = False
-    """The background is scored (mIoU) but never becomes a phrase."""
+    """Whether the class is the background, which is scored in mIoU but is not a phrase of the data."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,18 @@ class ImageRows:
     """RLE by class id, for the classes in the image; None if they are not needed (train)."""
     skips: list[Skip] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    """`images`, `narratives`, `ungrounded`, `segments` and notes of the report."""
+    """Counts of `images`, `narratives`, `ungrounded` phrases and `segments`, and counts for the notes of the report."""
 
 
 @dataclass
 class Source:
-    """A data set whose files were scanned but whose images were not read yet."""
+    """A data set whose files are scanned but whose images are not read yet."""
 
     classes: list[SemanticClass]
     jobs: list[Any]
     """One job per image, in order; each has `image_id` and `split`."""
     read: Callable[[Any], ImageRows]
-    """Pure and picklable, so that jobs can run in other processes."""
+    """Function that reads the image of a job. It is pure and picklable, so that jobs can run in other processes."""
     inputs: list[Path]
     """Top-level files, whose hashes go into the manifest."""
     skips: list[Skip] = field(default_factory=list)
@@ -93,28 +92,33 @@ def class_rows(
         members: segment ids by class id, empty if the data set has none.
         plural: ids of the classes with several instances in the image.
     """
-    class_masks = rows.class_masks or {}
-    present = [(index, item) for index, item in enumerate(classes) if item.id in class_masks and not item.background]
-    texts = [templates[derive_seed(0, "template", rows.image_id, item.id) % len(templates)] for _, item in present]
-    texts = [text.replace("{name}", item.name) for text, (_, item) in zip(texts, present, strict=True)]
-    return [
-        {
-            "narrative_id": "classes",
-            "phrase_id": index,
-            "caption": ", ".join(texts),
-            "phrase": text,
-            "is_thing": item.is_thing,
-            "is_plural": item.id in plural,
-            "class_id": item.id,
-            "segment_ids": members.get(item.id, []),
-            "mask": class_masks[item.id],
-            "tags": [],
-        }
-        for text, (index, item) in zip(texts, present, strict=True)
-    ]
+    class_masks, phrases = rows.class_masks or {}, []
+    for index, item in enumerate(classes):
+        if item.id in class_masks and not item.background:
+            template = templates[derive_seed(0, "template", rows.image_id, item.id) % len(templates)]
+            phrase = class_phrase("classes", index, item, template, class_masks[item.id])
+            phrases.append(phrase | {"is_plural": item.id in plural, "segment_ids": members.get(item.id, [])})
+    caption = ", ".join(phrase["phrase"] for phrase in phrases)
+    return [phrase | {"caption": caption} for phrase in phrases]
+
+
+def class_phrase(narrative_id: str, phrase_id: int, item: SemanticClass, template: str, mask: bytes) -> dict[str, Any]:
+    """Return the row of the phrase of a class; the text is the template with the name of the class."""
+    return {
+        "narrative_id": narrative_id,
+        "phrase_id": phrase_id,
+        "caption": None,
+        "phrase": template.replace("{name}", item.name),
+        "is_thing": item.is_thing,
+        "is_plural": False,
+        "class_id": item.id,
+        "segment_ids": [],
+        "mask": mask,
+        "tags": [BACKGROUND] if item.background else [],
+    }
 
 
 def masks_by_class(labels: NDArray[np.integer], classes: list[SemanticClass]) -> dict[int, bytes]:
-    """Return the RLE of every class that occurs in a map [H, W] of class ids; other values in the map are ignored."""
+    """Return the RLE of every class that occurs in a map [H, W] of class ids. Other values in the map are ignored."""
     present = set(np.unique(labels).tolist())
     return {item.id: masks.encode(labels == item.id) for item in classes if item.id in present}

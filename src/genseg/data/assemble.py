@@ -1,7 +1,5 @@
 """Data assembly: reads a source image by image and writes the phrase table, class phrases, class list, report and manifest."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import Counter, defaultdict
@@ -16,51 +14,41 @@ from tqdm import tqdm
 
 from genseg.artifacts import masks
 from genseg.artifacts.files import write_json
-from genseg.artifacts.manifest import code_hash, write_manifest
+from genseg.artifacts.manifest import is_current, read_manifest, write_manifest
 from genseg.artifacts.phrases import SCHEMA, SPLITS, write_phrases
-from genseg.data import (
-    PROGRESS_SECONDS,
-    ImageRows,
-    SemanticClass,
-    Source,
-    coco_object,
-    coco_panoptic,
-    download,
-    index_masks,
-)
+from genseg.data import PROGRESS_SECONDS, ImageRows, Source, class_phrase, coco_object, coco_panoptic, download, index_masks
 from genseg.data.report import SkipSummary, skip_line, write_report
+from genseg.data.scenes import write_scenes
 from genseg.errors import UserError
-from genseg.params import Data, Params, Png
+from genseg.params import Params
+from genseg.params.data import Data, Png
 
-CODE = ("artifacts", "cli/data.py", "data")
-"""Source files covered by the code hash of the manifest."""
 _MIN_PARALLEL_IMAGES = 5000
-"""Worker processes are started only for at least this many images."""
+"""Minimum number of images for which worker processes are started."""
 
 
 def assemble(params: Params) -> dict[str, Any]:
     """Assemble the data of a study below `params.data_dir` and return the statistics of the report.
 
     Writes `phrases.parquet`, `class_phrases.parquet`, `classes.json`, `report.json`, `report.md`, `scenes/` (embedded data
-    set only) and, last, `manifest.json`. The bytes depend only on the params below `data` and on the input files, not on the
-    number of workers (`resources.data.threads`).
+    set only) and finally `manifest.json`. The bytes do not depend on the number of workers (`resources.data.threads`).
 
-    Raises:
-        UserError: a top-level file is missing or invalid, or a split has no phrases.
+    Raises UserError if a top-level file is missing or invalid, or a split has no phrases.
     """
-    start_time = time.time()
-    directory, workers = params.data_dir, params.resources["data"].threads
+    directory, workers = params.data_dir, params.resources.data.threads
+    manifest = directory / "manifest.json"
 
-    # 1. Scan the source.
+    # 1. Scan the source. Outputs are reused for generated scenes only: the images of other sources are not hashed.
     _check_inputs_outside(params.data, directory)
-    (directory / "manifest.json").unlink(missing_ok=True)
+    if params.data.source == "scenes" and is_current(manifest, "data", params, []):
+        return read_manifest(manifest)["statistics"]
+    manifest.unlink(missing_ok=True)
     try:
         source = open_source(params.data, directory, workers)
     except PermissionError as error:
         raise UserError(f"{error.filename}: cannot read ({error.strerror}); check the permissions") from None
 
     # 2. Read the images.
-    class_texts = [params.data.class_template.replace("{name}", item.name) for item in source.classes]
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     class_columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
@@ -74,8 +62,10 @@ def assemble(params: Params) -> dict[str, Any]:
         for phrase in rows.phrases:
             _append(columns, rows, phrase)
         if rows.class_masks is not None and rows.split != "train":
-            for phrase in _class_phrases(rows, source.classes, class_texts):
-                _append(class_columns, rows, phrase)
+            empty_mask = masks.encode(np.zeros((rows.height, rows.width), bool))  # for classes that are not in the image
+            for index, item in enumerate(source.classes):
+                mask = rows.class_masks.get(item.id, empty_mask)
+                _append(class_columns, rows, class_phrase("class", index, item, params.data.class_template, mask))
 
     # 3. Report skipped items and statistics.
     for (unit, reason), summary in sorted(skipped.items()):
@@ -99,16 +89,7 @@ def assemble(params: Params) -> dict[str, Any]:
     if params.data.source == "scenes":  # the scenes are generated, so they are outputs
         inputs = []
         outputs.append("scenes")
-    write_manifest(
-        directory / "manifest.json",
-        "data",
-        params.subtree("data"),
-        inputs,
-        [directory / name for name in outputs],
-        start_time,
-        code=code_hash(*CODE),
-        statistics=statistics,
-    )
+    write_manifest(manifest, "data", params, inputs, [directory / name for name in outputs], statistics=statistics)
     return statistics
 
 
@@ -119,27 +100,25 @@ def open_source(data: Data, directory: Path, workers: int = 1) -> Source:
     if data.coco_object is not None and data.source == "coco_object":
         return coco_object.open_source(data.coco_object, data.val_fraction, data.phrase_templates)
     if data.scenes is not None and data.source == "scenes":
-        from genseg.data.scenes import write_scenes
-
         root = directory / "scenes"
         write_scenes(data.scenes, root, workers)
         annotations = str(root / "annotations")
-        png = Png(images=str(root), annotations=annotations, narratives=annotations, download=False)
-    else:
-        assert data.png is not None
-        png = data.png
-        if png.download:
-            download.fetch_png(png)
-    return coco_panoptic.open_source(png, data.val_fraction)
+        return coco_panoptic.open_source(
+            Png(images=str(root), annotations=annotations, narratives=annotations), data.val_fraction
+        )
+    assert data.png is not None
+    if data.png.download:
+        download.fetch_png(data.png)
+    return coco_panoptic.open_source(data.png, data.val_fraction)
 
 
 def _check_inputs_outside(data: Data, directory: Path) -> None:
-    """Raise UserError if an input is below the study's data directory, which Snakemake and DVC delete before a re-run."""
+    """Raise UserError if an input is below the study's data directory, which Snakemake and DVC delete before a rerun."""
     inputs = getattr(data, data.source).model_dump(mode="json") if data.source != "scenes" else {}
     values = [item for value in inputs.values() for item in (value.values() if isinstance(value, dict) else [value])]
     for value in values:
         if isinstance(value, str) and Path(value).absolute().is_relative_to(directory.absolute()):
-            raise UserError(f"{value}: {directory} is cleared before a re-run; move the inputs elsewhere, e.g. to data/inputs/")
+            raise UserError(f"{value}: {directory} is cleared before a rerun; move the inputs elsewhere, e.g. to data/inputs/")
 
 
 def _read_images(source: Source, workers: int) -> Iterator[ImageRows]:
@@ -152,7 +131,7 @@ def _read_images(source: Source, workers: int) -> Iterator[ImageRows]:
 
 
 def _progress(items: Iterable[ImageRows], total: int, label: str) -> Iterator[ImageRows]:
-    """Report progress on stderr: a bar on a terminal, otherwise a line every ten seconds and at the end."""
+    """Report progress on stderr: a bar on a terminal, otherwise lines."""
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=f"data: {label}")
         return
@@ -166,35 +145,11 @@ def _progress(items: Iterable[ImageRows], total: int, label: str) -> Iterator[Im
             last_time = now
 
 
-def _class_phrases(rows: ImageRows, classes: list[SemanticClass], texts: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield one row for every class of the list; the mask of a class that is not in the image is empty."""
-    class_masks = rows.class_masks or {}
-    empty_mask = masks.encode(np.zeros((rows.height, rows.width), bool))
-    for index, item in enumerate(classes):
-        yield {
-            "narrative_id": "class",
-            "phrase_id": index,
-            "caption": None,
-            "phrase": texts[index],
-            "is_thing": item.is_thing,
-            "is_plural": False,
-            "class_id": item.id,
-            "segment_ids": [],
-            "mask": class_masks.get(item.id, empty_mask),
-            "tags": ["background"] if item.background else [],
-        }
-
-
 def _append(columns: dict[str, list[Any]], rows: ImageRows, phrase: dict[str, Any]) -> None:
     """Append one phrase of an image to the columns of the phrase table."""
-    image_columns = {
-        "image_id": rows.image_id,
-        "split": rows.split,
-        "file_name": rows.file_name,
-        "height": rows.height,
-        "width": rows.width,
-    }
-    for name, value in {**image_columns, **phrase}.items():
+    for name in ("image_id", "split", "file_name", "height", "width"):
+        columns[name].append(getattr(rows, name))
+    for name, value in phrase.items():
         columns[name].append(value)
 
 

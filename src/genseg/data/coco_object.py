@@ -1,10 +1,8 @@
-"""COCO instances as COCO-Object: the thing categories and a background, with one phrase for every class in an image.
+"""COCO instances as COCO-Object: the thing categories and a background, with one phrase for every thing class in an image.
 
-Where instances overlap, the smaller one is on top, so that every pixel has exactly one class. Pixels without an instance are
+Where instances overlap, the smallest is on top, so every pixel has exactly one class. Pixels without an instance are
 background. Crowds count as instances. A phrase is plural if its class has several instances or a crowd in the image.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from genseg.data import ImageRows, SemanticClass, Skip, Source, class_rows, mask
 from genseg.data.coco_panoptic import COCO_SPLITS, read_document
 from genseg.data.images import BadImage, check_image
 from genseg.errors import UserError
-from genseg.params import CocoObject
+from genseg.params.data import CocoObject
 
 BACKGROUND = SemanticClass(0, "background", False, True)
 
@@ -38,11 +36,7 @@ class Job:
 
 
 def open_source(coco: CocoObject, val_fraction: float, templates: list[str]) -> Source:
-    """Read the two annotation files. Masks are not decoded yet.
-
-    Raises:
-        UserError: a file or folder is missing, or a file is not a COCO instances file.
-    """
+    """Read the two annotation files. Raises UserError if a file or folder is missing or a file is malformed."""
     source = Source([], [], partial(read_image, [], templates), [])
     classes: dict[int, SemanticClass] = {0: BACKGROUND}
     test_images: set[int] = set()
@@ -55,8 +49,8 @@ def open_source(coco: CocoObject, val_fraction: float, templates: list[str]) -> 
         val = choose_images(np.array(sorted(images)), val_fraction, 0, "val") if split == "train" else set()
         for image_id, name in sorted(images.items()):
             if image_id in test_images:
-                message = f"{path}: image {image_id} is also a test image"
-                source.skips.append(Skip("image", "image in both splits", message, 1))
+                skip = Skip("image", "image in both splits", f"{path}: image {image_id} is also a test image", 1)
+                source.skips.append(skip)
                 continue
             study_split = "val" if image_id in val else split
             source.jobs.append(Job(image_id, study_split, f"{folder}/{name}", annotations.get(image_id, []), str(path)))
@@ -72,15 +66,15 @@ def open_source(coco: CocoObject, val_fraction: float, templates: list[str]) -> 
 def _read_annotations(
     path: Path, classes: dict[int, SemanticClass], source: Source
 ) -> tuple[dict[int, str], dict[int, list[Any]]]:
-    """Return the file names and the annotations of one file by image id, and add its categories to `classes`."""
+    """Return the file names of the images and the annotations by image id, and add the categories to `classes`."""
     document = read_document(path, "data.coco_object.annotations")
     try:
         for record in document["categories"]:
             item = SemanticClass(int(record["id"]), str(record["name"]), True)
-            if classes.setdefault(item.id, item) != item:
-                other = classes[item.id].name
-                message = f"category {item.id} is {item.name!r} in this file but {other!r} elsewhere; 0 is the background"
-                raise UserError(f"{path}: {message}")
+            other = classes.setdefault(item.id, item)
+            if other != item:
+                names = f"{item.name!r} in this file but {other.name!r} elsewhere"
+                raise UserError(f"{path}: category {item.id} is {names}; 0 is the background")
         images = {int(record["id"]): str(record["file_name"]) for record in document["images"]}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: malformed image or category ({error!r}); fetch the file again") from None
@@ -96,7 +90,7 @@ def _read_annotations(
 
 
 def read_image(classes: list[SemanticClass], templates: list[str], job: Job) -> ImageRows:
-    """Draw the instances of an image and create a phrase for every visible class."""
+    """Draw the instances of an image into a class map, and create a phrase for every visible class."""
     rows = ImageRows(job.image_id, job.split, job.image)
     try:
         height, width = check_image(job.image)
@@ -134,8 +128,7 @@ def read_image(classes: list[SemanticClass], templates: list[str], job: Job) -> 
 def _encode(segmentation: Any, height: int, width: int) -> bytes:
     """Return the RLE of a segmentation, which is a list of polygons or an uncompressed or compressed RLE.
 
-    Raises:
-        ValueError, UserError: the segmentation is malformed or does not fit the image.
+    Raises KeyError, TypeError, ValueError or UserError if it is malformed or does not fit the image.
     """
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
@@ -143,7 +136,7 @@ def _encode(segmentation: Any, height: int, width: int) -> bytes:
             raise ValueError("a polygon has fewer than three points")
         return bytes(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"])
     if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"the mask has size {segmentation['size']}, the image {[height, width]}")
+        raise ValueError(f"the mask has size {segmentation['size']}, but the image has {[height, width]}")
     counts = segmentation["counts"]
     if isinstance(counts, list):
         if sum(counts) != height * width:

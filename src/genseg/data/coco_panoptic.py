@@ -1,6 +1,6 @@
 """COCO panoptic segmentation + Panoptic Narrative Grounding (Gonzalez et al., ICCV 2021) -> phrases.
 
-Rules where the formats leave a choice:
+Conventions that the formats leave open:
 
 * Narratives and panoptic segments are joined on (image_id, int(segment_id)); segment ids repeat across images.
 * The mask of a phrase is the union (logical or) of its segments, including crowds.
@@ -15,11 +15,10 @@ Rules where the formats leave a choice:
 In the code, a *part* is an element of a narrative's `segments`, and a *segment* is a segment of the panoptic PNG.
 """
 
-from __future__ import annotations
-
+import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,14 @@ from genseg.artifacts import masks
 from genseg.artifacts.files import read_json
 from genseg.artifacts.phrases import choose_images
 from genseg.data import ImageRows, SemanticClass, Skip, Source
-from genseg.data.images import BadImage, check_image, open_image
+from genseg.data.images import BadImage, open_image, read_labels
 from genseg.errors import UserError
-from genseg.params import Png
+from genseg.params.data import Png
 
 COCO_SPLITS = {"train": "train2017", "test": "val2017"}
-"""Name of COCO's split in file and folder names, by the study's split (val is a part of COCO's train)."""
+"""COCO's split name in file and folder names, by the study's split. The study's val is a part of COCO's train."""
 LONG_PHRASE = 70
-"""Phrases with more words than this exceed CLIP's 77 tokens, two of which are start and end tokens."""
-_UNZIP_MODULUS = 65_536
+"""Phrases with more words than this may exceed CLIP's 77 tokens, two of which are start and end tokens."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,7 @@ class Job:
 def open_source(png: Png, val_fraction: float) -> Source:
     """Read the four JSON files and pair narratives with annotations. PNGs are not decoded yet.
 
-    Raises:
-        UserError: a JSON file or folder is missing or does not have the published form, or PNGs were lost while unzipping.
+    Raises UserError if a JSON file or folder is missing or malformed, or an unzip tool has lost PNGs.
     """
     source = Source([], [], partial(read_image, {}), [])
     categories: dict[int, SemanticClass] = {}
@@ -74,7 +71,7 @@ def open_source(png: Png, val_fraction: float) -> Source:
         _merge_categories(categories, document["categories"], annotation_file)
         folder = annotation_file.with_suffix("")
         _check_folders(folder, Path(png.images) / COCO_SPLITS[split], len(document["annotations"]))
-        narratives = _group_narratives(_read_narratives(narrative_file), narrative_file, source)
+        narratives = _read_narratives(narrative_file, source)
         files, annotations = _index_by_image(document, annotation_file)
 
         # 2. Select the images. Test images without a narrative have class phrases (mIoU); such train images are not used.
@@ -87,8 +84,7 @@ def open_source(png: Png, val_fraction: float) -> Source:
             place = f"{narrative_file}: row {rows[0][0]}: image {image_id}" if rows else f"{annotation_file}: image {image_id}"
             counts = _count_grounded(rows)
             if image_id not in annotations or image_id not in files:
-                message = f"{place} is not listed in {annotation_file}"
-                source.skips.append(Skip("image", "unknown image id", message, *counts))
+                source.skips.append(Skip("image", "unknown image id", f"{place} is not listed in {annotation_file}", *counts))
             elif len(annotations[image_id]) > 1:
                 message = f"{place} has several annotations in {annotation_file}"
                 source.skips.append(Skip("image", "duplicate annotation", message, *counts))
@@ -113,11 +109,7 @@ def open_source(png: Png, val_fraction: float) -> Source:
 def read_document(path: Path, param: str) -> dict[str, list[Any]]:
     """Read a COCO file: a mapping with the lists `images`, `annotations` and `categories`.
 
-    Args:
-        param: params key of the file's folder, for messages.
-
-    Raises:
-        UserError: the file is missing or does not have this form.
+    Raises UserError if the file is missing or malformed; `param` is the params key of its folder, for error messages.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; set {param} to its folder")
@@ -128,17 +120,8 @@ def read_document(path: Path, param: str) -> dict[str, list[Any]]:
     return document
 
 
-def _read_narratives(path: Path) -> list[Any]:
-    if not path.exists():
-        raise UserError(f"{path}: no such file; set data.png.narratives to its folder (or data.png.download: true)")
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of narratives at the top level, got {type(rows).__name__}; fetch it again")
-    return rows
-
-
 def _merge_categories(categories: dict[int, SemanticClass], records: list[Any], path: Path) -> None:
-    """Add the categories of one file. Both splits must have the same categories."""
+    """Add the categories of one file. A category that occurs in both splits must be the same in both."""
     for row, record in enumerate(records):
         try:
             item = SemanticClass(int(record["id"]), str(record["name"]), bool(record["isthing"]))
@@ -157,20 +140,25 @@ def _check_folders(folder: Path, images: Path, expected: int) -> None:
 
 
 def check_png_count(folder: Path, count: int, expected: int) -> None:
-    """Raise UserError if the number of PNGs shows that an unzip tool counted the archive's entries modulo 65,536.
+    """Raise UserError if a multiple of 65,536 PNGs is missing, because the unzip tool used a 16-bit file count.
 
-    The published `panoptic_train2017.zip` has 118,287 PNGs; such tools unpack 52,751. A few missing PNGs are not an
-    error: their images are skipped and reported.
+    Of the 118,287 PNGs of `panoptic_train2017.zip`, such tools unpack 52,751. A few missing PNGs are not an error, because
+    their images are skipped and reported.
     """
-    if count < expected and (expected - count) % _UNZIP_MODULUS == 0:
+    if count < expected and (expected - count) % 65_536 == 0:
         raise UserError(
             f"{folder}: expected {expected:,} PNGs, got {count:,}: the unzip tool lost {expected - count:,}; "
             f"unpack {folder.name}.zip again with `python -m zipfile -e {folder.name}.zip {folder.parent}` or 7z"
         )
 
 
-def _group_narratives(rows: list[Any], path: Path, source: Source) -> dict[int, list[tuple[int, Any]]]:
+def _read_narratives(path: Path, source: Source) -> dict[int, list[tuple[int, Any]]]:
     """Return (row number, narrative) by image id. Malformed narratives are skipped."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; set data.png.narratives to its folder (or data.png.download: true)")
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of narratives at the top level, got {type(rows).__name__}; fetch it again")
     grouped: dict[int, list[tuple[int, Any]]] = defaultdict(list)
     for number, row in enumerate(rows):
         try:
@@ -178,7 +166,7 @@ def _group_narratives(rows: list[Any], path: Path, source: Source) -> dict[int, 
             if not isinstance(row["segments"], list):
                 raise TypeError
         except (KeyError, TypeError, ValueError):
-            message = f"{path}: row {number}: expected a number image_id and a list segments"
+            message = f"{path}: row {number}: expected a number as image_id and a list as segments"
             source.skips.append(Skip("narrative", "malformed narrative", message, *_count_grounded([(number, row)])))
             continue
         grouped[image_id].append((number, row))
@@ -191,16 +179,14 @@ def _index_by_image(
     """Return the image file name, and (PNG name, segments) of all annotations, by image id. Malformed records are ignored."""
     files: dict[int, str] = {}
     annotations: dict[int, list[tuple[str, list[Any]]]] = defaultdict(list)
+    malformed = contextlib.suppress(KeyError, TypeError, ValueError)
     for record in document["images"]:
-        try:
+        with malformed:
             files[int(record["id"])] = str(record["file_name"])
-        except (KeyError, TypeError, ValueError):
-            continue
     for record in document["annotations"]:
-        try:
-            annotations[int(record["image_id"])].append((str(record["file_name"]), list(record["segments_info"])))
-        except (KeyError, TypeError, ValueError):
-            continue
+        with malformed:
+            annotation = (str(record["file_name"]), list(record["segments_info"]))
+            annotations[int(record["image_id"])].append(annotation)
     if not annotations:
         raise UserError(f"{path}: expected annotations with image_id, file_name and segments_info; fetch the file again")
     return files, annotations
@@ -221,8 +207,7 @@ def is_noun(part: dict[str, Any]) -> bool:
 def panoptic_ids(path: str | Path) -> NDArray[np.uint32]:
     """Read the segment ids [H, W] of a panoptic PNG: R + 256 G + 65536 B, where 0 is void.
 
-    Raises:
-        BadImage: the file is missing, corrupt or not a colour image.
+    Raises BadImage if the file is missing, corrupt or not a colour image.
     """
     image, _ = open_image(path, "panoptic PNG")
     if image.mode not in ("RGB", "RGBA", "P"):
@@ -233,11 +218,10 @@ def panoptic_ids(path: str | Path) -> NDArray[np.uint32]:
 
 
 class _Segments:
-    """Segments of one image: categories by segment id, and RLEs that are computed on first use."""
+    """Segments of one image: categories by segment id, and RLEs, which are computed on first use."""
 
-    def __init__(self, ids: NDArray[np.uint32], records: list[Any]) -> None:
-        self._ids = ids
-        self._rles: dict[int, bytes] = {}
+    def __init__(self, ids: NDArray[np.integer], records: list[Any]) -> None:
+        self.rle = cache(lambda segment: masks.encode(ids == segment))
         self.categories: dict[int, int] = {}
         self.duplicates: set[int] = set()
         for record in records:
@@ -249,55 +233,34 @@ class _Segments:
                 self.duplicates.add(segment)
             self.categories[segment] = category
 
-    def rle(self, segment: int) -> bytes:
-        if segment not in self._rles:
-            self._rles[segment] = masks.encode(self._ids == segment)
-        return self._rles[segment]
-
 
 # -------------------------------------------------------------------------------------------------- images and phrases
 def read_image(categories: dict[int, SemanticClass], job: Job) -> ImageRows:
     """Decode the PNG of an image and return the rows of all its narratives, and its class masks unless it is in train."""
     rows = ImageRows(job.image_id, job.split, job.image)
     try:
-        height, width = check_image(job.image)
-        ids = panoptic_ids(job.png)
-        if ids.shape != (height, width):
-            message = f"{job.png}: {ids.shape[0]} x {ids.shape[1]} pixels, but its image {job.image} has {height} x {width}"
-            raise BadImage("image and panoptic PNG differ in size", message)
+        ids = read_labels(job.image, job.png, "panoptic PNG", panoptic_ids)
     except BadImage as error:
         rows.skips.append(Skip("image", error.reason, str(error), *_count_grounded(job.narratives)))
         return rows
-    rows.height, rows.width = height, width
+    rows.height, rows.width = ids.shape
     rows.counts["images"] += 1
     segments = _Segments(ids, job.segments)
-    for order, (number, narrative) in enumerate(job.narratives):
-        _read_narrative(rows, job, segments, categories, order, number, narrative)
+    for order in range(len(job.narratives)):
+        _read_narrative(rows, job, segments, categories, order)
     if job.split != "train":
         members: dict[int, list[bytes]] = defaultdict(list)
         for segment, category in segments.categories.items():
             if segment not in segments.duplicates:
                 members[category].append(segments.rle(segment))
-        rows.class_masks = {category: masks.union(rles, height, width) for category, rles in members.items()}
+        rows.class_masks = {category: masks.union(rles, *ids.shape) for category, rles in members.items()}
     return rows
 
 
-def _read_narrative(
-    rows: ImageRows,
-    job: Job,
-    segments: _Segments,
-    categories: dict[int, SemanticClass],
-    order: int,
-    number: int,
-    narrative: dict[str, Any],
-) -> None:
-    """Add the grounded phrases of a narrative to `rows`.
-
-    Args:
-        order: position among the narratives of the image.
-        number: row of the narrative in its file.
-    """
+def _read_narrative(rows: ImageRows, job: Job, segments: _Segments, categories: dict[int, SemanticClass], order: int) -> None:
+    """Add the grounded phrases of a narrative to `rows`; `order` is its position among the narratives of the image."""
     rows.counts["narratives"] += 1
+    number, narrative = job.narratives[order]
     parts = narrative["segments"]
     caption = narrative.get("caption") or " ".join(str(part.get("utterance", "")) for part in parts if isinstance(part, dict))
     for phrase_id, part in enumerate(parts):
@@ -369,9 +332,8 @@ def _parse_phrase(
         if segment not in segments.categories:
             raise _BadPhrase("unknown segment id", f"segment {segment} of {phrase!r} is missing in {job.annotation_file}")
         if segment in segments.duplicates:
-            raise _BadPhrase(
-                "duplicate segment id", f"segment {segment} of {phrase!r} is listed twice in {job.annotation_file}"
-            )
+            message = f"segment {segment} of {phrase!r} is listed twice in {job.annotation_file}"
+            raise _BadPhrase("duplicate segment id", message)
         category = segments.categories[segment]
         if category not in categories:
             message = f"category {category} of segment {segment} is missing in {job.annotation_file}"

@@ -1,11 +1,9 @@
-"""Download of missing published files: with resume, checksums, unpacking and a check of file counts.
+"""Download of missing published files: resuming, checksums, unpacking and file counts.
 
 `data/sources.csv` has one row per file, with the columns `name`; `url`; `bytes` and `sha256`, empty if they are not published;
-`unpacks_to`, the paths that the file provides (separated by `;`, with the params' folders in braces); and `entries`, the
-number of files below each of these paths. Existing paths are never downloaded, so every source can be a local copy.
+`unpacks_to`, the paths that the file provides (separated by `;`, with names of params in braces); and `entries`, the number
+of files below each of these paths. Existing paths are never downloaded, so every source can be a local copy.
 """
-
-from __future__ import annotations
 
 import csv
 import errno
@@ -22,14 +20,12 @@ from pathlib import Path
 from genseg.artifacts.files import atomic_directory, file_sha256, write_text
 from genseg.data import PROGRESS_SECONDS
 from genseg.errors import UserError
-from genseg.params import Png
+from genseg.params.data import Png
 
 SOURCES = Path("data/sources.csv")
 DOWNLOADS = Path("work/downloads")
 MAX_FAILURES = 5
 """A download fails after this many consecutive connections without any data."""
-_CHUNK_BYTES = 1 << 20
-_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,7 @@ class Remote:
 def fetch_png(png: Png, sources: Path = SOURCES, downloads: Path = DOWNLOADS) -> None:
     """Download and unpack the files of `sources` whose targets are missing.
 
-    Raises:
-        UserError: a host does not respond, a file does not have the published size or checksum, or the disk is full.
+    Raises UserError if a host does not respond, a file differs from the published size or checksum, or the disk is full.
     """
     folders = {"images": png.images, "annotations": png.annotations, "narratives": png.narratives}
     for remote in read_sources(sources, folders):
@@ -62,20 +57,16 @@ def fetch_png(png: Png, sources: Path = SOURCES, downloads: Path = DOWNLOADS) ->
                 fetch(remote, file)
             install(remote, file)
         except OSError as error:
+            problem = f"{error.strerror}; check the permissions and run again"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                message = f"{error.filename or file}: the disk is full; free some space and run again to resume"
-                raise UserError(message) from None
-            raise UserError(f"{error.filename or file}: {error.strerror}; check the permissions and run again") from None
+                problem = "the disk is full; free some space and run again to resume"
+            raise UserError(f"{error.filename or file}: {problem}") from None
 
 
 def read_sources(path: Path, folders: dict[str, str]) -> list[Remote]:
-    """Read a list of downloads (`sources.csv`).
+    """Read a list of downloads (`sources.csv`). Raises UserError if it is missing or a line is malformed.
 
-    Args:
-        folders: values of the folders in braces: `images`, `annotations` and `narratives`.
-
-    Raises:
-        UserError: the list is missing or a line is malformed.
+    `folders` are the paths that replace `{images}`, `{annotations}` and `{narratives}`.
     """
     try:
         with path.open(newline="", encoding="utf-8") as handle:
@@ -100,10 +91,8 @@ def fetch(remote: Remote, file: Path) -> None:
     """Download to `file`. An interrupted download is resumed from `<file>.part`.
 
     The checksum is compared with the published one. Without a published checksum, the computed one is printed, written to
-    `<file>.sha256`, and reported as not verified.
-
-    Raises:
-        UserError: as `fetch_png`. The data stay in `<file>.part`, or in `<file>.bad` if size or checksum are wrong.
+    `<file>.sha256`, and reported as not verified. Raises UserError as `fetch_png` does; the data stay in `<file>.part`, or in
+    `<file>.bad` if the size or the checksum is wrong.
     """
     part = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -135,36 +124,35 @@ def _size(path: Path) -> int:
 def _download_error(remote: Remote, part: Path, problem: str) -> UserError:
     targets = ", ".join(map(str, remote.targets))
     remedy = f"{_size(part):,} bytes are kept in {part}; run again to resume" if part.exists() else "run again later"
-    return UserError(f"{remote.url}: {problem}; {remedy}, or copy the data to {targets} (paths of the params below data.png)")
+    return UserError(f"{remote.url}: {problem}; {remedy}, or copy the data to {targets} (paths set below data.png)")
 
 
 def _receive(remote: Remote, part: Path) -> bool:
-    """Download the bytes from the end of `part` on, append them, and return whether the file is complete."""
+    """Download the bytes that `part` lacks, append them, and return whether the file is complete."""
     # 1. Request the remaining bytes.
     offset = _size(part)
     if remote.bytes is not None and offset == remote.bytes:
         return True
     request = urllib.request.Request(remote.url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+        response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         total_bytes = error.headers.get("Content-Range", "").rpartition("/")[2]
         if error.code == 416 and total_bytes == str(offset):
             return True
-        if error.code == 416:  # the part is longer than the file, so it belongs to another version
+        if error.code == 416:  # the part is longer than the file, so it is from another version
             part.unlink()
             return False
         raise
 
-    # 2. Write them; a host without range requests sends the whole file.
+    # 2. Write them. A host that does not support range requests sends the whole file.
     with response:
-        is_partial = response.status == 206
-        done = offset if is_partial else 0
+        done = offset if response.status == 206 else 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
         last_time = time.monotonic()
-        with open(part, "ab" if is_partial else "wb") as handle:
-            while chunk := response.read(_CHUNK_BYTES):
+        with open(part, "ab" if done else "wb") as handle:
+            while chunk := response.read(1 << 20):
                 handle.write(chunk)
                 done += len(chunk)
                 if time.monotonic() - last_time >= PROGRESS_SECONDS:
@@ -176,8 +164,7 @@ def _receive(remote: Remote, part: Path) -> bool:
 
 def _verify(remote: Remote, path: Path) -> None:
     """Compare a downloaded file with the published size and checksum; rename it to `<name>.bad` if they differ."""
-    sha256 = file_sha256(path)
-    problem = None
+    sha256, problem = file_sha256(path), None
     if remote.bytes is not None and _size(path) != remote.bytes:
         problem = f"expected {remote.bytes:,} bytes, got {_size(path):,}"
     elif remote.sha256 is not None and sha256 != remote.sha256:
@@ -199,8 +186,7 @@ def _checksum_path(file: Path) -> Path:
 def install(remote: Remote, file: Path) -> None:
     """Move the file, or the contents of the archive, to its targets; each target appears complete or not at all.
 
-    Raises:
-        UserError: the archive is corrupt, lacks a target, or a target does not have the published number of files.
+    Raises UserError if the archive is corrupt or lacks a target, or a target differs from the published number of files.
     """
     # 1. Move a file that is not an archive.
     if not zipfile.is_zipfile(file):
@@ -226,8 +212,7 @@ def install(remote: Remote, file: Path) -> None:
             content = candidates[0]
             count = sum(1 for item in content.rglob("[!.]*") if item.is_file()) if content.is_dir() else 1
             if entries is not None and count != entries:
-                problem = f"expected {entries:,} files in {target.name}, got {count:,}"
-                raise UserError(f"{file}: {problem}; fetch the archive again")
+                raise UserError(f"{file}: expected {entries:,} files in {target.name}, got {count:,}; fetch the archive again")
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(content, target)
@@ -239,8 +224,7 @@ def install(remote: Remote, file: Path) -> None:
 def _unpack(file: Path, folder: Path) -> None:
     """Unpack an archive and the archives inside it, except for the metadata files of macOS.
 
-    zipfile reads the whole central directory. Tools that rely on the 16-bit count at its end lose multiples of 65,536 files
-    of COCO's panoptic archive.
+    zipfile reads the whole central directory. Tools that rely on the 16-bit file count lose files of COCO's archive.
     """
     try:
         with zipfile.ZipFile(file) as archive:

@@ -1,11 +1,9 @@
-"""Folders of images and index masks and a class file -> phrases (layouts of CamVid, VOC, PASCAL Context and ADE).
+"""Folders of images and index masks, and a class file -> phrases (layouts of CamVid, VOC, PASCAL Context and ADE).
 
 A mask is a PNG of mode L, P (the palette is ignored), 1 or 16-bit grey. Its pixel values are line numbers of the class file,
-starting at 0. The name of a mask is the stem of its image followed by `mask_suffix`. Every class in an image becomes a
+counted from 0. The name of a mask is the stem of its image followed by `mask_suffix`. Every class in an image becomes a
 phrase; there are no instances, so no phrase is plural.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,9 +18,9 @@ from numpy.typing import NDArray
 from genseg.artifacts.phrases import choose_images
 from genseg.artifacts.seeds import derive_seed
 from genseg.data import ImageRows, SemanticClass, Skip, Source, class_rows, masks_by_class
-from genseg.data.images import BadImage, check_image, open_image
+from genseg.data.images import BadImage, open_image, read_labels
 from genseg.errors import UserError
-from genseg.params import IndexMasks
+from genseg.params.data import IndexMasks
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -38,23 +36,23 @@ class Job:
 
 
 def open_source(index_masks: IndexMasks, val_fraction: float, templates: list[str]) -> Source:
-    """Pair images with masks. Files are not decoded yet.
+    """Pair images with masks.
 
-    Raises:
-        UserError: a folder or the class file is missing or malformed, or two images have the same id.
+    Raises UserError if a folder or the class file is missing or malformed, or two images have the same id.
     """
     classes, unmarked = read_classes(Path(index_masks.classes), index_masks.ignore, index_masks.background)
     read = partial(read_image, classes, templates, frozenset(index_masks.ignore), index_masks.classes)
     source = Source(classes, [], read, [Path(index_masks.classes)])
     if unmarked:
         source.counts["classes without a mark `# thing` or `# stuff`, treated as stuff"] += unmarked
-    pairs: dict[str, list[tuple[str, str, str]]] = {}
-    for split in ("test", "train"):
-        pairs[split] = _pair_files(index_masks, split, source)
+    pairs = {split: _pair_files(index_masks, split, source) for split in ("test", "train")}
     test_images = {Path(image).resolve() for _, image, _ in pairs["test"]}
-    for _, image, _ in [pair for pair in pairs["train"] if Path(pair[1]).resolve() in test_images]:
-        source.skips.append(Skip("image", "image in both splits", f"{image} is also a test image", 1))
-    pairs["train"] = [pair for pair in pairs["train"] if Path(pair[1]).resolve() not in test_images]
+    train_pairs, pairs["train"] = pairs["train"], []
+    for stem, image, mask in train_pairs:
+        if Path(image).resolve() in test_images:
+            source.skips.append(Skip("image", "image in both splits", f"{image} is also a test image", 1))
+        else:
+            pairs["train"].append((stem, image, mask))
     ids = image_ids([(split, stem) for split, members in pairs.items() for stem, _, _ in members])
     val = choose_images(np.array([ids["train", stem] for stem, _, _ in pairs["train"]]), val_fraction, 0, "val")
     for split, members in pairs.items():
@@ -71,12 +69,8 @@ def read_classes(path: Path, ignore: list[int], background: int | None) -> tuple
     A line is a name, optionally followed by `# thing` or `# stuff`. A class without a mark is stuff, because index masks do
     not distinguish instances.
 
-    Returns:
-        The classes, and the number of classes without a mark.
-
-    Raises:
-        UserError: the file is missing, a line between names is empty, a mark is unknown, a name occurs twice, or
-            `background` is not a line of the file.
+    Returns the classes, and the number of classes without a mark. Raises UserError if the file is missing, a line between names
+    is empty, a mark is unknown, a name occurs twice, or `background` is not a line of the file.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
@@ -87,27 +81,26 @@ def read_classes(path: Path, ignore: list[int], background: int | None) -> tuple
     for index, line in enumerate(lines):
         name, _, mark = (part.strip() for part in line.partition("#"))
         if not name:
-            raise UserError(f"{path}: line {index + 1}: expected a class name, got an empty line; line n is index n - 1")
+            raise UserError(f"{path}: line {index + 1}: expected a class name, got an empty line; every index needs a name")
         if mark not in ("", "thing", "stuff"):
             raise UserError(f"{path}: line {index + 1}: expected the mark thing or stuff, got {mark!r}")
         if index in ignore:
             continue
-        if name in [item.name for item in classes]:
+        if any(item.name == name for item in classes):
             raise UserError(f"{path}: line {index + 1}: duplicate class {name!r}")
         unmarked += not mark and index != background
         classes.append(SemanticClass(index, name, mark == "thing", index == background))
     if background is not None and not any(item.background for item in classes):
         raise UserError(f"{path}: data.index_masks.background is {background}, which is not a line of the file or is ignored")
-    if not any(not item.background for item in classes):
+    if all(item.background for item in classes):
         raise UserError(f"{path}: no class names; write one name per line, in index order")
     return classes, unmarked
 
 
 def image_ids(keys: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    """Return the image id of every (split, stem): the stem as a number if all stems are distinct numbers, else a 63-bit hash.
+    """Return the image id of every (split, stem): the stem if all stems are distinct numbers, else a 63-bit hash.
 
-    Raises:
-        UserError: two stems have the same hash.
+    Raises UserError if two images have the same hash.
     """
     if all(stem.isascii() and stem.isdigit() and len(stem) <= 18 for _, stem in keys):
         numbers = {key: int(key[1]) for key in keys}
@@ -141,16 +134,15 @@ def _pair_files(index_masks: IndexMasks, split: str, source: Source) -> list[tup
     for stem in stems:
         mask = f"{stem}{suffix}"
         if stem not in images:
-            message = f"{masks_folder}/{mask}: no image {stem}.* in {images_folder}"
-            source.skips.append(Skip("image", "mask without an image", message, 1))
+            reason, message = "mask without an image", f"{masks_folder}/{mask}: no image {stem}.* in {images_folder}"
         elif len(images[stem]) > 1:
-            message = f"{images_folder}: {' and '.join(images[stem])} have the same stem"
-            source.skips.append(Skip("image", "images with the same stem", message, 1))
+            reason, message = "images with the same stem", f"{images_folder}: {' and '.join(images[stem])} have the same stem"
         elif mask not in mask_names:
-            message = f"{images_folder}/{images[stem][0]}: no mask {masks_folder}/{mask}"
-            source.skips.append(Skip("image", "image without a mask", message, 1))
+            reason, message = "image without a mask", f"{images_folder}/{images[stem][0]}: no mask {masks_folder}/{mask}"
         else:
             pairs.append((stem, f"{images_folder}/{images[stem][0]}", f"{masks_folder}/{mask}"))
+            continue
+        source.skips.append(Skip("image", reason, message, 1))
     return pairs
 
 
@@ -165,7 +157,7 @@ def _folder(index_masks: IndexMasks, key: str, split: str) -> str:
 
 
 def _read_list(lists: Mapping[Any, str], split: str, source: Source) -> list[str]:
-    """Read the stems of a split from its list, and add the list to the inputs of the source."""
+    """Return the stems in the list of a split, and add the list to the inputs of the source."""
     if split not in lists:
         raise UserError(f"params: data.index_masks.lists has no {split}; set a file for both train and test, or null")
     path = Path(lists[split])
@@ -189,15 +181,10 @@ def read_indices(path: str | Path) -> NDArray[np.int64]:
 def read_image(
     classes: list[SemanticClass], templates: list[str], ignore: frozenset[int], class_file: str, job: Job
 ) -> ImageRows:
-    """Decode the mask of an image and create a phrase for every class in it."""
+    """Decode the mask of an image, and create a phrase for every class in it."""
     rows = ImageRows(job.image_id, job.split, job.image)
     try:
-        height, width = check_image(job.image)
-        indices = read_indices(job.mask)
-        if indices.shape != (height, width):
-            size = f"{indices.shape[0]} x {indices.shape[1]}"
-            message = f"{job.mask}: {size} pixels, but its image {job.image} has {height} x {width}"
-            raise BadImage("image and mask differ in size", message)
+        indices = read_labels(job.image, job.mask, "mask", read_indices)
         unknown = sorted(set(np.unique(indices).tolist()) - {item.id for item in classes} - ignore)
         if unknown:
             remedy = "name it there or add it to data.index_masks.ignore"
@@ -206,7 +193,7 @@ def read_image(
     except BadImage as error:
         rows.skips.append(Skip("image", error.reason, str(error), 1))
         return rows
-    rows.height, rows.width = height, width
+    rows.height, rows.width = indices.shape
     rows.class_masks = masks_by_class(indices, classes)
     rows.phrases = class_rows(rows, classes, templates, {}, set())
     rows.counts.update(images=1, narratives=1, segments=len(rows.phrases))

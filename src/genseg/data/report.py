@@ -1,6 +1,4 @@
-"""The report of data assembly: skipped items with reasons, and statistics of the data next to those of the GS paper."""
-
-from __future__ import annotations
+"""The report of data assembly: skipped items with reasons, and statistics of the data and of the GS paper."""
 
 import csv
 from collections import Counter
@@ -15,9 +13,6 @@ from genseg.artifacts.phrases import SPLITS
 from genseg.data import Skip
 from genseg.errors import UserError
 
-VERSION = 1
-MAX_EXAMPLES = 3
-"""Examples in the report for each reason."""
 PUBLISHED = Path("data/published/gs_section41.csv")
 STATISTICS = {
     "narratives_train": "narratives, train + val (called images in the paper)",
@@ -43,7 +38,7 @@ STATISTICS = {
 
 @dataclass
 class SkipSummary:
-    """Counts and examples of all skips with the same unit and reason."""
+    """Counts of all skips with the same unit and reason, and up to three examples."""
 
     count: int = 0
     narratives: int = 0
@@ -54,49 +49,42 @@ class SkipSummary:
         self.count += 1
         self.narratives += skip.narratives
         self.phrases += skip.phrases
-        if len(self.examples) < MAX_EXAMPLES:
+        if len(self.examples) < 3:
             self.examples.append(skip.message)
 
 
 def skip_line(unit: str, reason: str, summary: SkipSummary) -> str:
-    """Return a line for stderr, e.g. `data: skipped 2 phrases: empty mask, e.g. FILE: row 3 ...`."""
+    """Return a line for stderr, such as `data: skipped 2 phrases: empty mask, e.g. FILE: row 3 ...`."""
     details = f" ({summary.narratives} narratives, {summary.phrases} phrases)" if unit == "image" else ""
     plural = "" if summary.count == 1 else "s"
     return f"data: skipped {summary.count} {unit}{plural}{details}: {reason}, e.g. {summary.examples[0]}"
 
 
 def compute_statistics(phrases: pd.DataFrame, counts: dict[str, Counter[str]]) -> dict[str, Any]:
-    """Compute the statistics of section 4.1 of the GS paper for these data.
+    """Return the statistics of a phrase table that section 4.1 of the GS paper gives, by key of `STATISTICS`.
 
-    Args:
-        phrases: phrase table.
-        counts: `images`, `narratives`, `ungrounded` and `segments` by split.
-
-    Returns:
-        Value by key of `STATISTICS`, in its order; None if undefined.
+    `counts` are the numbers of `images`, `narratives`, `ungrounded` phrases and `segments` by split. Undefined values are None.
     """
     total = sum(counts.values(), Counter())
-    grounded = len(phrases)
-    nouns = grounded + total["ungrounded"]
+    nouns = len(phrases) + total["ungrounded"]
     segments = phrases[["image_id", "segment_ids"]].explode("segment_ids").dropna()
-    values: dict[str, Any] = {
+    values = {
         "narratives_train": counts["train"]["narratives"] + counts["val"]["narratives"],
         "narratives_test": counts["test"]["narratives"],
         "images": total["images"],
         "noun_phrases": nouns,
-        "grounded_phrases": grounded,
+        "grounded_phrases": len(phrases),
         "ungrounded_phrases": total["ungrounded"],
         "masks": total["segments"],
         "distinct_segments": len(segments.drop_duplicates()),
         "phrases_per_caption": nouns / total["narratives"] if total["narratives"] else None,
-        "grounded_per_caption": grounded / total["narratives"] if total["narratives"] else None,
+        "grounded_per_caption": len(phrases) / total["narratives"] if total["narratives"] else None,
         "things": int(phrases["is_thing"].sum()),
         "stuff": int((~phrases["is_thing"]).sum()),
         "plurals": int(phrases["is_plural"].sum()),
         "singulars": int((~phrases["is_plural"]).sum()),
     }
-    values |= {f"images_{split}": counts[split]["images"] for split in SPLITS}
-    return {key: values[key] for key in STATISTICS}
+    return values | {f"images_{split}": counts[split]["images"] for split in SPLITS}
 
 
 def read_published(path: Path = PUBLISHED) -> dict[str, float]:
@@ -122,10 +110,9 @@ def write_report(
     """Write report.json and report.md to `directory` and return the statistics.
 
     Args:
-        source: name of the data source.
         counts: as in `compute_statistics`.
         skipped: summaries by (unit, reason).
-        notes: further counts by description; zeros are left out.
+        notes: further counts by description; zeros are omitted.
     """
     statistics, published = compute_statistics(phrases, counts), read_published()
     splits = {
@@ -138,7 +125,7 @@ def write_report(
         for split in SPLITS
     }
     document = {
-        "version": VERSION,
+        "version": 1,
         "source": source,
         "statistics": statistics,
         "paper": published,
@@ -154,45 +141,34 @@ def write_report(
 def _markdown(document: dict[str, Any]) -> str:
     """Return report.json as Markdown."""
     published = document["paper"]
-    rows = [
-        f"| {text} | {_format(document['statistics'][key])} | {_format(published.get(key))} |"
-        for key, text in STATISTICS.items()
-    ]
-    splits = [
-        f"| {split} | {item['images']:,} | {item['images_with_phrases']:,} | {item['narratives']:,} | {item['phrases']:,} |"
-        for split, item in document["splits"].items()
-    ]
-    skipped = [
-        f"| {item['unit']} | {item['reason']} | {item['count']:,} | {item['narratives']:,} | {item['phrases']:,} "
-        f"| {'<br>'.join(example.replace('|', '/') for example in item['examples'])} |"
-        for item in document["skipped"]
-    ]
-    notes = [f"* {text}: {count:,}" for text, count in document["notes"].items()]
-    missing = [] if published else [f"The column *paper* is empty because `{PUBLISHED}` is missing.", ""]
-    parts = [
+    lines = [
         f"# Data report (source: {document['source']})",
         "",
         "*paper*: published values of section 4.1 of the GS paper (COCO + Panoptic Narrative Grounding), not measured here.",
         "",
-        *missing,
-        "| statistic | here | paper |",
-        "|---|---:|---:|",
-        *rows,
-        "",
-        "| split | images | images with phrases | narratives | phrases |",
-        "|---|---:|---:|---:|---:|",
-        *splits,
-        "",
-        "## Skipped",
-        "",
     ]
-    if skipped:
-        head = "| unit | reason | count | narratives skipped | grounded phrases skipped | examples |"
-        parts += [head, "|---|---|---:|---:|---:|---|", *skipped]
+    if not published:
+        lines += [f"The column *paper* is empty because `{PUBLISHED}` is missing.", ""]
+    lines += ["| statistic | here | paper |", "|---|---:|---:|"]
+    for key, text in STATISTICS.items():
+        lines.append(f"| {text} | {_format(document['statistics'][key])} | {_format(published.get(key))} |")
+    lines += ["", "| split | images | images with phrases | narratives | phrases |", "|---|---:|---:|---:|---:|"]
+    for split, item in document["splits"].items():
+        images = f"{item['images']:,} | {item['images_with_phrases']:,}"
+        lines.append(f"| {split} | {images} | {item['narratives']:,} | {item['phrases']:,} |")
+    lines += ["", "## Skipped", ""]
+    if document["skipped"]:
+        lines.append("| unit | reason | count | narratives skipped | grounded phrases skipped | examples |")
+        lines.append("|---|---|---:|---:|---:|---|")
     else:
-        parts += ["None."]
-    parts += ["", "## Notes", "", *(notes or ["None."]), ""]
-    return "\n".join(parts)
+        lines.append("None.")
+    for item in document["skipped"]:
+        counts = f"{item['count']:,} | {item['narratives']:,} | {item['phrases']:,}"
+        examples = "<br>".join(example.replace("|", "/") for example in item["examples"])
+        lines.append(f"| {item['unit']} | {item['reason']} | {counts} | {examples} |")
+    lines += ["", "## Notes", ""]
+    lines += [f"* {text}: {count:,}" for text, count in document["notes"].items()] or ["None."]
+    return "\n".join([*lines, ""])
 
 
 def _format(value: float | None) -> str:

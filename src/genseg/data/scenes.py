@@ -1,4 +1,4 @@
-"""The embedded data set: narrated scenes generated from a seed, written as COCO panoptic + PNG narratives.
+"""The embedded data set: generated scenes with narratives, in the formats of COCO panoptic and Panoptic Narrative Grounding.
 
 A scene has two or three regions of *stuff* and several *things* that differ in shape, colour, surface and size. Distractors
 differ from another thing in one attribute only, so a model that ignores a word of the phrase selects the wrong thing. Things
@@ -6,13 +6,12 @@ and regions have similar hues, and shading, shadows, noise and low contrast are 
 Some (colour, shape) pairs occur only in the test scenes (`COMPOSITIONAL`), unless the params set `hold_back` to false.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from PIL import Image
 
 from genseg.artifacts.files import atomic_directory
 from genseg.artifacts.seeds import derive_seed
-from genseg.params import Scenes
+from genseg.params.data import Scenes
 
 Field = NDArray[np.float32]
 
@@ -44,10 +43,8 @@ COMPOSITIONAL = frozenset({("red", "star"), ("green", "circle"), ("blue", "cross
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 STUFF_ID = 101
 ANNOTATORS = 2
-"""Narratives per scene."""
+"""Number of narratives per scene."""
 JPEG_QUALITY = 93
-MIN_VISIBLE = 0.6
-"""At least this fraction of every thing is visible."""
 
 
 # --------------------------------------------------------------------------------------------------------- attributes
@@ -71,16 +68,11 @@ def attributes_of(scenes: Scenes) -> Attributes:
     return ATTRIBUTES | {"shape": tuple(scenes.shapes), "colour": tuple(scenes.colours), "surface": tuple(scenes.surfaces)}
 
 
-def unseen_pairs_of(attributes: Attributes) -> list[tuple[str, str]]:
-    """Return the (colour, shape) pairs of `COMPOSITIONAL` that are possible with these attributes."""
-    return [pair for pair in sorted(COMPOSITIONAL) if pair[0] in attributes["colour"] and pair[1] in attributes["shape"]]
-
-
 # ----------------------------------------------------------------------------------------------------------- data set
 def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
     """Write the scenes of `train2017` and `val2017` to `root` in the layout of COCO panoptic and PNG, atomically.
 
-    A scene depends only on the seed, its split and its id, so the bytes do not depend on the number of worker processes.
+    A scene depends only on the seed, its split and its id, so the bytes do not depend on the number of processes.
     """
     categories = [{"id": i + 1, "name": name, "isthing": 1, "supercategory": "shape"} for i, name in enumerate(SHAPES)]
     categories += [{"id": STUFF_ID + i, "name": name, "isthing": 0, "supercategory": "region"} for i, name in enumerate(STUFF)]
@@ -91,26 +83,17 @@ def write_scenes(scenes: Scenes, root: Path, workers: int = 1) -> None:
             for folder in folders:
                 folder.mkdir(parents=True)
             write = partial(_write_scene, scenes, split, *folders)
-            records = list(pool.map(write, range(first_id, first_id + count), chunksize=16))
-            document = {
-                "images": [image for image, _, _ in records],
-                "annotations": [annotation for _, annotation, _ in records],
-                "categories": categories,
-            }
+            records = pool.map(write, range(first_id, first_id + count), chunksize=16)
+            images, infos, narratives = zip(*records, strict=True)
+            document = {"images": images, "annotations": infos, "categories": categories}
             (annotations / f"panoptic_{split}2017.json").write_text(json.dumps(document))
-            narratives = [narrative for _, _, scene_narratives in records for narrative in scene_narratives]
-            (annotations / f"png_coco_{split}2017.json").write_text(json.dumps(narratives))
+            (annotations / f"png_coco_{split}2017.json").write_text(json.dumps(list(chain(*narratives))))
 
 
 def sample_scenes(scenes: Scenes, split: str, count: int) -> tuple[float, float]:
-    """Estimate a data set before it is written.
+    """Estimate the mean number of grounded phrases and the mean JPEG size in bytes per scene from `count` scenes.
 
-    Args:
-        split: `train` or `val` (the test scenes).
-        count: number of scenes that are generated for the estimate.
-
-    Returns:
-        Mean number of grounded phrases and mean bytes of the JPEG per scene.
+    `split` is `train` or `val` (the test scenes).
     """
     phrase_count, jpeg_bytes = 0, 0
     for image_id in range(count):
@@ -129,11 +112,7 @@ def sample_scenes(scenes: Scenes, split: str, count: int) -> tuple[float, float]
 def _write_scene(
     scenes: Scenes, split: str, images: Path, masks: Path, image_id: int
 ) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """Write the image and the panoptic PNG of a scene.
-
-    Returns:
-        Its record of `images`, its record of `annotations`, and its narratives.
-    """
+    """Write the image and the panoptic PNG of a scene; return its `images` and `annotations` records and its narratives."""
     # 1. Draw the scene.
     rng, size = np.random.default_rng(derive_seed(scenes.seed, "scene", split, image_id)), scenes.size
     image, segments, things, regions = _draw(rng, scenes, unseen_pairs=split == "val" or not scenes.hold_back)
@@ -164,7 +143,7 @@ def _write_scene(
 
 # ------------------------------------------------------------------------------------------- content and narratives
 def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pairs: bool) -> list[Thing]:
-    """Return a referent, distractors that differ from it in one attribute, and sometimes equal and unrelated things."""
+    """Return a referent, distractors that differ from it in one attribute, and sometimes similar and random things."""
 
     def pick(attribute: str) -> str:
         return str(rng.choice(attributes[attribute]))
@@ -172,20 +151,20 @@ def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pair
     def random_thing() -> Thing:
         return Thing(pick("shape"), pick("colour"), pick("surface"), pick("size"))
 
-    # 1. The referent; in 40 % of the test scenes it is a held-back (colour, shape) pair.
+    # 1. Draw the referent. With `unseen_pairs`, 40 % of the referents are forced to be a `COMPOSITIONAL` pair.
     referent = random_thing()
-    pairs = unseen_pairs_of(attributes)
+    pairs = [pair for pair in sorted(COMPOSITIONAL) if pair[0] in attributes["colour"] and pair[1] in attributes["shape"]]
     if unseen_pairs and pairs and rng.random() < 0.4:
         colour, shape = pairs[rng.integers(len(pairs))]
         referent = Thing(shape, colour, referent.surface, referent.size)
 
-    # 2. Distractors that differ from it in one attribute.
+    # 2. Add distractors that differ from it in one attribute.
     things = [referent]
     for attribute in rng.permutation(("shape", "colour", "colour", "surface", "size"))[: rng.integers(1, 3)]:
         other_value = str(rng.choice([value for value in attributes[attribute] if value != getattr(referent, attribute)]))
         things.append(Thing(**{**vars(referent), attribute: other_value}))
 
-    # 3. Things of the same shape, colour and size (for plurals), and a random thing.
+    # 3. Sometimes add things of the same shape, colour and size (for plurals), and a random thing.
     if rng.random() < 0.6:
         prototype = things[rng.integers(len(things))] if rng.random() < 0.5 else random_thing()
         for _ in range(rng.integers(1, 3)):
@@ -193,22 +172,13 @@ def _choose_things(rng: np.random.Generator, attributes: Attributes, unseen_pair
             things.append(Thing(prototype.shape, prototype.colour, surface, prototype.size))
     things += [random_thing() for _ in range(rng.integers(0, 2))]
 
-    # 4. Remove the held-back pairs, and shuffle.
+    # 4. Without `unseen_pairs`, remove the held-back pairs. Shuffle.
     if not unseen_pairs:
         things = [thing for thing in things if (thing.colour, thing.shape) not in COMPOSITIONAL]
         if not things:
-            things = [replace(referent, colour=_seen_colour(attributes, referent.shape))]
+            seen_colours = [colour for colour in attributes["colour"] if (colour, referent.shape) not in COMPOSITIONAL]
+            things = [replace(referent, colour=seen_colours[0])]
     return [things[i] for i in rng.permutation(len(things))]
-
-
-def _seen_colour(attributes: Attributes, shape: str) -> str:
-    """Return the first colour of a shape in the training scenes."""
-    return next(colour for colour in attributes["colour"] if (colour, shape) not in COMPOSITIONAL)
-
-
-def _matches(things: list[Thing], described: dict[str, str]) -> list[int]:
-    """Return the indices of the things with the described attributes."""
-    return [i for i, thing in enumerate(things) if all(getattr(thing, key) == value for key, value in described.items())]
 
 
 def _describe(rng: np.random.Generator, things: list[Thing], target: int, plural: bool) -> tuple[str, list[int]] | None:
@@ -216,12 +186,10 @@ def _describe(rng: np.random.Generator, things: list[Thing], target: int, plural
 
     A singular phrase describes `target` alone; a plural phrase describes `target` and at least one other thing.
     """
-    extras = ["colour", "surface", "size"]
-    order = [str(extra) for extra in rng.permutation(extras)]
-    counts = rng.permutation([1, 1, 2, 0, 3]) if not plural else rng.permutation([0, 1, 1])
-    for count in counts:
+    order = [str(attribute) for attribute in rng.permutation(["colour", "surface", "size"])]
+    for count in rng.permutation([0, 1, 1] if plural else [1, 1, 2, 0, 3]):
         described = {key: getattr(things[target], key) for key in ["shape", *order[:count]]}
-        matches = _matches(things, described)
+        matches = [i for i, thing in enumerate(things) if described.items() <= vars(thing).items()]
         if (len(matches) == 1) == plural or len(matches) > max(NUMBERS):
             continue
         words = [described[key] for key in ("size", "surface", "colour") if key in described]
@@ -264,7 +232,7 @@ def _narrate(
         mentions.append((phrase, [ids[len(things) + int(region)]], False, []))
     mentions = [mentions[i] for i in rng.permutation(len(mentions))]
 
-    # 2. Join them to a caption.
+    # 2. Join them into a caption.
     parts = [
         _part(str(rng.choice(["In", "On"]))),
         _part(str(rng.choice(["this picture", "this image", "the photo"])), noun=True),
@@ -292,8 +260,7 @@ def _draw(
     """Draw a scene.
 
     Returns:
-        The image [size, size, 3], the segment indices [size, size] (things first, then regions), the things, and the names
-        of the regions.
+        Image [size, size, 3], segment indices [size, size] (things, then regions), things, and names of the regions.
     """
     # 1. Draw the regions of stuff.
     size, radii = scenes.size, {str(name): span for name, span in scenes.radii.items()}
@@ -304,7 +271,7 @@ def _draw(
     for index, name in enumerate(names):
         canvas[ground == index] = _surface_of_stuff(rng, name, x, y, size)[ground == index]
 
-    # 2. Draw the things on top. A thing is dropped if none of twelve random places keeps all things visible.
+    # 2. Draw the things on top. A thing is dropped if at twelve random places it hides over 40 % of an earlier one.
     owner = np.full((size, size), -1, np.int32)
     things: list[Thing] = []
     full_areas: list[int] = []
@@ -314,7 +281,7 @@ def _draw(
             cx, cy = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
             distance = _distance(thing.shape, x - cx, y - cy, radius, rng.uniform(0, 2 * np.pi))
             trial = np.where(distance < 0, len(things), owner)
-            if all(np.sum(trial == i) >= MIN_VISIBLE * area for i, area in enumerate(full_areas)):
+            if all(np.sum(trial == i) >= 0.6 * area for i, area in enumerate(full_areas)):
                 break
         else:
             continue
@@ -367,8 +334,7 @@ def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -
 def _surface_of_stuff(rng: np.random.Generator, name: str, x: Field, y: Field, size: int) -> Field:
     """Return the texture [size, size, 3] of a stuff class, in about [0, 1].
 
-    Each stuff class has two hues that are similar to those of another stuff class or of things, so it is identified by its
-    texture, not by its colour.
+    Each class has two possible hues, which other classes or things share, so the texture identifies it, not the colour.
     """
     scale = size / 128
     phase = rng.uniform(0, 6.3)
@@ -395,10 +361,9 @@ def _surface_of_stuff(rng: np.random.Generator, name: str, x: Field, y: Field, s
 
 
 def _surface_of_thing(rng: np.random.Generator, thing: Thing, x: Field, y: Field, radius: float) -> Field:
-    """Return the colour [size, size, 3] of a thing, with x and y relative to its centre: base, jitter, pattern and shading."""
-    colour = np.asarray(COLOURS[thing.colour], np.float32) * rng.uniform(0.8, 1.15) + rng.uniform(-0.07, 0.07, 3).astype(
-        np.float32
-    )
+    """Return the colour [size, size, 3] of a thing, with x and y relative to its centre: base colour, pattern and shading."""
+    colour = np.asarray(COLOURS[thing.colour], np.float32) * rng.uniform(0.8, 1.15)
+    colour = colour + rng.uniform(-0.07, 0.07, 3).astype(np.float32)
     angle = rng.uniform(0, np.pi)
     u, v = np.cos(angle) * x + np.sin(angle) * y, -np.sin(angle) * x + np.cos(angle) * y
     pattern = np.zeros_like(x)
@@ -413,7 +378,7 @@ def _surface_of_thing(rng: np.random.Generator, thing: Thing, x: Field, y: Field
 
 
 def _distance(shape: str, x: Field, y: Field, radius: float, rotation: float) -> Field:
-    """Return the distance in pixels to the outline of a shape, negative inside (near the outline exact or a close bound)."""
+    """Return the distance in pixels to the outline of a shape, negative inside (approximate far from the outline)."""
     u, v = np.cos(rotation) * x + np.sin(rotation) * y, -np.sin(rotation) * x + np.cos(rotation) * y
     r = np.hypot(u, v)
     if shape == "circle":

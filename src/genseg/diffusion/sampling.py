@@ -1,135 +1,154 @@
-"""Sampling with classifier-free guidance (Eq. 8-11), by one of three update rules."""
-
-from __future__ import annotations
+"""Sampling with classifier-free guidance (Eq. 8-11). The update rules are listed in `SAMPLERS`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from diffusers import DDIMScheduler
 
 from genseg.artifacts.seeds import derive_seed
+from genseg.diffusion.guidance import step_is_guided
 from genseg.diffusion.objectives import estimate_x_0
-from genseg.diffusion.schedule import PREDICTIONS, Scheduler
-from genseg.params import Interval, Rule, step_is_guided
+from genseg.params.sample import OperatingPoint, SamplerName
 
 Denoise = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
-"""(x_t [B, K, h, w], t scalar, guided) -> the network's answer; guided: [2 B, K, h, w], conditional then unconditional."""
+"""(x_t [B, K, h, w], t scalar, guided) -> network output; if guided, [2 B, K, h, w]: conditional, then unconditional."""
 Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called after each step with (t, x_t before the step, the step's estimate of x_0)."""
+OnStepEnd = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(step, t, x_t after the step) -> x_t from which sampling continues."""
 
 
 def phrase_generator(
     seed: int, image_id: object, narrative_id: object, phrase_id: object, size: int, member: int = 0
 ) -> torch.Generator:
-    """All randomness of one phrase's mask: independent of batch, shard, order and of steps and guidance. Member 0 of an
-    ensemble is the single sample, so that larger ensembles hold the smaller ones."""
+    """Return the generator of all randomness of one phrase's mask.
+
+    It depends only on the seed, the ids, the image size and the ensemble member, not on batch, shard, order, steps or guidance.
+    Member 0 of an ensemble equals the single sample, so larger ensembles contain smaller ones.
+    """
     ids = (image_id, narrative_id, phrase_id, size, *([member] if member else []))
     return torch.Generator().manual_seed(derive_seed(seed, "sample", *ids))
 
 
-def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> torch.Tensor:
-    """N(0, I) [B, *shape], row i from generator i, drawn on the CPU so that devices agree."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> torch.Tensor:
+    """Return standard normal noise [B, *shape], row i from generator i, drawn on the CPU to be equal on all devices."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
-def ddim_step(x_t: torch.Tensor, x_0: torch.Tensor, alpha: torch.Tensor, alpha_next: torch.Tensor) -> torch.Tensor:
-    """DDIM (Song et al. 2021, Eq. 12, eta = 0): keep the noise that x_t and the estimate of x_0 imply."""
+@dataclass
+class StepContext:
+    """Inputs of an update rule besides x_t and the estimate of x_0.
+
+    Attributes:
+        alpha, alpha_next: scalar alpha_bar at this timestep and at the next one.
+        generators: one per row, for stochastic rules.
+        previous: estimate of x_0 and alpha_bar of the previous step; None at the first step.
+    """
+
+    alpha: torch.Tensor
+    alpha_next: torch.Tensor
+    generators: Sequence[torch.Generator]
+    previous: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def ddim_step(x_t: torch.Tensor, x_0: torch.Tensor, context: StepContext) -> torch.Tensor:
+    """DDIM (Song et al. 2021, Eq. 12) with eta = 0."""
+    alpha, alpha_next = context.alpha, context.alpha_next
     noise = (x_t - alpha.sqrt() * x_0) / (1 - alpha).sqrt()
     return alpha_next.sqrt() * x_0 + (1 - alpha_next).sqrt() * noise
 
 
-def ddpm_step(
-    x_t: torch.Tensor, x_0: torch.Tensor, alpha: torch.Tensor, alpha_next: torch.Tensor, noise: torch.Tensor
-) -> torch.Tensor:
-    """DDPM (Ho et al. 2020, Eq. 6-7, over the chosen timesteps): a draw from q(x_next | x_t, x_0)."""
+def ddpm_step(x_t: torch.Tensor, x_0: torch.Tensor, context: StepContext) -> torch.Tensor:
+    """DDPM (Ho et al. 2020, Eq. 6-7) over the chosen timesteps: a sample of q(x_next | x_t, x_0)."""
+    alpha, alpha_next = context.alpha, context.alpha_next
+    noise = draw_noise(context.generators, x_t.shape[1:]).to(x_t.device)
     ratio = alpha / alpha_next
     mean = (alpha_next.sqrt() * (1 - ratio) * x_0 + ratio.sqrt() * (1 - alpha_next) * x_t) / (1 - alpha)
     return mean + ((1 - alpha_next) / (1 - alpha) * (1 - ratio)).sqrt() * noise
 
 
-def dpmpp_step(
-    x_t: torch.Tensor,
-    x_0: torch.Tensor,
-    alpha: torch.Tensor,
-    alpha_next: torch.Tensor,
-    previous: tuple[torch.Tensor, torch.Tensor] | None,
-) -> torch.Tensor:
-    """DPM-Solver++(2M), data prediction (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
+def dpmpp_step(x_t: torch.Tensor, x_0: torch.Tensor, context: StepContext) -> torch.Tensor:
+    """DPM-Solver++(2M) with data prediction (Lu et al. 2022, arXiv 2211.01095, Algorithm 2).
 
-    With lambda = log(sqrt(alpha_bar) / sigma), h its increase over this step and h' over the one before, r = h' / h:
-    D = (1 + 1 / 2r) x_0 - 1 / 2r x_0', and x_next = sigma_next / sigma x_t - sqrt(alpha_bar_next) (exp(-h) - 1) D.
-    The first step has no x_0' and is first-order, which is DDIM; so is the second after zero terminal SNR, where h' is
-    infinite.
-
-    Args:
-        previous: x_0', the estimate of x_0 one step before, and alpha_bar there; None at the first step.
+    With lambda = log(sqrt(alpha_bar) / sigma), its increase h in this step and h' in the previous step, and r = h' / h:
+    D = (1 + 1 / (2r)) x_0 - x_0' / (2r), and x_next = (sigma_next / sigma) x_t - sqrt(alpha_bar_next) (exp(-h) - 1) D.
+    The first step has no previous estimate x_0' and is first-order, which equals DDIM. With zero terminal SNR, h' is infinite
+    in the second step, which is then first-order as well.
     """
+    alpha, alpha_next = context.alpha, context.alpha_next
     h = _half_log_snr(alpha_next) - _half_log_snr(alpha)
     data = x_0
-    if previous is not None:
-        correction = h / (2 * (_half_log_snr(alpha) - _half_log_snr(previous[1])))  # 1 / 2r
-        data = (1 + correction) * x_0 - correction * previous[0]
+    if context.previous is not None:
+        previous_x_0, previous_alpha = context.previous
+        correction = h / (2 * (_half_log_snr(alpha) - _half_log_snr(previous_alpha)))  # 1 / (2r)
+        data = (1 + correction) * x_0 - correction * previous_x_0
     return ((1 - alpha_next) / (1 - alpha)).sqrt() * x_t - alpha_next.sqrt() * torch.expm1(-h) * data
 
 
 def _half_log_snr(alpha: torch.Tensor) -> torch.Tensor:
-    """lambda; minus infinity where nothing is left of x_0."""
+    """Return lambda = log(sqrt(alpha_bar) / sigma), minus infinity for alpha_bar = 0."""
     return 0.5 * torch.log(alpha / (1 - alpha))
+
+
+SAMPLERS: dict[SamplerName, Callable[[torch.Tensor, torch.Tensor, StepContext], torch.Tensor]] = {
+    "ddim": ddim_step,
+    "ddpm": ddpm_step,
+    "dpmpp": dpmpp_step,
+}
+"""Update rules: (x_t [B, K, h, w], estimate of x_0 [B, K, h, w], context) -> x_t at the next timestep."""
 
 
 @torch.no_grad()
 def sample_labels(
     denoise: Denoise,
-    scheduler: Scheduler,
+    scheduler: DDIMScheduler,
     x_t: torch.Tensor,
-    steps: int,
-    guidance: float,
+    point: OperatingPoint,
     generators: Sequence[torch.Generator],
     label_scale: float = 1.0,
     observe: Observe | None = None,
-    rule: Rule = "ddim",
-    interval: Interval | None = None,
+    on_step_end: OnStepEnd | None = None,
 ) -> torch.Tensor:
-    """Denoise x_T [B, K, h, w] to x_0 [B, K, h, w] in `steps` steps (Eq. 8-11).
+    """Denoise x_T [B, K, h, w] to x_0 [B, K, h, w] (Eq. 8-11).
 
-    The scheduler names schedule, timesteps, prediction type and clipping; the step itself is ours, because diffusers
-    derives the next timestep from t - 1000 // steps, which misses the grid where steps do not divide 1000 and ends with
-    noise left.
-
-    `label_scale` is the b by which x_0 prediction multiplies the network's answer (see `objectives.target`).
-    Clipping keeps the steps stable; the last estimate is nobody's input, and what lies beyond the bounds still tells which
-    of two phrases a pixel belongs to.
-    Guidance w = 1 costs one evaluation a step and phrase; any other w two: Eq. 10, uncond + w (cond - uncond). Outside
-    `interval` w is 1 (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    The scheduler defines schedule, timesteps, prediction type and clipping. The update is our own: diffusers computes the next
+    timestep as t - 1000 // steps, which is not a scheduled timestep if `steps` does not divide 1000, and ends with residual
+    noise. A guided step mixes the outputs as uncond + w (cond - uncond) (Eq. 10). Guidance intervals follow Kynkaanniemi et
+    al. 2024, arXiv 2404.07724.
 
     Args:
-        rule: DDIM with eta 0 (section 4.2 of the paper), DDPM (its Eq. 11), or DPM-Solver++(2M).
-        interval: see `params.step_is_guided`; None guides every step.
+        generators: one per row, for stochastic update rules.
+        label_scale: b; with prediction type "sample", the network output is multiplied by it.
     """
+    steps, config = point.num_inference_steps, scheduler.config
+    clip_range = config.clip_sample_range if config.clip_sample else None
     scheduler.set_timesteps(steps, device=x_t.device)
-    timesteps = scheduler.timesteps[:steps]  # the trailing grid has t = -1 as one more where rounding lets it, as for 61 steps
-    alphas = scheduler.alphas_cumprod.to(x_t.device)
-    clip = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
-    prediction = PREDICTIONS[scheduler.config.prediction_type]
+    timesteps = scheduler.timesteps[:steps]  # for some numbers of steps, such as 61, the trailing grid also has t = -1
+    alphas_bar = scheduler.alphas_cumprod.to(x_t.device)
     previous: tuple[torch.Tensor, torch.Tensor] | None = None
-    for position, t in enumerate(timesteps):
-        guided = step_is_guided(position, steps, guidance, interval)
-        answer = denoise(x_t, t, guided)
+    for step, t in enumerate(timesteps):
+        # 1. Evaluate the network, with guidance where the operating point uses it.
+        guided = step_is_guided(point, step)
+        output = denoise(x_t, t, guided)
         if guided:
-            conditional, unconditional = answer.chunk(2)
-            answer = unconditional + guidance * (conditional - unconditional)
-        x_0 = estimate_x_0(prediction, answer.float(), x_t, alphas, t.expand(len(x_t)), label_scale)
-        last = position + 1 == steps
-        if clip is not None and not last:
-            x_0 = x_0.clamp(-clip, clip)
+            conditional, unconditional = output.chunk(2)
+            output = unconditional + point.guidance_scale * (conditional - unconditional)
+
+        # 2. Estimate x_0. The final estimate is not clipped: values beyond the bounds still show which of two phrases a pixel
+        # belongs to.
+        x_0 = estimate_x_0(config.prediction_type, output.float(), x_t, alphas_bar, t.expand(len(x_t)), label_scale)
+        is_last = step + 1 == steps
+        if clip_range is not None and not is_last:
+            x_0 = x_0.clamp(-clip_range, clip_range)
         if observe is not None:
             observe(int(t), x_t, x_0)
-        if last:
-            return x_0
-        alpha, alpha_next = alphas[t], alphas[timesteps[position + 1]]
-        if rule == "ddpm":
-            x_t = ddpm_step(x_t, x_0, alpha, alpha_next, draw_noise(generators, x_t.shape[1:]).to(x_t.device))
-        elif rule == "dpmpp":
-            x_t, previous = dpmpp_step(x_t, x_0, alpha, alpha_next, previous), (x_0, alpha)
-        else:
-            x_t = ddim_step(x_t, x_0, alpha, alpha_next)
-    raise ValueError("steps must be positive")
+
+        # 3. Step to the next timestep.
+        if is_last:
+            return x_0 if on_step_end is None else on_step_end(step, t, x_0)
+        context = StepContext(alphas_bar[t], alphas_bar[timesteps[step + 1]], generators, previous)
+        x_t, previous = SAMPLERS[point.sampler](x_t, x_0, context), (x_0, context.alpha)
+        if on_step_end is not None:
+            x_t = on_step_end(step, t, x_t)
+    raise ValueError("num_inference_steps must be positive")

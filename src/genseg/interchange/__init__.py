@@ -1,1 +1,1 @@
-"""Other people's outputs: read once into predictions, and predictions written in formats that other tools read."""
+"""Outputs of other methods read as predictions, and predictions written in formats that other tools read."""

@@ -1,70 +1,74 @@
-"""Predictions in formats that other tools read: COCO results and index masks."""
+"""Predictions in formats that other tools read: COCO results, index masks, and a folder of masks for one image."""
 
-from __future__ import annotations
-
+import colorsys
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from PIL import Image
 
-from genseg.artifacts.files import atomic_directory, write_text
-from genseg.artifacts.masks import decode
+from genseg.artifacts import masks as rle
+from genseg.artifacts.files import atomic_directory, atomic_path, write_json, write_text
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.predictions import read_maps
 from genseg.artifacts.resample import bilinear
 from genseg.errors import UserError
-from genseg.interchange.labels import IGNORE, NOTHING, Background, ClassList, Numbering, images, paint
+from genseg.interchange.labels import IGNORE, Background, ClassList, Numbering, iterate_images, paint
 
 FORMATS = {
-    "coco": "JSON list of results for pycocotools' loadRes, with narrative_id and phrase_id beside",
+    "coco": "JSON list of results for pycocotools' loadRes, with narrative_id and phrase_id added",
     "index_png": "folder of palette PNGs {name}.png of class numbers, for class phrases",
 }
 SEVERAL_CLASSES = -1
-"""`category_id` of a phrase whose segments are of several classes."""
+"""`category_id` of a phrase whose segments belong to several classes."""
 
 
-def predicted(phrases: pd.DataFrame, predictions: pd.DataFrame, split: str, origin: str) -> pd.DataFrame:
-    """Predictions of a split beside their phrases, by key; `mask` is the prediction's, `predicted_row` its place.
+def join_predictions(phrases: pd.DataFrame, predictions: pd.DataFrame, split: str, origin: str) -> pd.DataFrame:
+    """Join predictions with the phrases of a split, in key order; `origin` names the predictions in error messages.
+
+    Returns:
+        The columns of both tables. `mask` is the predicted mask; `predicted_row` is the row in `predictions`.
 
     Raises:
-        UserError: there is none, one is for an unknown phrase, or a score is none.
+        UserError: the split has no predictions, a prediction is for an unknown phrase, or a score is not in [0, 1].
     """
     keys = pd.MultiIndex.from_frame(predictions[KEY])
     unknown = ~keys.isin(pd.MultiIndex.from_frame(phrases[KEY]))
+    remedy = "give the table that the predictions were made for"
     if unknown.any():
-        raise UserError(
-            f"{origin}: {keys[unknown][0]} (image_id, narrative_id, phrase_id) is no phrase of the table; give the one that"
-            " they were made for"
-        )
-    strange = ~predictions["score"].between(0, 1)
-    if strange.any():
-        row = int(np.flatnonzero(strange)[0])
-        raise UserError(
-            f"{origin}: row {row}: score {predictions['score'].iloc[row]} is no number in [0, 1]; give a confidence"
-        )
-    chosen = phrases[phrases["split"] == split].drop(columns="mask")
+        example = f"{keys[unknown][0]} (image_id, narrative_id, phrase_id)"
+        raise UserError(f"{origin}: {example} is not a phrase of the table; {remedy}")
+    invalid = np.flatnonzero(~predictions["score"].between(0, 1))
+    if len(invalid):
+        score = predictions["score"].iloc[invalid[0]]
+        raise UserError(f"{origin}: row {invalid[0]}: score {score} is not a number in [0, 1]; give a confidence")
     numbered = predictions.assign(predicted_row=np.arange(len(predictions)))
+    chosen = phrases[phrases["split"] == split].drop(columns="mask")
     joined = chosen.merge(numbered, on=KEY).sort_values(KEY, ignore_index=True)
     if joined.empty:
-        raise UserError(f"{origin}: no prediction for a phrase of split {split}; give the table they were made for, or --split")
+        raise UserError(f"{origin}: no predictions for split {split}; {remedy}, or choose another --split")
     return joined
 
 
 def export_coco(rows: pd.DataFrame, out: Path) -> None:
-    """Write COCO results, one a prediction, in order of their keys; `category_id` is `class_id`."""
+    """Write one COCO result per row of `join_predictions`, in its order; `category_id` is `class_id`.
+
+    Raises UserError if a mask does not have the size of its image.
+    """
     results = []
-    for row in rows.itertuples():
-        height, width = int(row.height), int(row.width)  # type: ignore[arg-type]
-        decode(row.mask, height, width)  # type: ignore[arg-type]
+    for row in rows.to_dict("records"):
+        size = [row["height"], row["width"]]
+        rle.check(row["mask"], *size)
         result = {
-            "image_id": int(row.image_id),  # type: ignore[arg-type]
-            "category_id": SEVERAL_CLASSES if pd.isna(row.class_id) else int(row.class_id),  # type: ignore[arg-type]
-            "segmentation": {"size": [height, width], "counts": row.mask.decode("ascii")},  # type: ignore[union-attr]
-            "score": float(row.score),  # type: ignore[arg-type]
-            "narrative_id": row.narrative_id,
-            "phrase_id": int(row.phrase_id),  # type: ignore[arg-type]
+            "image_id": row["image_id"],
+            "category_id": SEVERAL_CLASSES if pd.isna(row["class_id"]) else row["class_id"],
+            "segmentation": {"size": size, "counts": row["mask"].decode("ascii")},
+            "score": row["score"],
+            "narrative_id": row["narrative_id"],
+            "phrase_id": row["phrase_id"],
         }
         results.append(json.dumps(result, ensure_ascii=False))
     write_text(out, "[" + ",\n".join(results) + "]\n")
@@ -79,54 +83,99 @@ def export_index_png(
     soft: Path | None = None,
     rule: Background | None = None,
 ) -> int:
-    """Write one palette PNG an image and return their number: the labels whose mIoU is scored.
+    """Write the labels whose mIoU is scored as one palette PNG per image, and return the number of images.
 
-    With soft maps the highest wins, and the background by its rule; else, where masks overlap, the higher score. A pixel of no
-    class is the background's number if the study has such a class, else 0, or 255 where a class is called 0.
+    With soft maps, a pixel belongs to the class with the highest map, or to background by `rule`; without, to the mask with the
+    highest score. A pixel without a class gets the number of the background class. If the study has none, it gets 0, or 255 if
+    a class has the number 0.
 
     Args:
-        soft: predictions file of `rows` that has soft maps beside it.
-        rule: whether a pixel of the soft maps is background; only data with a background class have one.
+        rows: class phrases with predictions, from `join_predictions`.
+        origin: name of the class-phrase table in error messages.
+        soft: predictions file of `rows` that has soft maps; None: export the masks.
+        rule: rule for background pixels of soft maps; required for data with a background class, and only allowed there.
 
     Raises:
-        UserError: a rule too few or too many, a class number over 254, two pictures of one name, or `out`
-            exists.
+        UserError: `rule` is missing or forbidden, a class number is not in 0 to 254, two images share a name, or `out` exists.
     """
+    # 1. Check the arguments.
     if out.exists():
-        raise UserError(f"{out}: exists already; give --out a new folder")
+        raise UserError(f"{out}: already exists; give --out a new folder")
     if rule is None and soft is not None and classes.background is not None:
-        raise UserError(
-            f"{soft}: its soft maps need --background threshold:V, where mIoU is scored with score.background_threshold"
-        )
+        remedy = "give --background threshold:V, where V is score.background_threshold"
+        raise UserError(f"{soft}: soft maps of data with a background class; {remedy}")
     if rule is not None and (soft is None or classes.background is None):
-        raise UserError("--background: a rule for soft maps of data with a background class, which these are not; leave it out")
-    numbers = [classes.number(place, numbering) for place in range(len(classes.ids))]
+        raise UserError("--background: only for soft maps of data with a background class; leave it out")
+    numbers = [classes.number(index, numbering) for index in range(len(classes.ids))]
     if max(numbers) >= IGNORE or min(numbers) < 0:
         raise UserError(f"{origin}: class number {max(numbers)} does not fit a PNG's 0 to 254; give --numbering position")
     rest = IGNORE if 0 in numbers else 0
     if classes.background is not None:
         rest = numbers[classes.background]
-    written: set[str] = set()
+
+    # 2. Write the images.
+    names: set[str] = set()
     with atomic_directory(out) as folder:
-        for _, name, height, width, group in images(rows):
-            if name in written:
-                raise UserError(f"{origin}: two pictures are called {name}; rename one of them")
-            written.add(name)
-            group = group[group["phrase_id"] != (NOTHING if classes.background is None else classes.background)]
+        for _, name, height, width, group in iterate_images(rows):
+            if name in names:
+                raise UserError(f"{origin}: two images are called {name}; rename one of them")
+            names.add(name)
+            if classes.background is not None:
+                group = group[group["phrase_id"] != classes.background]
             if soft is None:
-                front = paint([decode(mask, height, width) for mask in group["mask"]], group["score"].tolist(), height, width)
+                owner = paint([rle.decode(mask, height, width) for mask in group["mask"]], list(group["score"]), height, width)
             else:
-                maps = [read_maps(soft, slice(row, row + 1))[0] for row in group["predicted_row"]]
-                front = (rule or Background("none")).winner(bilinear(np.stack(maps), height, width))
-            values = np.array([*(numbers[place] for place in group["phrase_id"]), rest], np.uint8)[front]
-            picture = Image.fromarray(values).convert("P")
+                maps = np.stack([read_maps(soft, slice(row, row + 1))[0] for row in group["predicted_row"]])
+                owner = (rule or Background("none")).winner(bilinear(maps, height, width))
+            values = np.array([*(numbers[index] for index in group["phrase_id"]), rest], np.uint8)  # NO_CLASS selects the last
+            picture = Image.fromarray(values[owner]).convert("P")
             picture.putpalette(palette().ravel().tolist())
             picture.save(folder / f"{name}.png")
-    return len(written)
+    return len(names)
 
 
 def palette() -> np.ndarray:
-    """The PASCAL VOC colour map [256, 3]: bit k of channel c, from the top, is bit 3 k + c of the index."""
+    """Return the PASCAL VOC colour map [256, 3]: bit k of channel c, from the top, is bit 3 k + c of the index."""
     index = np.arange(256)
     channels = [sum(((index >> (3 * k + c)) & 1) << (7 - k) for k in range(8)) for c in range(3)]
     return np.stack(channels, 1).astype(np.uint8)
+
+
+def write_prediction_folder(
+    folder: Path, image: Image.Image, phrases: Sequence[str], masks: NDArray[np.bool_], maps: NDArray[np.float32]
+) -> None:
+    """Write `mask_<k>.png` (0 or 255), `overlay.png` and `predictions.json`, replacing an earlier prediction.
+
+    The JSON is written last, so a folder without it is incomplete. It lists the phrase, file, run-length code and score of each
+    mask. The score is the mean of the soft map inside the mask, 0 for an empty mask.
+
+    Args:
+        masks: [N, H, W] of N phrases, at the size of the image.
+        maps: soft maps [N, h, w] in [0, 1].
+    """
+    (folder / "predictions.json").unlink(missing_ok=True)
+    for path in folder.glob("mask_*.png"):
+        if path.stem.removeprefix("mask_").isdigit():
+            path.unlink()
+    overlay = np.asarray(image, np.float32)
+    entries = []
+    for number, (phrase, mask, soft) in enumerate(zip(phrases, masks, maps, strict=True)):
+        _save_png(mask.astype(np.uint8) * 255, folder / f"mask_{number}.png")
+        colour = np.array(colorsys.hsv_to_rgb(number * 0.618 % 1, 0.8, 1.0), np.float32) * 255
+        overlay = np.where(mask[..., None], 0.5 * overlay + 0.5 * colour, overlay)
+        upsampled = bilinear(soft[None], image.height, image.width)[0]
+        entries.append(
+            {
+                "phrase": phrase,
+                "file": f"mask_{number}.png",
+                "score": float(upsampled[mask].mean()) if mask.any() else 0.0,
+                "segmentation": {"size": [image.height, image.width], "counts": rle.encode(mask).decode()},
+            }
+        )
+    _save_png(overlay.round().astype(np.uint8), folder / "overlay.png")
+    write_json(folder / "predictions.json", entries)
+
+
+def _save_png(pixels: NDArray[np.uint8], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

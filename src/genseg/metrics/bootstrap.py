@@ -4,8 +4,6 @@ Phrases of one image are not independent, so images are drawn instead of phrases
 sums over images; a replicate therefore only needs the sums over the drawn images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +13,8 @@ from numpy.typing import NDArray
 
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.seeds import derive_seed
-from genseg.metrics.recall import Flags
-from genseg.metrics.semantic import mean_iou
+from genseg.metrics.recall import Flags, Floats, Integers
 
-Floats = NDArray[np.float64]
 Interval = list[float] | None
 
 
@@ -36,80 +32,61 @@ def resampled_sums(per_image: NDArray[np.generic], replicates: int, seed: int) -
     return sums.reshape(replicates, *per_image.shape[1:])
 
 
-def percentile_interval(statistic: Floats) -> Interval:
-    """Return the 2.5 % and 97.5 % percentiles of a statistic's replicates [replicates].
+def resampled_ratio(per_image: Floats, replicates: int, seed: int) -> Floats:
+    """Return ratios of `resampled_sums`: [images, 2, ...] (numerator, denominator) -> [replicates, ...]; NaN if undefined."""
+    numerator, denominator = np.moveaxis(resampled_sums(per_image, replicates, seed), 1, 0)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
 
-    NaN replicates are left out. Returns None if no replicate remains.
-    """
+
+def percentile_interval(statistic: Floats) -> Interval:
+    """Return the 2.5 % and 97.5 % percentiles of a statistic's finite replicates; None if there are none."""
     finite = statistic[np.isfinite(statistic)]
     return [float(bound) for bound in np.percentile(finite, [2.5, 97.5])] if len(finite) else None
 
 
 def recall_intervals(
-    image_ids: NDArray[np.int64], values: Floats, members: dict[str, Flags], replicates: int, seed: int
+    image_ids: Integers, values: Floats, members: dict[str, Flags], replicates: int, seed: int
 ) -> dict[str, Interval]:
-    """Return the 95 % interval of each group's AR.
-
-    Args:
-        image_ids: [N], one for each phrase.
-        values: [N], from `recall.recall_values`.
-        members: group -> its phrases [N].
-    """
+    """Return the 95 % interval of each group's AR; image ids, values (`recall.recall_values`) and members are [N]."""
     included = np.stack(list(members.values()), 1).astype(np.float64)
-    sums = resampled_sums(_by_image(image_ids, np.stack([included * values[:, None], included], 1)), replicates, seed)
-    ratios = _ratio(sums[:, 0], sums[:, 1])  # [replicates, groups]
+    per_image = _by_image(image_ids, np.stack([included * values[:, None], included], 1))  # [images, 2, groups]
+    ratios = resampled_ratio(per_image, replicates, seed)
     return {name: percentile_interval(ratio) for name, ratio in zip(members, ratios.T, strict=True)}
 
 
 def paired_difference(a: pd.DataFrame, b: pd.DataFrame, replicates: int, seed: int) -> dict[str, Any] | None:
-    """Return the difference of AR, a - b, on the phrases that both per-phrase tables contain.
+    """Return the difference of AR, a - b, on the phrases that both per-phrase tables contain; None if there are none.
 
-    Args:
-        a, b: tables with the key columns and `iou`.
-
-    Returns:
-        `n` (shared phrases), `difference`, `ci_low`, `ci_high` (None if `replicates` is 0); None if no phrase is shared.
+    The tables have the key columns and `iou`. Returns `n` (shared phrases) and the entries of `describe_difference`.
     """
     both = a[[*KEY, "iou"]].merge(b[[*KEY, "iou"]], on=KEY, suffixes=("_a", "_b"))
     if both.empty:
         return None
     difference = (both["iou_a"] - both["iou_b"]).to_numpy(np.float64)
     per_image = _by_image(both["image_id"].to_numpy(np.int64), np.stack([difference, np.ones(len(difference))], 1))
-    sums = resampled_sums(per_image, replicates, seed)
-    return _difference(len(both), float(difference.mean()), percentile_interval(_ratio(sums[:, 0], sums[:, 1])))
-
-
-def paired_miou_difference(a: NDArray[np.int64], b: NDArray[np.int64], replicates: int, seed: int) -> dict[str, Any]:
-    """`paired_statistic_difference` of mIoU, of two `PixelCounts.counts` [images, 3, classes] of the same images."""
-    return paired_statistic_difference(mean_iou, a, b, replicates, seed)
+    return {"n": len(both)} | describe_difference(float(difference.mean()), resampled_ratio(per_image, replicates, seed))
 
 
 def paired_statistic_difference(
     statistic: Callable[[Any], Floats], a: NDArray[Any], b: NDArray[Any], replicates: int, seed: int
 ) -> dict[str, Any]:
-    """Return statistic(a) - statistic(b) as `paired_difference` does; `n` is the number of images.
+    """Return statistic(a) - statistic(b) in the form of `paired_difference`; a, b [images, *rest] are of the same n images.
 
-    Args:
-        statistic: function of sums over images, [..., *rest] -> [...].
-        a, b: [images, *rest], of the same images.
+    `statistic` is a function of sums over images, [..., *rest] -> [...].
     """
     difference = float(statistic(a.sum(0)) - statistic(b.sum(0)))
     replicated = statistic(resampled_sums(a, replicates, seed)) - statistic(resampled_sums(b, replicates, seed))
-    return _difference(len(a), difference, percentile_interval(replicated))
+    return {"n": len(a)} | describe_difference(difference, replicated)
 
 
-def _by_image(image_ids: NDArray[np.int64], columns: Floats) -> Floats:
+def describe_difference(difference: float, replicated: Floats) -> dict[str, Any]:
+    """Return a `difference` and the bounds `ci_low` and `ci_high` of its 95 % interval; None for NaN or without replicates."""
+    low, high = percentile_interval(replicated) or (None, None)
+    return {"difference": None if np.isnan(difference) else difference, "ci_low": low, "ci_high": high}
+
+
+def _by_image(image_ids: Integers, columns: Floats) -> Floats:
     """Sums by image: [N, ...] -> [images, ...], in the order of the image ids."""
     order = np.argsort(image_ids, kind="stable")
     _, starts = np.unique(image_ids[order], return_index=True)
     return np.asarray(np.add.reduceat(columns[order], starts, axis=0), np.float64)
-
-
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """Elementwise ratio; NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=np.asarray(denominator) > 0)
-
-
-def _difference(n: int, difference: float, interval: Interval) -> dict[str, Any]:
-    low, high = interval or (None, None)
-    return {"n": n, "difference": difference, "ci_low": low, "ci_high": high}

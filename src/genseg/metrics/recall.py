@@ -1,7 +1,5 @@
 """Average recall (AR) in closed form, on any grid of thresholds, and the groups of phrases it is reported for."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 PHRASE_GROUPS = ("overall", "things", "stuff", "singulars", "plurals")
@@ -17,51 +16,36 @@ GRIDS = ("exact", "official", "drmn", "gs_eq12")
 
 
 class ThresholdGrid(NamedTuple):
-    """AR = sum over k of weights[k] * (fraction of the phrases with IoU >= thresholds[k])."""
+    """AR = sum over k of weights[k] * (fraction of the phrases with IoU >= thresholds[k]); thresholds [K] are ascending."""
 
     thresholds: Floats
-    """[K], ascending."""
     weights: Floats
-    """[K]."""
 
 
 def threshold_grid(name: str) -> ThresholdGrid | None:
-    """Return the threshold grid with a name in `GRIDS`; None for `exact`.
+    """Return the threshold grid with a name in `GRIDS`; None for `exact`. Raises ValueError for another name.
 
     * `exact`: AR is the integral over the threshold of the fraction of phrases above it, which is the mean IoU. Scores files
       contain this number unless another grid is requested.
-    * `official`: thresholds 0, 1e-5, ..., left sum (`average_accuracy` of the PNG benchmark). At most 1e-5 from `exact`.
+    * `official`: thresholds 0, 1e-5, ..., left Riemann sum (`average_accuracy` of the PNG benchmark). Within 1e-5 of `exact`.
     * `drmn`: the same with steps of 1e-4.
     * `gs_eq12`: Eq. 12 of GS, literally: 0.0001, ..., 0.9999, each with weight 1 / 10,000.
-
-    Raises:
-        ValueError: unknown name.
     """
     match name:
         case "exact":
             return None
-        case "official":
-            return _left_sum(1e-5)
-        case "drmn":
-            return _left_sum(1e-4)
+        case "official" | "drmn":
+            edges = np.arange(0, 1, 1e-5 if name == "official" else 1e-4)
+            return ThresholdGrid(edges[:-1], np.diff(edges))
         case "gs_eq12":
             return ThresholdGrid(np.arange(1, 10_000) / 10_000, np.full(9_999, 1 / 10_000))
     raise ValueError(f"unknown threshold grid {name!r}; expected one of {', '.join(GRIDS)}")
 
 
-def _left_sum(step: float) -> ThresholdGrid:
-    edges = np.arange(0, 1, step)
-    return ThresholdGrid(edges[:-1], np.diff(edges))
-
-
 def recall_values(iou: Floats, grid: ThresholdGrid | None) -> Floats:
     """Return the contribution [N] of each phrase to AR: the sum of the weights of the thresholds that its IoU reaches.
 
-    The AR of any set of phrases is the mean of their contributions.
-
-    Args:
-        iou: [N] in [0, 1].
-        grid: None stands for `exact`.
+    The AR of any set of phrases is the mean of their contributions. `iou` [N] is in [0, 1]; grid None stands for `exact`.
     """
     if grid is None:
         return iou
@@ -80,7 +64,7 @@ def group_members(per_phrase: pd.DataFrame) -> dict[str, Flags]:
     return dict(zip(PHRASE_GROUPS, (np.ones(len(things), bool), things, ~things, ~plurals, plurals), strict=True))
 
 
-def size_members(area: NDArray[np.int64], image_area: NDArray[np.int64]) -> dict[str, Flags]:
+def size_members(area: Integers, image_area: Integers) -> dict[str, Flags]:
     """Return which phrases [N] are small, medium or large, from the pixels [N] of their masks and images.
 
     The bounds are COCO's areas 32^2 and 96^2, scaled by the image's area over 640 * 480.

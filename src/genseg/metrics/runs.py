@@ -1,75 +1,59 @@
-"""Score the runs of a study one at a time: phrases under all of their protocols, class phrases by pixel."""
-
-from __future__ import annotations
+"""Score the runs and the baselines of a study one at a time: phrases under all of their protocols, class phrases by pixel."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions
-from genseg.artifacts.scores import write_scores
-from genseg.metrics.calibration import Counts, calibration_counts, calibration_summary
-from genseg.metrics.class_phrases import ClassPhrases, miou_summary
-from genseg.metrics.operating import Floats, operating_point, threshold_ious
+from genseg.artifacts.scores import SCHEMA, write_scores
+from genseg.metrics.recall import PHRASE_GROUPS, Floats
 from genseg.metrics.scoring import score_run
-from genseg.metrics.semantic import PixelCounts
+from genseg.metrics.semantic import ClassPhrases, PixelCounts, mean_iou, miou_summary
+from genseg.metrics.soft_maps import calibration_counts, calibration_summary, operating_point, threshold_ious
 from genseg.params import Params
+from genseg.sampling.runs import Run, predictions_path
 
-LEADING_RUNS = ("main", "discriminative")
-"""Runs that are also scored under the protocols in `score.also` and that have an mIoU."""
-PARTIAL_PHRASES = ("grid", "permutable", "val")
-"""Values of a run's `phrases` that denote only part of a split; its predictions file lists the phrases."""
+LEADING_RUNS = ("main", "discriminative")  # also scored under the protocols in `score.extra_protocols`, and with an mIoU
+PARTIAL_PHRASES = ("grid", "permutable", "val")  # `Run.phrases` of runs on the part of a split in their predictions
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """A run and the scores of it that other runs are compared with."""
+    """A run, and those of its scores that are compared with other runs."""
 
-    run: dict[str, Any]
-    """The run's entry in the manifest of sampling."""
-    per_phrase: pd.DataFrame
-    """Scores under the study's protocol, one row per phrase."""
-    calibration: Counts | None
-    """`calibration_counts` [images, 3, bins]; None without bilinear soft maps."""
-    point: dict[str, Any] | None
-    """`operating_point` of a run on val, None for all other runs."""
-    outputs: list[Path]
-    """Files with the scores, in the order of writing."""
+    run: Run
+    per_phrase: pd.DataFrame  # scores under the study's protocol, one row per phrase
+    calibration: Floats | None  # `calibration_counts` [images, 3, bins]; None without bilinear soft maps
+    point: dict[str, Any] | None  # `operating_point` of a run on val, None for all other runs
+    outputs: list[Path]  # files with the scores
 
 
-def count_class_runs(params: Params, runs: Sequence[dict[str, Any]]) -> dict[str, PixelCounts]:
+def count_class_runs(params: Params, runs: Sequence[Run]) -> dict[str, PixelCounts]:
     """Count the pixels of a study's runs of class phrases, by method."""
-    class_runs = [run for run in runs if run["role"] == "class_phrases"]
+    class_runs = [run for run in runs if run.role == "class_phrases"]
     if not class_runs:
         return {}
     classes = ClassPhrases(params)
-    return {run["method"]: classes.count(predictions_path(params, run)) for run in class_runs}
+    return {run.method: classes.count(predictions_path(params, run)) for run in class_runs}
 
 
 def score_study_run(
-    params: Params,
-    run: dict[str, Any],
-    phrases: pd.DataFrame,
-    factor: float | None,
-    pixel_counts: Mapping[str, PixelCounts],
+    params: Params, run: Run, phrases: pd.DataFrame, factor: float | None, pixel_counts: Mapping[str, PixelCounts]
 ) -> ScoredRun:
     """Score a run of any role except `class_phrases`; write `scores/<run>.json` and `.parquet`.
 
-    Args:
-        factor: from `latent_factor`.
-        pixel_counts: from `count_class_runs`.
-
-    Raises:
-        UserError: the predictions are missing or broken, or do not match the phrase table.
+    `factor` is from `latent_factor`, `pixel_counts` from `count_class_runs`. Raises UserError if the predictions are missing
+    or broken, or do not match the phrase table.
     """
     path = predictions_path(params, run)
     predictions = read_predictions(path)
-    split = "val" if run["phrases"] == "val" else "test"
-    replicates, seed = params.score.bootstrap, params.seed
+    split = "val" if run.phrases == "val" else "test"
+    side = None if factor is None or run.point is None else round(run.point.size / factor)
 
     def score(protocol: str, boundary_ratio: float | None) -> tuple[pd.DataFrame, dict[str, Any]]:
         per_phrase, summary = score_run(
@@ -78,66 +62,84 @@ def score_study_run(
             protocol,
             split=split,
             boundary_ratio=boundary_ratio,
-            latent=_latent_size(run, factor),
-            replicates=replicates,
-            seed=seed,
-            only_predicted=run["phrases"] in PARTIAL_PHRASES,
+            latent=None if side is None else (side, side),
+            replicates=params.score.bootstrap,
+            seed=params.seed,
+            only_predicted=run.phrases in PARTIAL_PHRASES,
             origins=(str(params.data_dir / "phrases.parquet"), str(path)),
         )
-        return per_phrase, summary | {"run": run}
+        return per_phrase, summary | {"run": run.model_dump(mode="json")}
 
-    # 1. Score under the study's protocol, including mIoU and calibration.
+    # 1. Score under the study's protocol, including mIoU.
     folder = params.results_dir / "scores"
-    out = folder / f"{run['name']}.json"
+    out = folder / f"{run.name}.json"
     per_phrase, summary = score(params.score.protocol, None if split == "val" else params.score.boundary_ratio)
-    is_leading = run["name"] in LEADING_RUNS
-    if is_leading and run["method"] in pixel_counts:
-        summary["miou"] = miou_summary(params, pixel_counts[run["method"]])
-    calibration, ious = _evaluate_maps(run, path, predictions, phrases)
-    summary["calibration"] = None if calibration is None else calibration_summary(calibration, replicates, seed)
+    is_leading = run.name in LEADING_RUNS
+    if is_leading and run.method in pixel_counts:
+        summary["miou"] = miou_summary(params, pixel_counts[run.method])
+
+    # 2. Evaluate bilinear soft maps: calibration and, on val, thresholds.
+    calibration = ious = None
+    summary["calibration"] = None
+    if run.role != "readout" and run.readout == "bilinear" and maps_path(path).exists():
+        rows, maps = predictions[KEY].merge(phrases, on=KEY, how="left", sort=False), read_maps(path)
+        calibration = calibration_counts(rows, maps)
+        summary["calibration"] = calibration_summary(calibration, params.score.bootstrap, params.seed)
+        ious = threshold_ious(rows, maps) if split == "val" else None
     point = operating_point(run, summary, ious, params.sample.threshold, out) if split == "val" else None
     outputs = _write(per_phrase, summary, out)
 
-    # 2. Score under the other protocols.
-    for protocol in dict.fromkeys(params.score.also if is_leading else []):
+    # 3. Score under the other protocols.
+    for protocol in dict.fromkeys(params.score.extra_protocols if is_leading else []):
         if protocol != params.score.protocol:
-            outputs += _write(*score(protocol, None), folder / "protocols" / f"{run['name']}.{protocol}.json")
+            outputs += _write(*score(protocol, None), folder / "protocols" / f"{run.name}.{protocol}.json")
     return ScoredRun(run, per_phrase, calibration, point, outputs)
 
 
-def _write(per_phrase: pd.DataFrame, summary: dict[str, Any], out: Path) -> list[Path]:
-    """Write scores and return their paths."""
-    write_scores(per_phrase, summary, out)
-    print(f"{out}: AR {summary['ar']['overall']:.4f} over {summary['counts']['phrases']} phrases", flush=True)
-    return [out, out.with_suffix(".parquet")]
-
-
-def _evaluate_maps(
-    run: Mapping[str, Any], path: Path, predictions: pd.DataFrame, phrases: pd.DataFrame
-) -> tuple[Counts | None, Floats | None]:
-    """`calibration_counts` of a run's soft maps and, on val, their `threshold_ious`; None without bilinear soft maps."""
-    if run["role"] == "readout" or run.get("readout", "bilinear") != "bilinear" or not maps_path(path).exists():
-        return None, None
-    rows = predictions[KEY].merge(phrases, on=KEY, how="left", sort=False)
-    maps = read_maps(path)
-    return calibration_counts(rows, maps), threshold_ious(rows, maps) if run["phrases"] == "val" else None
-
-
-def predictions_path(params: Params, run: Mapping[str, Any]) -> Path:
-    """Return the path of a run's predictions."""
-    return params.results_dir / "predictions" / run["name"] / "predictions.parquet"
-
-
-def latent_factor(params: Params, runs: Sequence[dict[str, Any]]) -> float | None:
+def latent_factor(params: Params, runs: Sequence[Run]) -> float | None:
     """Return the ratio of image size to label-latent size, from the main run's soft maps; None if it has none."""
-    main = next((run for run in runs if run["role"] == "main"), None)
+    main = next((run for run in runs if run.role == "main"), None)
     shape = maps_shape(predictions_path(params, main)) if main else None
-    return main["size"] / shape[1] if main and shape else None
+    return main.point.size / shape[1] if main and main.point and shape else None
 
 
-def _latent_size(run: Mapping[str, Any], factor: float | None) -> tuple[int, int] | None:
-    """Height and width of a run's label latent; None for a method without one."""
-    if factor is None or run["size"] is None:
-        return None
-    side = round(run["size"] / factor)
-    return side, side
+def score_baselines(params: Params, phrases: pd.DataFrame, manifest: dict[str, Any]) -> list[Path]:
+    """Write `scores/baselines/<name>.json` and `.parquet` for every baseline of a manifest that is not a sampling run.
+
+    Baselines are scored on all test phrases: AR, boundary IoU and mIoU. Returns the written files.
+    """
+    classes = ClassPhrases(params)
+    outputs: list[Path] = []
+    for entry in manifest["baselines"]:
+        path, class_path = entry["predictions"], entry["class_predictions"]
+        if any(file and Path(file).parent != params.results_dir / "baselines" for file in (path, class_path)):
+            continue  # This baseline is a sampling run, which has its own scores.
+        if path is None:  # predictions of class phrases only
+            per_phrase = SCHEMA.empty_table().to_pandas()
+            summary: dict[str, Any] = {"protocol": params.score.protocol, "split": "test", "ceiling_latent": None}
+            summary |= dict.fromkeys(("ar", "interval", "ceiling", "boundary_iou"), dict.fromkeys(PHRASE_GROUPS))
+            summary["counts"] = dict.fromkeys(("phrases", "images", "narratives", "missing"), 0)
+        else:
+            per_phrase, summary = score_run(
+                phrases,
+                read_predictions(path),
+                params.score.protocol,
+                boundary_ratio=params.score.boundary_ratio,
+                replicates=params.score.bootstrap,
+                seed=params.seed,
+                origins=("phrase table", path),
+            )
+        miou = float("nan") if class_path is None else float(mean_iou(classes.count(Path(class_path)).counts.sum(0)))
+        summary["miou"] = {"mean": None if np.isnan(miou) else miou}
+        summary["run"] = {"name": f"baselines/{entry['name']}", "role": "baseline"}
+        summary["run"] |= {key: entry[key] for key in ("label", "real", "imported")}
+        outputs += _write(per_phrase, summary, params.results_dir / "scores" / "baselines" / f"{entry['name']}.json")
+    return outputs
+
+
+def _write(per_phrase: pd.DataFrame, summary: dict[str, Any], out: Path) -> list[Path]:
+    write_scores(per_phrase, summary, out)
+    values = {"AR": summary["ar"]["overall"], "mIoU": (summary["miou"] or {}).get("mean")}
+    text = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if value is not None)
+    print(f"{out}: {text} ({summary['counts']['phrases']} phrases)", flush=True)
+    return [out, out.with_suffix(".parquet")]

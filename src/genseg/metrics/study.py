@@ -1,98 +1,86 @@
-"""Score all runs of a study, its baselines and its refined masks."""
+"""Score all runs of a study, its baselines and its refined masks, and compare the runs in pairs."""
 
-from __future__ import annotations
-
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from genseg.artifacts.files import atomic_path, write_json
-from genseg.artifacts.manifest import code_hash, read_manifest, write_manifest
+from genseg.artifacts.manifest import is_current, read_manifest, write_manifest
 from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.predictions import maps_path
+from genseg.artifacts.reuse import prune, with_maps
 from genseg.errors import UserError
-from genseg.metrics.baselines import score_baselines
-from genseg.metrics.comparisons import compare_runs
-from genseg.metrics.operating import operating_points
+from genseg.metrics.bootstrap import paired_difference, paired_statistic_difference
 from genseg.metrics.refinement import score_refinement
-from genseg.metrics.runs import ScoredRun, count_class_runs, latent_factor, predictions_path, score_study_run
-from genseg.params import Cell, Params
-
-READ_SUFFIXES = (".parquet", ".safetensors")
-"""Suffixes of the baselines' and refiners' outputs that scoring reads."""
+from genseg.metrics.runs import ScoredRun, count_class_runs, latent_factor, score_baselines, score_study_run
+from genseg.metrics.semantic import PixelCounts, mean_iou
+from genseg.metrics.soft_maps import calibration_error, operating_points
+from genseg.params import Params
+from genseg.sampling.runs import Run, predictions_path
 
 
 def score_study(params: Params) -> Path:
-    """Score all runs listed in `results/S/predictions/manifest.json` and return the path of the scores' manifest.
+    """Score all runs in the manifest of the predictions, and return the path of the scores' manifest, which is written last.
 
-    The manifest is written last. Files under `results/S/scores`:
-        * `<run>.json` and `<run>.parquet`: summary and per-phrase table of every run except those of class phrases, which
-          provide the `miou` of the main row and of the discriminative control;
-        * `protocols/<run>.<protocol>.json`: the same two runs under every protocol in `score.also`;
-        * `comparisons.json`: paired differences between runs;
-        * `operating_points.json` and `.csv`: the operating points on val;
-        * `baselines/<name>.json` and `refinement.json`, if the study samples all runs.
+    Files in `results/<study>/scores`:
 
-    Scores of runs that no longer exist are removed.
+    * `<run>.json` and `<run>.parquet`: summary and per-phrase table of every run except those of class phrases, which provide
+      the `miou` of the main run and of the discriminative control;
+    * `protocols/<run>.<protocol>.json`: the same two runs under every protocol in `score.extra_protocols`;
+    * `comparisons.json`: paired differences between runs;
+    * `operating_points.json` and `.csv`: the operating points on val;
+    * `baselines/<name>.json` and `refinement.json`, if the study samples all runs.
 
-    Raises:
-        UserError: an artifact is missing or broken, or does not match the others.
+    Scores of runs that no longer exist are removed. Raises UserError if an artifact is missing or broken, or does not match
+    the others.
     """
-    start_time = time.time()
     folder = params.results_dir / "scores"
+    manifest_path = folder / "manifest.json"
 
-    # 1. Load inputs.
-    runs = _read_runs(params)
+    # 1. List inputs.
+    runs = [Run.model_validate(run) for run in _read_manifest(params, "predictions", "sample")["runs"]]
+    inputs = {params.data_dir / "phrases.parquet", params.results_dir / "predictions" / "manifest.json"}
+    inputs |= set(with_maps(predictions_path(params, run) for run in runs))
+    if any(run.role == "class_phrases" for run in runs):
+        inputs |= {params.data_dir / "class_phrases.parquet", params.data_dir / "classes.json"}
+    baselines = refined = None
+    if params.sample.has_all_runs():
+        baselines, refined = _read_manifest(params, "baselines", "baseline"), _read_manifest(params, "refined", "refine")
+        files = [*baselines["outputs"], *refined["outputs"]]
+        inputs |= {Path(file) for file in files if file.endswith((".parquet", ".safetensors"))}
+    if is_current(manifest_path, "score", params, sorted(inputs)):
+        return manifest_path
     phrases = read_phrases(params.data_dir / "phrases.parquet")
-    (folder / "manifest.json").unlink(missing_ok=True)  # Incomplete scores have no manifest.
-    manifests = _read_refinement_manifests(params) if params.sample.is_whole() else {}
+    manifest_path.unlink(missing_ok=True)  # Incomplete scores have no manifest.
 
-    # 2. Count pixels of the class phrases, for mIoU.
+    # 2. Score the runs.
     pixel_counts = count_class_runs(params, runs)
-
-    # 3. Score all other runs.
     factor = latent_factor(params, runs)
-    phrase_runs = [run for run in runs if run["role"] != "class_phrases"]
-    scored_runs = [score_study_run(params, run, phrases, factor, pixel_counts) for run in phrase_runs]
+    scored_runs = [score_study_run(params, run, phrases, factor, pixel_counts) for run in runs if run.role != "class_phrases"]
     outputs = [path for scored in scored_runs for path in scored.outputs]
 
-    # 4. Compare runs and operating points.
+    # 3. Compare runs and operating points.
     write_json(folder / "comparisons.json", compare_runs(params, scored_runs, pixel_counts))
     outputs.append(folder / "comparisons.json")
     outputs += _write_operating_points(params, scored_runs)
 
-    # 5. Score the baselines and the refined masks.
-    if manifests:
-        outputs += score_baselines(params, phrases, manifests["baselines"])
-        outputs.append(score_refinement(params, phrases, manifests["refined"]))
+    # 4. Score the baselines and the refined masks.
+    if baselines is not None and refined is not None:
+        outputs += score_baselines(params, phrases, baselines)
+        outputs.append(score_refinement(params, phrases, refined))
 
-    # 6. Remove stale scores and write the manifest.
-    _remove_stale_scores(folder, outputs)
-    _write_manifest(params, runs, manifests.values(), outputs, start_time)
-    return folder / "manifest.json"
+    # 5. Remove stale scores and write the manifest.
+    prune(folder, outputs, "score")
+    write_manifest(manifest_path, "score", params, sorted(inputs), sorted(outputs))
+    return manifest_path
 
 
-def _read_runs(params: Params) -> list[dict[str, Any]]:
-    """Return the runs of sampling, in the order of its manifest. Raises UserError if nothing was sampled."""
-    path = params.results_dir / "predictions" / "manifest.json"
+def _read_manifest(params: Params, folder: str, command: str) -> dict[str, Any]:
+    path = params.results_dir / folder / "manifest.json"
     if not path.exists():
-        raise UserError(f"{path}: no such file; run `genseg sample` with the params of study {params.study} first")
-    runs: list[dict[str, Any]] = read_manifest(path)["runs"]
-    return runs
-
-
-def _read_refinement_manifests(params: Params) -> dict[str, dict[str, Any]]:
-    """Return the manifests of `baselines` and `refined`. Raises UserError if one is missing."""
-    manifests = {}
-    for folder, command in (("baselines", "baseline"), ("refined", "refine")):
-        path = params.results_dir / folder / "manifest.json"
-        if not path.exists():
-            raise UserError(f"{path}: no such file; run `genseg {command}` with the params of study {params.study} first")
-        manifests[folder] = read_manifest(path)
-    return manifests
+        raise UserError(f"{path}: no such file; run `genseg {command}` with the params of study {params.study} first")
+    return read_manifest(path)
 
 
 def _write_operating_points(params: Params, scored_runs: Sequence[ScoredRun]) -> list[Path]:
@@ -100,43 +88,65 @@ def _write_operating_points(params: Params, scored_runs: Sequence[ScoredRun]) ->
     points = [scored.point for scored in scored_runs if scored.point is not None]
     if not points:
         return []
-    main_cell = params.sample.main
-    main = next(scored.run["name"] for scored in scored_runs if scored.point and Cell.of(scored.run) == main_cell)
+    main = next(scored.run.name for scored in scored_runs if scored.point and scored.run.point == params.sample.main)
     summary = operating_points(points, main)
     path = params.results_dir / "scores" / "operating_points.json"
     write_json(path, summary)
     with atomic_path(path.with_suffix(".csv")) as temporary:
-        pd.DataFrame(summary["points"]).to_csv(temporary, index=False, lineterminator="\n")
+        rows = [{"name": row["name"], **row["point"], **row} for row in summary["points"]]
+        pd.DataFrame(rows).drop(columns="point").to_csv(temporary, index=False, lineterminator="\n")
     return [path, path.with_suffix(".csv")]
 
 
-def _remove_stale_scores(folder: Path, outputs: Sequence[Path]) -> None:
-    """Remove scores that earlier runs left behind in `folder`."""
-    for path in {*folder.rglob("*.json"), *folder.rglob("*.parquet")} - set(outputs):
-        path.unlink()
+def compare_runs(
+    params: Params, scored_runs: Sequence[ScoredRun], pixel_counts: Mapping[str, PixelCounts]
+) -> dict[str, dict[str, Any]]:
+    """Return paired differences with 95 % intervals, by name. `pixel_counts` is from `runs.count_class_runs`.
+
+    * "<a> - <b>" and "<a> - <b> (things)", in AR: the main run minus each control and minus the base cell of the grid; each
+      other cell and each read-out minus the base cell; each ensemble minus its first sample. Pairs of runs without a common
+      phrase are left out.
+    * "main - discriminative (miou)", in mIoU.
+    * "<a> - <b> (ece)", in expected calibration error: each ensemble minus its first sample.
+    """
+    replicates, seed = params.score.bootstrap, params.seed
+    runs = [scored.run for scored in scored_runs]
+    by_name = {scored.run.name: scored for scored in scored_runs}
+    ensembles = _ensemble_pairs(runs)
+    differences: dict[str, dict[str, Any] | None] = {}
+
+    # 1. Average recall.
+    for first, second in [*_pairs(params, runs), *ensembles]:
+        a, b = by_name[first].per_phrase, by_name[second].per_phrase
+        differences[f"{first} - {second}"] = paired_difference(a, b, replicates, seed)
+        things = a[a["is_thing"]], b[b["is_thing"]]
+        differences[f"{first} - {second} (things)"] = paired_difference(*things, replicates, seed)
+
+    # 2. mIoU.
+    if {"gs", "discriminative"} <= pixel_counts.keys():
+        counts = pixel_counts["gs"].counts, pixel_counts["discriminative"].counts
+        differences["main - discriminative (miou)"] = paired_statistic_difference(mean_iou, *counts, replicates, seed)
+
+    # 3. Calibration error.
+    for ensemble, single in ensembles:
+        ensemble_counts, single_counts = by_name[ensemble].calibration, by_name[single].calibration
+        if ensemble_counts is not None and single_counts is not None:
+            differences[f"{ensemble} - {single} (ece)"] = paired_statistic_difference(
+                calibration_error, ensemble_counts, single_counts, replicates, seed
+            )
+    return {name: difference for name, difference in differences.items() if difference is not None}
 
 
-def _write_manifest(
-    params: Params,
-    runs: Sequence[dict[str, Any]],
-    manifests: Iterable[dict[str, Any]],
-    outputs: Sequence[Path],
-    start_time: float,
-) -> None:
-    inputs = {params.data_dir / "phrases.parquet", params.results_dir / "predictions" / "manifest.json"}
-    for run in runs:
-        path = predictions_path(params, run)
-        inputs |= {path, maps_path(path)} if maps_path(path).exists() else {path}
-    if any(run["role"] == "class_phrases" for run in runs):
-        inputs |= {params.data_dir / "class_phrases.parquet", params.data_dir / "classes.json"}
-    for manifest in manifests:
-        inputs |= {Path(path) for path in manifest["outputs"] if path.endswith(READ_SUFFIXES)}
-    write_manifest(
-        params.results_dir / "scores" / "manifest.json",
-        phase="score",
-        params=params.subtree("study", *("seed", "score", "sample.main", "sample.base", "sample.readout", "sample.threshold")),
-        inputs=sorted(inputs),
-        outputs=sorted(outputs),
-        started=start_time,
-        code=code_hash("artifacts", "cli/score.py", "metrics", "params.py"),
-    )
+def _pairs(params: Params, runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Names of the pairs of runs whose AR is compared, except for the ensembles."""
+    names = {role: [run.name for run in runs if run.role == role] for role in ("main", "control", "grid", "readout")}
+    base = [run.name for run in runs if run.role == "grid" and run.point == params.sample.base]
+    pairs = [(main, other) for main in names["main"] for other in [*names["control"], *base]]
+    return pairs + [(name, other) for other in base for name in [*names["grid"], *names["readout"]] if name != other]
+
+
+def _ensemble_pairs(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Names of each ensemble in the grid and of the run of its first sample, if the study has both."""
+    names = {run.point: run.name for run in runs if run.role == "grid" and run.point is not None}
+    singles = {point: point.model_copy(update={"ensemble_size": 1}) for point in names if point.ensemble_size > 1}
+    return [(names[point], names[single]) for point, single in singles.items() if single in names]

@@ -1,1 +1,1 @@
-"""The networks: the frozen encoders of the backbone, and the label-diffusion U-Net made from its U-Net."""
+"""Networks: the frozen encoders of the backbone, and the label-diffusion U-Net derived from its U-Net."""

@@ -1,14 +1,13 @@
-"""Attention probabilities of a stock U-Net: recorded, modified, or left alone.
+"""Record or modify the attention probabilities of a stock U-Net.
 
     with attention_control(unet, store):
         unet(...)
 
-Works on the transformer blocks of any `UNet2DConditionModel` (SD 1.5, SD 2.1, SDXL). Layers that the control does not want,
-and all layers outside the context, run their own processor, so "off" is bit-equal to the stock network.
+Works on the transformer blocks of any `UNet2DConditionModel` (SD 1.5, SD 2.1, SDXL). Layers that the control does not apply
+to, and all layers outside the context, run their own processor; their results are bit-equal to those of the stock network.
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,68 +20,65 @@ from diffusers.models.attention_processor import Attention
 
 Kind = Literal["cross", "self"]
 BYTE_CAP = 256 * 2**20
+"""Default limit, in bytes, on the probabilities of one slice of image tokens."""
 TINY = 1e-12
-"""Added to probabilities before a normalisation, so that a row whose mass underflowed still sums to 1."""
+"""Added to probabilities before normalisation, so that a row of zeros (underflow) also sums to 1."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One attention layer in one pass.
-
-    name: e.g. `up_blocks.1.attentions.0.transformer_blocks.0.attn1`. grid: (h, w) of the N = h * w image tokens.
-    """
+    """One attention layer in one forward pass."""
 
     name: str
+    """Name of the module, e.g. `up_blocks.1.attentions.0.transformer_blocks.0.attn1`."""
     kind: Kind
     grid: tuple[int, int]
+    """(h, w) of the N = h * w image tokens."""
 
 
 class AttentionControl(Protocol):
-    """Sees, and may replace, the probabilities of the layers that it wants."""
+    """Receives the attention probabilities of the layers that it applies to, and returns the values to use instead."""
 
-    def wants(self, call: AttentionCall) -> bool: ...
+    def applies_to(self, call: AttentionCall) -> bool:
+        """Return whether the control receives the probabilities of this layer."""
 
     def __call__(self, probabilities: torch.Tensor, call: AttentionCall, rows: slice) -> torch.Tensor:
-        """A' for A [B, heads, Q, L] (float32, rows sum to 1) of the image tokens `rows`; L = N in self-attention."""
-        ...
+        """Return A' for A [B, heads, Q, L] (float32, rows sum to 1) of the image tokens `rows`; L = N in self-attention."""
 
 
 @contextmanager
 def attention_control(unet: UNet2DConditionModel, control: AttentionControl, byte_cap: int = BYTE_CAP) -> Iterator[None]:
-    """Run `unet` under `control`; the processors it had come back afterwards, whatever happens.
+    """Run `unet` under `control` within the context; its own processors are restored on exit, also after an exception.
 
-    Args:
-        byte_cap: most bytes of probabilities held at a time: the image tokens are worked on in slices (one token at least).
+    The image tokens are processed in slices of at least one token, with at most `byte_cap` bytes of probabilities if possible.
     """
-    layers = {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, Attention) and name.rpartition(".")[2] in ("attn1", "attn2")
-    }
-    stock = {name: layer.processor for name, layer in layers.items()}
+    stock = unet.attn_processors
     grids: dict[int, tuple[int, int]] = {}
+    controlled: dict[str, Any] = {
+        key: _ControlledProcessor(key.removesuffix(".processor"), processor, control, grids, byte_cap)
+        for key, processor in stock.items()
+        if key.endswith(("attn1.processor", "attn2.processor"))
+    }
 
-    def note_size(_: Any, args: tuple, kwargs: dict) -> None:
-        """Every level halves the latent, rounding up; so the number of tokens tells a layer's (h, w)."""
+    def record_grids(_: Any, args: tuple, kwargs: dict) -> None:
+        """Record (h, w) by number of tokens: every level halves the latent (rounded up), so the number is unique."""
         height, width = (args[0] if args else kwargs["sample"]).shape[-2:]
         grids.clear()
         for _level in unet.config.block_out_channels:
             grids[height * width] = (height, width)
             height, width = -(-height // 2), -(-width // 2)
 
-    hook = unet.register_forward_pre_hook(note_size, with_kwargs=True)
+    hook = unet.register_forward_pre_hook(record_grids, with_kwargs=True)
     try:
-        for name, layer in layers.items():
-            layer.set_processor(_ControlledProcessor(name, stock[name], control, grids, byte_cap))
+        unet.set_attn_processor(stock | controlled)
         yield
     finally:
         hook.remove()
-        for name, layer in layers.items():
-            layer.set_processor(stock[name])
+        unet.set_attn_processor(stock)
 
 
 class _ControlledProcessor:
-    """Attention with an explicit softmax (in float32), a slice of queries at a time."""
+    """Attention with an explicit softmax in float32, one slice of queries at a time."""
 
     def __init__(
         self, name: str, stock: Any, control: AttentionControl, grids: dict[int, tuple[int, int]], byte_cap: int
@@ -97,109 +93,98 @@ class _ControlledProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        # 1. Identify the layer; skip it if the control does not apply.
         batch, tokens = hidden_states.shape[:2]  # (B, N, C)
         call = AttentionCall(self.name, "self" if encoder_hidden_states is None else "cross", self.grids[tokens])
-        if not self.control.wants(call):
+        if not self.control.applies_to(call):
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        context = hidden_states
-        if encoder_hidden_states is not None:
-            context = attn.norm_encoder_hidden_states(encoder_hidden_states) if attn.norm_cross else encoder_hidden_states
-        query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )  # (B, heads, N or L, C / heads)
+
+        # 2. Project queries, keys and values, as the stock processor does.
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        projections = (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in projections)  # (B, heads, N, d)
         query = attn.norm_q(query) if attn.norm_q is not None else query
         key = attn.norm_k(key) if attn.norm_k is not None else key
         bias = None
         if attention_mask is not None:
             prepared = attn.prepare_attention_mask(attention_mask, context.shape[1], batch)  # (B * heads, 1 or N, L)
             bias = prepared.unflatten(0, (batch, attn.heads)).float()
+
+        # 3. Apply the control to the probabilities of each slice.
         step = max(1, self.byte_cap // (4 * batch * attn.heads * context.shape[1]))
-        found = []
+        slices = []
         for start in range(0, tokens, step):
             rows = slice(start, min(start + step, tokens))
             scores = query[:, :, rows].float() @ key.float().transpose(-1, -2) * attn.scale
             if bias is not None:
                 scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, rows])
             probabilities = self.control(scores.softmax(-1), call, rows)
-            found.append(probabilities.to(value.dtype) @ value)
-        attended = torch.cat(found, dim=2).transpose(1, 2).flatten(2)
-        attended = attn.to_out[1](attn.to_out[0](attended))
-        if attn.residual_connection:
-            attended = attended + hidden_states
-        return attended / attn.rescale_output_factor
+            slices.append(probabilities.to(value.dtype) @ value)
+
+        # 4. Project the output.
+        attended = torch.cat(slices, dim=2).transpose(1, 2).flatten(2)
+        output = attn.to_out[1](attn.to_out[0](attended))
+        return (output + hidden_states if attn.residual_connection else output) / attn.rescale_output_factor
 
 
 class AttentionStore:
-    """Records attention, averaged over heads at once: of each (kind, grid) only one sum [B, N, L] is held.
+    """Record attention probabilities, averaged over heads; only one running sum [B, N, L] is kept per (kind, grid).
 
-    Several passes in the context are averaged, too (a pass per timestep, say); they need equal batches and text lengths.
+    Forward passes within one context are averaged, for example one per timestep. Batch size and text length must be constant.
 
     Args:
-        kinds: "cross", "self" or both.
-        select: which layers of these kinds; all when None. It may look at a call's name and grid.
-        per_layer: also keep every layer's mean, by name (mind the memory).
+        select: returns whether to record a layer of these kinds; None records all of them.
     """
 
     def __init__(
-        self,
-        kinds: Sequence[Kind] = ("cross", "self"),
-        select: Callable[[AttentionCall], bool] | None = None,
-        per_layer: bool = False,
+        self, kinds: Sequence[Kind] = ("cross", "self"), select: Callable[[AttentionCall], bool] | None = None
     ) -> None:
-        self.kinds, self.select, self.per_layer = tuple(kinds), select, per_layer
-        self._sums: dict[Any, torch.Tensor] = {}
-        self._rows: dict[Any, int] = {}
+        self.kinds, self.select = tuple(kinds), select
+        self._sums: dict[tuple[Kind, tuple[int, int]], torch.Tensor] = {}
+        self._rows: Counter[tuple[Kind, tuple[int, int]]] = Counter()
 
-    def wants(self, call: AttentionCall) -> bool:
+    def applies_to(self, call: AttentionCall) -> bool:
         return call.kind in self.kinds and (self.select is None or self.select(call))
 
     def __call__(self, probabilities: torch.Tensor, call: AttentionCall, rows: slice) -> torch.Tensor:
-        mean = probabilities.detach().mean(1)  # (B, Q, L)
-        for key in ((call.kind, call.grid), call.name) if self.per_layer else ((call.kind, call.grid),):
-            if key not in self._sums:
-                self._sums[key] = mean.new_zeros(mean.shape[0], call.grid[0] * call.grid[1], mean.shape[-1])
-                self._rows[key] = 0
-            self._sums[key][:, rows] += mean
-            self._rows[key] += mean.shape[1]
+        mean, key = probabilities.detach().mean(1), (call.kind, call.grid)  # mean: [B, Q, L]
+        if key not in self._sums:
+            self._sums[key] = mean.new_zeros(mean.shape[0], call.grid[0] * call.grid[1], mean.shape[-1])
+        self._sums[key][:, rows] += mean
+        self._rows[key] += mean.shape[1]
         return probabilities
 
     @property
     def maps(self) -> dict[tuple[Kind, tuple[int, int]], torch.Tensor]:
-        """{(kind, (h, w)): [B, h * w, L or h * w]}, float32, mean over heads, layers and passes; rows sum to 1."""
-        return {key: self._mean(key) for key in self._sums if isinstance(key, tuple)}
-
-    @property
-    def layers(self) -> dict[str, torch.Tensor]:
-        """{layer name: [B, N, L or N]}, mean over heads and passes; empty without `per_layer`."""
-        return {key: self._mean(key) for key in self._sums if isinstance(key, str)}
-
-    def _mean(self, key: Any) -> torch.Tensor:
-        return self._sums[key] * (self._sums[key].shape[1] / self._rows[key])
+        """{(kind, (h, w)): [B, h * w, L or h * w]}, float32, mean over heads, layers and forward passes; rows sum to 1."""
+        return {key: total * (total.shape[1] / self._rows[key]) for key, total in self._sums.items()}
 
 
 class MaskInjection:
     """G4Seg's injection of a mask into cross- and self-attention.
 
-    With M in [0, 1] at a layer's grid and S the phrase's tokens (our reconstruction; the paper's equations are unknown):
+    M in [0, 1] is the mask on the layer's grid, S the phrase tokens. The paper's equations are not known; we use:
     cross: T = M A_S / sum_S A on S, (1 - M) A / sum_{not S} A elsewhere; A' = (1 - alpha) A + alpha T.
     self: G = M M^T + (1 - M)(1 - M)^T; W' = (1 - alpha) W + alpha rownorm(W G).
 
     Args:
-        mask: [B, h, w] in [0, 1], any size: area-averaged to every layer's grid.
-        phrase_tokens: S as [B, L] bool; every row needs a token inside S and one outside.
-        alpha: strength in [0, 1]; 0 leaves the network stock, bit for bit.
-        kinds: which attention is modified.
+        mask: [B, h, w] in [0, 1], of any size; resized to the grid of every layer by area averaging.
+        phrase_tokens: S as [B, L] bool; every row needs a token inside S and one outside (not checked for meta tensors).
+        alpha: strength in [0, 1]; with 0 the output is bit-equal to that of the stock network.
+
+    Raises ValueError if a row of `phrase_tokens` has no token inside S or none outside.
     """
 
     def __init__(
         self, mask: torch.Tensor, phrase_tokens: torch.Tensor, alpha: float, kinds: Sequence[Kind] = ("cross", "self")
     ) -> None:
-        if not (phrase_tokens.any(1) & ~phrase_tokens.all(1)).all():
+        if not phrase_tokens.is_meta and not (phrase_tokens.any(1) & ~phrase_tokens.all(1)).all():
             raise ValueError("every prompt needs a token that belongs to the phrase and one that does not")
         self.mask, self.phrase_tokens, self.alpha, self.kinds = mask.float(), phrase_tokens, alpha, tuple(kinds)
 
-    def wants(self, call: AttentionCall) -> bool:
+    def applies_to(self, call: AttentionCall) -> bool:
         return self.alpha > 0 and call.kind in self.kinds
 
     def __call__(self, probabilities: torch.Tensor, call: AttentionCall, rows: slice) -> torch.Tensor:
@@ -208,16 +193,16 @@ class MaskInjection:
         return (1 - self.alpha) * probabilities + self.alpha * target(probabilities, mask[:, 0], rows)
 
     def cross_target(self, probabilities: torch.Tensor, mask: torch.Tensor, rows: slice) -> torch.Tensor:
-        """T [B, heads, Q, L] for A of the tokens `rows`, with M [B, N]; rows sum to 1."""
-        inside = self.phrase_tokens[:, None, None, :]
-        share = mask[:, None, rows, None]
+        """Return T [B, heads, Q, L] for A of the tokens `rows`, with M [B, N]; rows sum to 1."""
+        in_phrase = self.phrase_tokens[:, None, None, :]
+        foreground = mask[:, None, rows, None]
         weights = probabilities + TINY
-        on = (weights * inside) / (weights * inside).sum(-1, keepdim=True)
-        off = (weights * ~inside) / (weights * ~inside).sum(-1, keepdim=True)
-        return share * on + (1 - share) * off
+        phrase = (weights * in_phrase) / (weights * in_phrase).sum(-1, keepdim=True)
+        rest = (weights * ~in_phrase) / (weights * ~in_phrase).sum(-1, keepdim=True)
+        return foreground * phrase + (1 - foreground) * rest
 
     def self_target(self, probabilities: torch.Tensor, mask: torch.Tensor, rows: slice) -> torch.Tensor:
-        """rownorm(W G) [B, heads, Q, N] for W of the tokens `rows`, with M [B, N]; rows sum to 1."""
-        here, there = mask[:, None, rows, None], mask[:, None, None, :]
-        weights = probabilities * (here * there + (1 - here) * (1 - there)) + TINY
+        """Return rownorm(W G) [B, heads, Q, N] for W of the tokens `rows`, with M [B, N]; rows sum to 1."""
+        query, key = mask[:, None, rows, None], mask[:, None, None, :]
+        weights = probabilities * (query * key + (1 - query) * (1 - key)) + TINY
         return weights / weights.sum(-1, keepdim=True)

@@ -1,16 +1,13 @@
-"""Floating-point operations of the networks, counted on the meta device (shapes without memory), and what a GPU does.
+"""Floating-point operations of the networks, counted on the meta device (shapes without data), and peak rates of GPUs.
 
-Two operations per multiply-add; matrix products, convolutions and attention are counted, the rest is noise beside them.
+A multiply-add counts as two operations. Only matrix products, convolutions and attention are counted; the rest is negligible.
 """
 
-from __future__ import annotations
-
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -20,15 +17,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from genseg.models.adapter import TextCondition
 from genseg.models.attention import self_attention_widths, use_injected_attention
 from genseg.models.unet import run_unet
+from genseg.models.vae import vae_factor
 from genseg.params import canonical_json
 
+Result = TypeVar("Result")
+
 BACKWARD = 2
-"""Operations of a backward pass in forward passes: one product for the inputs' gradients, one for the weights'."""
+"""Cost of a backward pass relative to a forward pass: one product for input gradients, one for weight gradients."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data-sheet figures: memory in bytes, dense operations a second in 16 bits (fp32 sums) and in fp32 (no TF32)."""
+    """Memory in bytes, and peak dense FLOP/s in 16 bits (with fp32 accumulation) and in fp32 (without TF32)."""
 
     memory: int
     half: float
@@ -58,17 +58,36 @@ GPUS = {
     "V100": Gpu(32 * 2**30, 125e12, 15.7e12),
     "T4": Gpu(16 * 2**30, 65e12, 8.1e12),
 }
-"""By a part of the name that the driver gives them, of several that fit the first; NVIDIA's data sheets, SXM where there
-are two."""
+"""Specifications by part of the device name; the first match applies. Source: NVIDIA's data sheets (SXM where it exists)."""
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU whose name (`torch.cuda.get_device_name()`) this is, or None when its figures are not known here."""
+    """Return the specifications for a device name (`torch.cuda.get_device_name()`), or None for an unknown GPU."""
     return next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}(?!\w| Ti| D\b| Laptop)", name)), None)
 
 
+def cache_by_config(compute: Callable[..., Result]) -> Callable[..., Result]:
+    """Cache a function of a config and other JSON values. `functools.cache` does not accept a config: it is not hashable."""
+    results: dict[str, Result] = {}
+
+    @wraps(compute)
+    def cached(config: Mapping[str, Any], *args: Any, **kwargs: Any) -> Result:
+        key = canonical_json([dict(config), args, kwargs])
+        if key not in results:
+            results[key] = compute(config, *args, **kwargs)
+        return results[key]
+
+    return cached
+
+
+def _count(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
 def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """A U-Net of this config with shapes and no memory; its attention takes injected tokens."""
+    """Build a U-Net on the meta device; its attention accepts injected tokens."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(dict(config))
     use_injected_attention(unet)
@@ -76,19 +95,18 @@ def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
 
 
 def meta_inputs(unet: UNet2DConditionModel, latent: int, tokens: int, inject: bool, batch: int = 1) -> dict[str, Any]:
-    """Arguments of `run_unet` for `batch` phrases of `tokens` tokens at a `latent` x `latent` label, on the meta device."""
-    config = unet.config
-    labels = config.out_channels
+    """Return arguments of `run_unet` on the meta device for `batch` phrases of `tokens` tokens and labels of side `latent`.
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, device="meta")
-
+    The label has the output channels of the U-Net; the remaining input channels are those of the image. With `inject`, the
+    adapter's tokens enter self-attention.
+    """
+    config, empty = unet.config, partial(torch.empty, device="meta")
     pooled = (config.projection_class_embeddings_input_dim or 0) - 6 * (config.addition_time_embed_dim or 0)
     widths = self_attention_widths(unet) if inject else []
     return {
-        "x_t": empty(batch, labels, latent, latent),
-        "image_latent": empty(batch, config.in_channels - labels, latent, latent),
-        "timestep": torch.empty(batch, device="meta"),
+        "x_t": empty(batch, config.out_channels, latent, latent),
+        "image_latent": empty(batch, config.in_channels - config.out_channels, latent, latent),
+        "timestep": empty(batch),
         "text": TextCondition(
             tokens=empty(batch, tokens, config.cross_attention_dim),
             mask=None,
@@ -99,57 +117,38 @@ def meta_inputs(unet: UNet2DConditionModel, latent: int, tokens: int, inject: bo
     }
 
 
+@cache_by_config
 def unet_flops(config: Mapping[str, Any], latent: int, tokens: int, inject: bool) -> int:
-    """Operations of one evaluation: one phrase of `tokens` tokens at a `latent` x `latent` label.
-
-    Args:
-        config: of a `UNet2DConditionModel`, e.g. `unet.config`; the channels that are not labels are the image's.
-        inject: the adapter's tokens enter self-attention.
-    """
-    return _unet_flops(canonical_json(dict(config)), latent, tokens, inject)
-
-
-@cache
-def _unet_flops(config: str, latent: int, tokens: int, inject: bool) -> int:
-    unet = meta_unet(json.loads(config))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run_unet(unet, **meta_inputs(unet, latent, tokens, inject))
-    return counter.get_total_flops()
+    """Count the operations of a forward pass of a U-Net of this config for one phrase (see `meta_inputs`)."""
+    unet = meta_unet(config)
+    return _count(lambda: run_unet(unet, **meta_inputs(unet, latent, tokens, inject)))
 
 
 def training_flops(forward: int, recomputed: bool) -> int:
-    """Operations of a training sample from those of its forward pass; gradient checkpointing runs that pass twice.
+    """Return the operations of one training sample, given those of its forward pass.
 
-    The usual "model FLOPs" of an MFU leave recomputation out: `recomputed=False`.
+    `recomputed` adds the second forward pass of gradient checkpointing, which the usual definition of MFU excludes.
     """
     return forward * (1 + BACKWARD + recomputed)
 
 
-@cache
-def _vae_flops(config: str, size: int) -> tuple[int, int]:
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(json.loads(config))
-        with FlopCounterMode(display=False) as encoding, torch.no_grad():
-            mean = vae.encode(torch.empty(1, 3, size, size)).latent_dist.mean
-        with FlopCounterMode(display=False) as decoding, torch.no_grad():
-            vae.decode(mean)
-    return encoding.get_total_flops(), decoding.get_total_flops()
-
-
+@cache_by_config
 def vae_flops(config: Mapping[str, Any], size: int) -> tuple[int, int]:
-    """Operations of (encoding, decoding) one `size` x `size` image with an `AutoencoderKL` of this config."""
-    return _vae_flops(canonical_json(dict(config)), size)
+    """Count the operations of (encoding, decoding) one `size` x `size` image with an `AutoencoderKL` of this config."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+        image, side = torch.empty(1, 3, size, size), size // vae_factor(vae)
+        latent = torch.empty(1, vae.config.latent_channels, side, side)
+    return _count(lambda: vae.encode(image)), _count(lambda: vae.decode(latent))
 
 
 def meta_text_encoder(config: Mapping[str, Any], projection: bool) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """A CLIP text encoder of this config with shapes and no memory."""
+    """Build a CLIP text encoder on the meta device, with or without the projection of the pooled embedding."""
     with torch.device("meta"):
         return (CLIPTextModelWithProjection if projection else CLIPTextModel)(CLIPTextConfig(**config))
 
 
 def text_flops(config: Mapping[str, Any], tokens: int, projection: bool) -> int:
-    """Operations of a CLIP text encoder of this config on one phrase of `tokens` tokens."""
+    """Count the operations of a CLIP text encoder of this config for one phrase of `tokens` tokens."""
     model = meta_text_encoder(config, projection)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
-    return counter.get_total_flops()
+    return _count(lambda: model(torch.zeros(1, tokens, dtype=torch.long, device="meta")))

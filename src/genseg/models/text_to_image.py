@@ -1,9 +1,4 @@
-"""A pretrained text-to-image pipeline as it stands: SD 1.5, SD 2.1, SDXL, each plain or in-painting, from its diffusers files.
-
-GS turns an in-painting U-Net into something else; the diffusion baselines ask the U-Net that it started from.
-"""
-
-from __future__ import annotations
+"""The unmodified pretrained pipeline for the diffusion baselines and G4Seg: SD 1.5, SD 2.1 or SDXL, plain or in-painting."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,44 +10,36 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from genseg.errors import UserError
 from genseg.models.backbone import load_component, load_unet, load_vae
-from genseg.models.unet import size_ids
-from genseg.models.vae import encode_images
+from genseg.models.unet import added_conditions
+from genseg.models.vae import encode_images, vae_factor
 
 
 @dataclass
 class Prompts:
-    """B prompts as the U-Net reads them, padded to the tokenizer's length L."""
+    """Embeddings of B prompts, padded to the tokenizer's length L."""
 
     tokens: torch.Tensor
-    """[B, L, D], to cross-attention."""
+    """[B, L, D], the input of cross-attention."""
     pooled: torch.Tensor
-    """[B, P], SDXL's global text embedding (SD has no use for it)."""
+    """[B, P], the global text embedding; SDXL's U-Net receives it, SD's does not."""
     phrase_tokens: torch.Tensor
-    """[B, L] bool: which tokens are the phrase's own."""
+    """[B, L] bool, True for the tokens of the phrase itself."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: slice) -> Prompts:
+    def __getitem__(self, rows: slice) -> "Prompts":
         return Prompts(self.tokens[rows], self.pooled[rows], self.phrase_tokens[rows])
 
 
 class TextToImage:
-    """U-Net, VAE and text encoders of one pipeline; `predict` answers what the U-Net was trained to answer.
+    """U-Net, VAE and text encoders of a diffusers directory or hub id; two encoders if the U-Net has SDXL's conditioning.
 
-    Args:
-        source: diffusers directory or hub id. Two text encoders where the U-Net asks for SDXL's conditioning, else one.
-        visible: what an in-painting U-Net (9 channels) is told: the whole image, nothing to paint (True), or a hidden image,
-            everything to paint, so that the noisy latent is all it knows of the image (False).
-
-    Raises:
-        UserError: a component is missing or unreadable, or the U-Net has neither 4 nor 9 input channels.
+    Raises UserError if a component is missing or unreadable, or the U-Net has neither 4 nor 9 input channels.
     """
 
-    def __init__(
-        self, source: str, revision: str | None, device: torch.device, dtype: torch.dtype = torch.float32, visible: bool = False
-    ) -> None:
-        self.device, self.visible = device, visible
+    def __init__(self, source: str, revision: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.device = device
         self.unet: UNet2DConditionModel = load_unet(source, revision, dtype).to(device)
         if self.unet.config.in_channels not in (4, 9):
             raise UserError(
@@ -60,12 +47,12 @@ class TextToImage:
                 "text-to-image (4) or in-painting (9) Stable Diffusion"
             )
         self.vae: AutoencoderKL = load_vae(source, revision, torch.bfloat16 if dtype == torch.float16 else dtype).to(device)
-        parts: list[tuple[Any, str, str]] = [(CLIPTextModel, "tokenizer", "text_encoder")]
+        encoders: list[tuple[Any, str, str]] = [(CLIPTextModel, "tokenizer", "text_encoder")]
         self.double = self.unet.config.addition_embed_type == "text_time"
         if self.double:
-            parts.append((CLIPTextModelWithProjection, "tokenizer_2", "text_encoder_2"))
-        self.tokenizers = [load_component(CLIPTokenizer, source, folder, revision) for _, folder, _ in parts]
-        self.text_encoders = [load_component(cls, source, folder, revision, dtype).to(device) for cls, _, folder in parts]
+            encoders.append((CLIPTextModelWithProjection, "tokenizer_2", "text_encoder_2"))
+        self.tokenizers = [load_component(CLIPTokenizer, source, folder, revision) for _, folder, _ in encoders]
+        self.text_encoders = [load_component(cls, source, folder, revision, dtype).to(device) for cls, _, folder in encoders]
         schedule = load_component(DDIMScheduler, source, "scheduler", revision)
         self.alphas: torch.Tensor = schedule.alphas_cumprod.to(device)
         """alpha_bar_t [T]."""
@@ -74,14 +61,14 @@ class TextToImage:
         self._words: dict[str, torch.Tensor] = {}
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, H, W] in [-1, 1] -> latents [B, 4, h, w] in unit scale."""
+        """Encode images [B, 3, H, W] in [-1, 1] to latents [B, 4, h, w], scaled for the U-Net."""
         return encode_images(self.vae, images.to(self.device))
 
     @torch.no_grad()
     def embed(self, phrases: Sequence[str], template: str = "{phrase}") -> Prompts:
-        """Encode phrases, each put into a prompt, as the pipelines do: padded to the tokenizer's length.
+        """Encode the prompts made from `template` by replacing `{phrase}`, padded to the tokenizer's length, as in diffusers.
 
-        SD: the last hidden state. SDXL: the penultimate ones of both encoders side by side.
+        SD uses the last hidden state, SDXL the concatenated penultimate hidden states of both encoders.
         """
         prompts = [template.format(phrase=phrase) for phrase in phrases]
         length = min(tokenizer.model_max_length for tokenizer in self.tokenizers)
@@ -98,41 +85,40 @@ class TextToImage:
         return Prompts(torch.cat(hidden, dim=-1), pooled, phrase_tokens.to(self.device))
 
     def words(self, phrase: str) -> list[str]:
-        """The phrase's tokens as texts, in order."""
+        """Return the text of each token of a phrase, in order."""
         return [self.tokenizers[0].decode([token]).strip() for token in self._ids(phrase)]
 
     def pooled_word(self, word: str) -> torch.Tensor:
-        """Pooled embedding [P] of a prompt of one token, remembered."""
+        """Return the pooled embedding [P] of a single word (cached)."""
         if word not in self._words:
             self._words[word] = self.embed([word]).pooled[0].float()
         return self._words[word]
 
     def _ids(self, text: str) -> list[int]:
-        """Token ids without the start and end tokens."""
+        """Return the token ids of a text without the start and end tokens."""
         return self.tokenizers[0](text, truncation=False, verbose=False).input_ids[1:-1] if text.strip() else []
 
     def predict(
         self, x_t: torch.Tensor, t: int, latent: torch.Tensor, tokens: torch.Tensor, pooled: torch.Tensor
     ) -> torch.Tensor:
-        """The U-Net's answer [B, 4, h, w] at noisy latents x_t [B, 4, h, w] of the image `latent` [1, 4, h, w].
+        """Return the U-Net's output [B, 4, h, w] for noisy latents x_t [B, 4, h, w], as its `prediction_type` defines it.
 
         Args:
-            tokens, pooled: of `Prompts`, B rows each.
+            latent: latent [1, 4, h, w] of the image; in-painting U-Nets use only its shape, device and dtype.
+            tokens, pooled: fields of `Prompts`, B rows each.
         """
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        size = x_t.shape[-2] * factor, x_t.shape[-1] * factor
-        sample = x_t
+        size = x_t.shape[-2] * vae_factor(self.vae), x_t.shape[-1] * vae_factor(self.vae)
+        dtype, sample = self.unet.dtype, x_t
         if self.unet.config.in_channels == 9:
             sample = torch.cat([x_t, self._inpainting(latent, size).to(x_t).expand(len(x_t), -1, -1, -1)], dim=1)
-        sample = sample.to(self.unet.dtype)
-        ids = size_ids(self.unet, len(sample), *size, sample)
-        added = None if ids is None else {"text_embeds": pooled.to(sample.dtype), "time_ids": ids}
-        return self.unet(sample, t, tokens.to(sample.dtype), added_cond_kwargs=added, return_dict=False)[0]
+        added = added_conditions(self.unet, pooled.to(dtype), size)
+        return self.unet(sample.to(dtype), t, tokens.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
 
     def _inpainting(self, latent: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Mask and masked-image latent [1, 5, h, w]; a hidden pixel is 0, mid-grey, as in SD's in-painting pipelines."""
-        if self.visible:
-            return torch.cat([torch.zeros_like(latent[:, :1]), latent], dim=1)
+        """Return the additional input [1, 5, h, w] of an in-painting U-Net: a mask of ones and the latent of a mid-grey image.
+
+        The whole image is masked, so the noisy latent is the only information about it. Masked pixels are 0, as in diffusers.
+        """
         if size not in self._hidden:
             self._hidden[size] = self.encode(torch.zeros(1, 3, *size))
         return torch.cat([torch.ones_like(latent[:, :1]), self._hidden[size].to(latent)], dim=1)

@@ -1,1 +1,1 @@
-"""What a study will take: data counts, parameters, memory, bytes, operations and hours, without a GPU, data or weights."""
+"""Plan of a study: data counts, parameters, memory, disk space, operations and hours, without a GPU, data or weights."""

@@ -1,13 +1,11 @@
-"""How much data a study has: from its phrase table where it was assembled, else from what is published or drawn."""
-
-from __future__ import annotations
+"""Amount of data of a study, counted in its phrase tables or estimated from published counts or sampled scenes."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
+from transformers import CLIPTokenizer
 
 from genseg.artifacts.phrases import read_phrases
 from genseg.baselines.make import threshold_rows
@@ -18,103 +16,93 @@ from genseg.interchange.labels import class_list
 from genseg.latents import images_by_size
 from genseg.models.backbone import load_component
 from genseg.models.text import token_ids
-from genseg.params import IndexMasks, Params
+from genseg.params import Params
+from genseg.params.data import Data
 from genseg.refine.layout import refined_tables
-from genseg.sampling.runs import Run, run_rows, study_runs
+from genseg.sampling.runs import Run, run_rows
 
-TOKENS = 6
-"""Tokens of a phrase where none can be counted: four words, start and end (5.7 in the embedded scenes)."""
-PNG_NARRATIVES = {"train": 133_103, "test": 8_533}
-PNG_PHRASES = 726_445
-"""GS, section 4.1: narratives of train and val2017, and grounded phrases of both."""
+TOKENS = 6  # assumed per phrase if not counted: four words, start and end (5.7 in the embedded scenes)
+PNG_NARRATIVES = {"train": 133_103, "test": 8_533}  # GS, section 4.1
+PNG_PHRASES = 726_445  # grounded phrases of train2017 and val2017 together; GS, section 4.1
 COCO_IMAGES = {"train": 118_287, "test": 5_000}
 PANOPTIC_CLASSES = 133
 COCO_CLASSES = 80
-COCO_CLASSES_AN_IMAGE = 3.5
-"""Lin et al. 2014, section 5: categories in an image of COCO, on average."""
-CAMVID_IMAGES = {"train": 367, "test": 101}
-"""The usual split of CamVid; its val part is what `params/camvid.yaml` tests on."""
-SCENES_DRAWN = 24
+COCO_CLASSES_PER_IMAGE = 3.5  # mean number of categories per image; Lin et al. 2014, section 5
+CAMVID_IMAGES = {"train": 367, "test": 101}  # usual split of CamVid; `params/camvid.yaml` uses its val part as test
+SCENES_DRAWN = 24  # scenes sampled per split to estimate the counts of the embedded data set
 ROW_BYTES = {"scenes": 85, "png": 400, "coco_object": 400, "index_masks": 400}
-"""Of a row with a mask, compressed, until there is a table to look at: its run-length code is most of it."""
-CLASS_PHRASES = Run("class_phrases", "class_phrases", "gs", "class_phrases")
+"""Estimated compressed bytes of a table row by data source; most of them encode the mask."""
+PHRASES = ("test", "permutable", "class_phrases", "grid", "val")  # values of `Run.phrases`, counted even if no run has them
 TABLES = ("phrases.parquet", "class_phrases.parquet")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of a study and where they come from."""
+    """Counts of a study's data; `train` and `val` are the phrases of these splits."""
 
     source: str
-    exact: bool
-    """Counted in the study's own tables; else published, estimated or bounded, as `source` says."""
-    image_latents: dict[int, int]
-    """Images to encode, by size."""
+    exact: bool  # counted in the study's own tables with its tokenizer
+    image_latents: dict[int, int]  # images to encode, by size
     train: int
     val: int
-    rows: dict[str, int]
-    """Phrases of a run, by `Run.phrases`: test, grid, val, permutable, class_phrases."""
+    rows: dict[str, int]  # number of phrases by `Run.phrases`
     attended: dict[str, int]
-    """What the attention baselines look at: test_images, val_images; test_texts, val_texts: pairs of an image and one of its
-    phrases or classes; most_texts: of one image (the mean where they are not counted)."""
-    refined: dict[str, int]
-    """Test's part whose masks are refined, each baseline's: images, phrases, class_phrases."""
-    texts: int
-    """Distinct phrases to encode."""
-    tokens: int
-    """Of all distinct phrases together."""
-    picture_bytes: int | None
-    """Of the images as files, where known."""
-    row_bytes: float
-    """Of a row of a table with its mask."""
+    """Input of the attention baselines: test_images, val_images; test_texts, val_texts (pairs of an image and one of its
+    phrases or classes); most_texts (maximum number of texts of one image, or the mean in estimates)."""
+    refined: dict[str, int]  # part of test that is refined, per baseline: images, phrases, class_phrases
+    texts: int  # distinct phrases to encode
+    tokens: int  # tokens of all distinct phrases together
+    picture_bytes: int | None  # bytes of the image files; None if unknown
+    row_bytes: float  # mean bytes of a table row with its mask
+
+    @property
+    def basis(self) -> str:
+        """Whether sizes computed from the counts are exact or estimates, as text."""
+        return "exact" if self.exact else "from estimated counts"
 
 
 def count_data(params: Params, source: str | None) -> Counts:
-    """Counts of the study's data.
-
-    Args:
-        source: directory of the backbone, whose tokenizer counts tokens; None when it is not at hand.
+    """Return the counts of the study's data; `source` is the local directory of the backbone, whose tokenizer counts tokens.
 
     Raises:
-        UserError: neither a table nor anything published or readable tells how much data there is.
+        UserError: there are no tables, and nothing to estimate from (published counts, class file and images).
     """
     tables = [params.data_dir / name for name in TABLES]
-    return _from_tables(params, tables, source) if all(path.exists() for path in tables) else _before_assembly(params)
+    return _count_tables(params, tables, source) if all(path.exists() for path in tables) else _estimate_counts(params)
 
 
-def _from_tables(params: Params, tables: list[Path], source: str | None) -> Counts:
+def _count_tables(params: Params, tables: list[Path], source: str | None) -> Counts:
+    # 1. Read the tables and count distinct texts and their tokens.
     phrases, class_phrases = map(read_phrases, tables)
-    runs = {run.phrases: run for run in study_runs(params)}
+    splits = {split: phrases[phrases["split"] == split] for split in ("train", "val", "test")}
     texts = sorted({"", *phrases["phrase"], *class_phrases["phrase"]})
-    tokens, exact = TOKENS * len(texts), False
+    tokens = TOKENS * len(texts)
     if source is not None:
-        from transformers import CLIPTokenizer
-
         tokenizer = load_component(CLIPTokenizer, source, "tokenizer", None)
-        tokens, exact = sum(len(token_ids(tokenizer, text, 77)[0]) for text in texts), True
-    files = {Path(name) for name in phrases["file_name"].dropna()}
-    test = phrases[phrases["split"] == "test"]
-    pairs = {"val": threshold_rows(params, phrases[phrases["split"] == "val"])}
-    pairs["test"] = pd.concat([test, run_rows(params, CLASS_PHRASES, phrases, class_phrases)])
-    texts_of = {part: rows.drop_duplicates(["image_id", "phrase"]).groupby("image_id").size() for part, rows in pairs.items()}
+        tokens = sum(len(token_ids(tokenizer, text, 77)[0]) for text in texts)
+
+    # 2. Select the rows of runs, of the attention baselines and of refinement.
+    runs = [Run.model_validate({"name": part, "role": "main", "method": "gs", "phrases": part}) for part in PHRASES]
+    rows = {run.phrases: run_rows(params, run, phrases, class_phrases) for run in runs}
+    attended = {"val": threshold_rows(params, splits["val"]), "test": pd.concat([splits["test"], rows["class_phrases"]])}
     refined = refined_tables(params, phrases, class_phrases, class_list(class_phrases, str(tables[1])).background)
+
+    # 3. Count.
+    files = {Path(name) for name in phrases["file_name"].dropna()}
+    unique = {part: table.drop_duplicates(["image_id", "phrase"]) for part, table in attended.items()}
+    per_image = {part: table.groupby("image_id").size() for part, table in unique.items()}
+    images = {f"{part}_images": len(sizes) for part, sizes in per_image.items()}
+    pairs = {f"{part}_texts": int(sizes.sum()) for part, sizes in per_image.items()}
+    refined_images = pd.concat(refined.values())["image_id"].nunique()
     return Counts(
-        source=f"counted in {tables[0]}" + ("" if exact else f"; {TOKENS} tokens a phrase assumed"),
-        exact=exact,
+        source=f"counted in {tables[0]}" + (f"; assuming {TOKENS} tokens per phrase" if source is None else ""),
+        exact=source is not None,
         image_latents={size: len(images) for size, images in images_by_size(params, phrases, class_phrases).items()},
-        train=int((phrases["split"] == "train").sum()),
-        val=int((phrases["split"] == "val").sum()),
-        rows={name: len(run_rows(params, run, phrases, class_phrases)) for name, run in runs.items()},
-        attended={
-            **{f"{part}_images": len(found) for part, found in texts_of.items()},
-            **{f"{part}_texts": int(found.sum()) for part, found in texts_of.items()},
-            "most_texts": int(max(found.max() for found in texts_of.values())),
-        },
-        refined={
-            "images": len(set(refined[False]["image_id"]) | set(refined[True]["image_id"])),
-            "phrases": len(refined[False]),
-            "class_phrases": len(refined[True]),
-        },
+        train=len(splits["train"]),
+        val=len(splits["val"]),
+        rows={part: len(table) for part, table in rows.items()},
+        attended=images | pairs | {"most_texts": int(max(sizes.max() for sizes in per_image.values()))},
+        refined={"images": refined_images, "phrases": len(refined[False]), "class_phrases": len(refined[True])},
         texts=len(texts),
         tokens=tokens,
         picture_bytes=sum(path.stat().st_size for path in files) if all(path.exists() for path in files) else None,
@@ -122,59 +110,42 @@ def _from_tables(params: Params, tables: list[Path], source: str | None) -> Coun
     )
 
 
-def _before_assembly(params: Params) -> Counts:
-    data = params.data
-    templates = len(data.phrase_templates)
-    picture_bytes, texts = None, None
-    if data.source == "png":
-        images, classes = COCO_IMAGES, PANOPTIC_CLASSES
-        phrases = {name: PNG_PHRASES * part / sum(PNG_NARRATIVES.values()) for name, part in PNG_NARRATIVES.items()}
-        source = "published counts of COCO 2017 and PNG (GS, section 4.1): an upper bound for a part of them"
-    elif data.source == "coco_object":
-        images, classes = COCO_IMAGES, COCO_CLASSES
-        phrases = {name: COCO_CLASSES_AN_IMAGE * count for name, count in images.items()}
-        source, texts = "published counts of COCO 2017", COCO_CLASSES * (templates + 1) + 1
-    elif data.scenes is not None and data.source == "scenes":
-        images, classes = {"train": data.scenes.train_images, "test": data.scenes.test_images}, len(SHAPES) + len(STUFF)
-        drawn = {name: sample_scenes(data.scenes, split, SCENES_DRAWN) for name, split in (("train", "train"), ("test", "val"))}
-        phrases = {name: images[name] * drawn[name][0] for name in images}
-        picture_bytes = round(sum(images[name] * drawn[name][1] for name in images))
-        source = f"{SCENES_DRAWN} scenes of each split, drawn and scaled up"
-    else:
-        assert data.index_masks is not None
-        folder = data.index_masks
-        listed = read_classes(Path(folder.classes), folder.ignore, folder.background)[0]
-        classes = sum(not item.background for item in listed)
-        if all(Path(item).exists() for item in (folder.lists or folder.images).values()):
-            images, source = {name: _images_of(folder, name) for name in folder.images}, "the images that are there"
-        elif "camvid" in folder.classes:
-            images, source = CAMVID_IMAGES, "published counts of CamVid"
-        else:
-            raise UserError(f"{folder.images['train']}: not there, so nothing tells how many images; put the data there first")
-        phrases = {name: classes * count for name, count in images.items()}
-        source, texts = f"{source}; every class in every image, an upper bound", classes * (templates + 1) + 1
-    test, train = round(phrases["test"]), round(phrases["train"])
-    val = round(data.val_fraction * train)
-    grid_images = max(1, round(params.sample.grid_fraction * images["test"]))
-    latents = dict.fromkeys(params.sample.sizes(), grid_images)
-    latents[params.sample.main.size] = images["test"]
-    if params.sample.main.size != params.train.size:
-        latents[params.sample.main.size] += round(params.sample.select_fraction * data.val_fraction * images["train"])
-    latents[params.train.size] = latents.get(params.train.size, 0) + images["train"]
-    val_images = min(params.baselines.val_images, round(data.val_fraction * images["train"]))
-    attended = {
-        "test_images": images["test"],
-        "val_images": val_images,
-        "test_texts": test + classes * images["test"],
-        "val_texts": round(val_images * phrases["train"] / images["train"]),
-        "most_texts": math.ceil(test / images["test"]) + classes,
-    }
+@dataclass(frozen=True)
+class _Estimate:
+    """Estimated counts of a data set; its train split includes val."""
+
+    source: str
+    images: dict[str, int]
+    phrases: dict[str, float]
+    classes: int
+    texts: int | None = None  # distinct texts; None if unknown
+    picture_bytes: int | None = None
+
+
+def _estimate_counts(params: Params) -> Counts:
+    estimate, sample = _estimate_data(params.data), params.sample
+
+    # 1. Split the phrases.
+    images, classes = estimate.images, estimate.classes
+    test, train = round(estimate.phrases["test"]), round(estimate.phrases["train"])
+    val = round(params.data.val_fraction * train)
+    val_images = min(params.baselines.val_images, round(params.data.val_fraction * images["train"]))
+    grid_images = max(1, round(sample.grid_fraction * images["test"]))
     refined_images = max(1, round(params.refine.test_fraction * images["test"]))
+
+    # 2. Count the images to encode at each size.
+    latents = dict.fromkeys(sample.sizes(), grid_images) | {sample.main.size: images["test"]}
+    if sample.main.size != params.train.size:
+        latents[sample.main.size] += round(sample.select_fraction * params.data.val_fraction * images["train"])
+    latents[params.train.size] = latents.get(params.train.size, 0) + images["train"]
+
+    # 3. Count distinct texts.
+    source, texts = estimate.source, estimate.texts
     if texts is None:
         texts = train + test + classes + 1
-        source += "; every phrase taken to be distinct"
+        source += "; assuming that all phrases are distinct"
     return Counts(
-        source=f"{source}; {TOKENS} tokens a phrase",
+        source=f"{source}; assuming {TOKENS} tokens per phrase",
         exact=False,
         image_latents=dict(sorted(latents.items())),
         train=train - val,
@@ -182,11 +153,17 @@ def _before_assembly(params: Params) -> Counts:
         rows={
             "test": test,
             "grid": round(test * grid_images / images["test"]),
-            "val": round(params.sample.select_fraction * val),
+            "val": round(sample.select_fraction * val),
             "permutable": test,
             "class_phrases": classes * images["test"],
         },
-        attended=attended,
+        attended={
+            "test_images": images["test"],
+            "val_images": val_images,
+            "test_texts": test + classes * images["test"],
+            "val_texts": round(val_images * estimate.phrases["train"] / images["train"]),
+            "most_texts": math.ceil(test / images["test"]) + classes,
+        },
         refined={
             "images": refined_images,
             "phrases": round(test * refined_images / images["test"]),
@@ -194,12 +171,45 @@ def _before_assembly(params: Params) -> Counts:
         },
         texts=texts,
         tokens=TOKENS * texts,
-        picture_bytes=picture_bytes,
-        row_bytes=ROW_BYTES[data.source],
+        picture_bytes=estimate.picture_bytes,
+        row_bytes=ROW_BYTES[params.data.source],
     )
 
 
-def _images_of(folder: IndexMasks, split: Literal["train", "test"]) -> int:
-    if folder.lists is not None:
-        return len(Path(folder.lists[split]).read_text().split())
-    return len(list(Path(folder.images[split]).iterdir()))
+def _estimate_data(data: Data) -> _Estimate:
+    templates = len(data.phrase_templates)
+    if data.source == "png":
+        source = "published counts of COCO 2017 and PNG (GS, section 4.1), an upper bound for a subset"
+        phrases = {split: PNG_PHRASES * count / sum(PNG_NARRATIVES.values()) for split, count in PNG_NARRATIVES.items()}
+        return _Estimate(source, COCO_IMAGES, phrases, PANOPTIC_CLASSES)
+    if data.source == "coco_object":
+        phrases = {split: COCO_CLASSES_PER_IMAGE * count for split, count in COCO_IMAGES.items()}
+        texts = COCO_CLASSES * (templates + 1) + 1
+        return _Estimate("published counts of COCO 2017", COCO_IMAGES, phrases, COCO_CLASSES, texts)
+    if data.source == "scenes":
+        assert data.scenes is not None
+        images = {"train": data.scenes.train_images, "test": data.scenes.test_images}
+        train, test = (sample_scenes(data.scenes, split, SCENES_DRAWN) for split in ("train", "val"))
+        return _Estimate(
+            source=f"extrapolated from {SCENES_DRAWN} scenes of each split",
+            images=images,
+            phrases={"train": images["train"] * train[0], "test": images["test"] * test[0]},
+            classes=len(SHAPES) + len(STUFF),
+            picture_bytes=round(images["train"] * train[1] + images["test"] * test[1]),
+        )
+    folders = data.index_masks
+    assert folders is not None
+    listed = read_classes(Path(folders.classes), folders.ignore, folders.background)[0]
+    classes = sum(not item.background for item in listed)
+    paths = {split: Path(path) for split, path in (folders.lists or folders.images).items()}
+    if all(path.exists() for path in paths.values()):
+        source, images = "counted images", dict[str, int]()
+        for split, path in paths.items():
+            images[split] = len(path.read_text().split()) if folders.lists else len(list(path.iterdir()))
+    elif "camvid" in folders.classes:
+        source, images = "published counts of CamVid", CAMVID_IMAGES
+    else:
+        raise UserError(f"{folders.images['train']}: not found, so the number of images is unknown; add the data first")
+    phrases = {split: float(classes * count) for split, count in images.items()}
+    source += "; every class in every image (upper bound)"
+    return _Estimate(source, images, phrases, classes, classes * (templates + 1) + 1)

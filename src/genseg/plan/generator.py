@@ -1,11 +1,6 @@
-"""What the phases take that ask a pretrained text-to-image model: the attention baselines and refinement."""
+"""Cost of the phases that use a pretrained text-to-image model: the attention baselines and refinement."""
 
-from __future__ import annotations
-
-import json
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,326 +10,296 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from genseg.artifacts.files import read_json
+from genseg.artifacts.manifest import times_path
 from genseg.baselines.attend import METHODS, SEGMENT_PASSES, attention_grids, recorded_layers, recordings
 from genseg.baselines.attention import Grid, aggregate, anchor_indices, divergence, nearest_grid
 from genseg.baselines.registry import baselines_dir, study_baselines
 from genseg.errors import UserError
 from genseg.models import sdxl, stable_diffusion
-from genseg.models.attention_control import AttentionCall, AttentionStore
+from genseg.models.attention_control import AttentionControl, AttentionStore
 from genseg.models.flops import BACKWARD, Gpu, meta_text_encoder, meta_unet, text_flops, unet_flops, vae_flops
 from genseg.models.memory import LiveBytes, encoding_bytes, generator_bytes, meta_injection
-from genseg.params import Baselines, Params, Refine
+from genseg.params import Params
+from genseg.params.baselines import Baselines
+from genseg.params.refine import Refine
 from genseg.plan.counts import Counts
-from genseg.refine.g4seg import RANDOM, variants
+from genseg.plan.rows import BYTES, Artifacts, Phases, maps_bytes, memory_row
 from genseg.refine.layout import (
     G4SEG,
     MADE_WITH_G4SEG,
+    RANDOM,
     discrepancy_path,
+    network_dir,
     refined_dir,
     refined_path,
     refiner_passes,
     refiners,
+    variants,
 )
 from genseg.refine.trained import RefinerNet
-from genseg.refine.trained_control import network_dir
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-PUBLISHED: dict[str, dict[str, Any]] = {sdxl.HUB_ID: sdxl.CONFIGS, **stable_diffusion.CONFIGS}
-"""Configs by hub id."""
-TOKENS = 77
-"""Of a padded prompt (`TextToImage.embed`), in CLIP's tokenizers."""
-Add = Callable[..., None]
+Configs = dict[str, dict[str, Any]]
+PUBLISHED: dict[str, Configs] = {sdxl.HUB_ID: sdxl.CONFIGS, **stable_diffusion.CONFIGS}
+PADDED_TOKENS = 77  # tokens of a padded prompt (`TextToImage.embed`) with CLIP's tokenizers
 
 
-def read_configs(source: str, key: str) -> dict[str, dict[str, Any]]:
-    """Configs of unet, vae, text_encoder and, where the U-Net asks for SDXL's conditioning, text_encoder_2.
+def read_configs(source: str, key: str) -> Configs:
+    """Return the configs of unet, vae, text_encoder and, if the U-Net has SDXL's conditioning, text_encoder_2.
 
-    Args:
-        key: of the params, for messages.
-
-    Raises:
-        UserError: neither a known hub id nor a directory with these configs.
+    Raises UserError, with the `key` of the params, if `source` is neither a known hub id nor a directory with these configs.
     """
+    folder = Path(source)
     if source in PUBLISHED:
         return PUBLISHED[source]
-    folder = Path(source)
     if not folder.is_dir():
-        known = ", ".join(PUBLISHED)
-        raise UserError(f"{key}: {source}: no such directory; the plan knows local directories and {known}")
-
-    def read(name: str) -> dict[str, Any]:
-        path = folder / name / "config.json"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: unreadable config ({error})") from None
-
-    unet = read("unet")
-    encoders = ["text_encoder", *(["text_encoder_2"] if is_double(unet) else [])]
-    return {"unet": unet} | {name: read(name) for name in ("vae", *encoders)}
+        raise UserError(f"{key}: {source}: no such directory; expected a local directory or one of {', '.join(PUBLISHED)}")
+    unet = read_json(folder / "unet/config.json")
+    names = ["vae", "text_encoder"] + (["text_encoder_2"] if unet.get("addition_embed_type") == "text_time" else [])
+    return {"unet": unet} | {name: read_json(folder / name / "config.json") for name in names}
 
 
-def is_double(unet: dict[str, Any]) -> bool:
-    return unet.get("addition_embed_type") == "text_time"
-
-
-def size_of(module: nn.Module) -> int:
-    """Parameters."""
+def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 class Generator:
-    """A text-to-image pipeline as shapes, as `models.text_to_image.TextToImage` holds it."""
+    """Configs, parameters and operations of a text-to-image pipeline with the components of `TextToImage`.
 
-    def __init__(self, configs: dict[str, dict[str, Any]], origin: str) -> None:
+    tokens: number of tokens of a phrase. inject: whether the adapter's tokens are injected into self-attention.
+    """
+
+    def __init__(self, configs: Configs, origin: str, tokens: int = PADDED_TOKENS, inject: bool = False) -> None:
         self.origin, self.unet, self.vae = origin, configs["unet"], configs["vae"]
-        self.encoders = [configs["text_encoder"], *([configs["text_encoder_2"]] if is_double(self.unet) else [])]
-        meta = meta_unet(self.unet)
+        self.tokens, self.inject = tokens, inject
+        names = sorted(name for name in configs if name.startswith("text_encoder"))
+        self.encoders = [configs[name] for name in names]
+        self.meta_unet = meta_unet(self.unet)
         with torch.device("meta"):
-            vae = AutoencoderKL.from_config(self.vae)
-        encoders = [meta_text_encoder(config, bool(k)) for k, config in enumerate(self.encoders)]
-        self.parameters = sum(map(size_of, (meta, vae, *encoders)))
-        self._meta = meta
+            self.modules: dict[str, nn.Module] = {"unet": self.meta_unet, "vae": AutoencoderKL.from_config(self.vae)}
+        self.modules |= {name: meta_text_encoder(configs[name], projection=k > 0) for k, name in enumerate(names)}
+        self.parameters = sum(map(count_parameters, self.modules.values()))
 
     def latent(self, size: int) -> int:
+        """Return the side of the latent of a `size` x `size` image."""
         return size // 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     def grids(self, size: int) -> list[Grid]:
-        """Token grids of its attention, finest first."""
-        return attention_grids(self._meta, self.latent(size), self.latent(size))
+        """Return the token grids of the attention layers, finest first."""
+        return attention_grids(self.meta_unet, self.latent(size), self.latent(size))
 
-    def widths(self, layers: list[int]) -> list[int]:
-        """Channels of some up-blocks' outputs; layers that there are not are left out."""
-        channels = list(reversed(self.unet["block_out_channels"]))
-        return [channels[layer] for layer in layers if layer < len(channels)]
+    def evaluation_flops(self, size: int) -> int:
+        """Return the operations of a forward pass of the U-Net for one phrase."""
+        return unet_flops(self.unet, self.latent(size), self.tokens, self.inject)
 
-    def evaluation(self, size: int) -> int:
-        """Operations of a U-Net pass for one phrase."""
-        return unet_flops(self.unet, self.latent(size), TOKENS, inject=False)
+    def text_flops(self) -> int:
+        """Return the operations of all text encoders for one phrase."""
+        return sum(text_flops(config, self.tokens, projection=k > 0) for k, config in enumerate(self.encoders))
 
-    def text(self) -> int:
-        return sum(text_flops(config, TOKENS, bool(k)) for k, config in enumerate(self.encoders))
+    def forward_bytes(
+        self, size: int, batch: int, precision: str, control: AttentionControl | None = None, gradient: bool = False
+    ) -> int:
+        """Return the peak bytes of a forward pass of the U-Net (see `generator_bytes`)."""
+        return generator_bytes(self.unet, self.latent(size), self.tokens, batch, precision, control, gradient)
 
-    def encoding(self, size: int) -> int:
-        return vae_flops(self.vae, size)[0]
 
-
-def find_generator(source: str | None, key: str, own: Generator) -> Generator:
-    """The generator of `baselines.backbone` or `refine.backbone`; the study's own where they are null."""
-    return own if source is None else Generator(read_configs(source, key), source)
+def find_generator(source: str | None, key: str, default: Generator) -> Generator:
+    """Return the generator of `baselines.backbone` or `refine.backbone`, or the default if the key is null."""
+    return default if source is None else Generator(read_configs(source, key), source)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-def plan_generators(params: Params, counts: Counts, attends: Generator, refines: Generator, gpu: Gpu) -> dict[str, Any]:
-    """Weights and the peak beside them on the GPU of one job, for `baselines` and `refine`."""
-    peaks: dict[str, tuple[Generator, Baselines | Refine, int]] = {
-        "baselines": (attends, params.baselines, attention_bytes(params.baselines, attends, counts.attended["most_texts"])),
-        "refine": (refines, params.refine, refinement_bytes(params.refine, refines)),
-    }
-    found = {}
-    for phase, (generator, settings, peak) in peaks.items():
-        weights = BYTES[settings.precision] * generator.parameters
-        found[phase] = {
-            "backbone": generator.origin,
-            "parameters": generator.parameters,
-            **{name: getattr(settings, name) for name in ("size", "batch", "precision")},
-            "weights": weights,
-            "activations": peak,
-            "total": weights + peak,
-            "fits": weights + peak < gpu.memory,
-        }
-    return found
+def generator_memory(generator: Generator, settings: Baselines | Refine, activations: int, gpu: Gpu) -> dict[str, Any]:
+    """Return the GPU bytes of a job of a phase with these settings; `activations` are the peak bytes of its activations."""
+    row = {"backbone": generator.origin, "parameters": generator.parameters}
+    row |= {"size": settings.size, "batch": settings.batch, "precision": settings.precision}
+    return row | memory_row(generator.parameters, settings.precision, activations, gpu)
 
 
 def refinement_bytes(refine: Refine, generator: Generator) -> int:
-    """Peak bytes beside weights while a block of masks is refined by G4Seg, its controls and its sensitivity."""
-    latent, block = generator.latent(refine.size), refine.batch
-    passing = generator_bytes(generator.unet, latent, TOKENS, block, refine.precision)
-    control = meta_injection(block, refine.grid, TOKENS, refine.inject)
-    injected = generator_bytes(generator.unet, latent, TOKENS, block, refine.precision, control)
+    """Return the peak bytes, without weights, while G4Seg and its variants refine a batch of masks."""
+    injection = meta_injection(refine.batch, refine.feature_size, generator.tokens, refine.inject)
+    forward = generator.forward_bytes(refine.size, refine.batch, refine.precision)
+    injected = generator.forward_bytes(refine.size, refine.batch, refine.precision, injection)
     names = [G4SEG, *refine.controls, *refine.sensitivity.controls]
-    used = [variant for name, variant in variants(refine).items() if name in names or "=" in name]
-    moments = [_block_bytes(each, generator.widths(each.layers), passing, injected if each.alpha else passing) for each in used]
-    return max(encoding_bytes(generator.vae, refine.size, refine.precision), *moments)
+    peaks = [encoding_bytes(generator.vae, refine.size, refine.precision)]
+    channels = generator.unet["block_out_channels"][::-1]
+    for name, variant in variants(refine).items():
+        if name in names or "=" in name:
+            widths = [channels[layer] for layer in variant.layers if layer < len(channels)]
+            peaks.append(_batch_bytes(variant, widths, forward, injected if variant.alpha else forward))
+    return max(peaks)
 
 
-def _block_bytes(refine: Refine, widths: list[int], passing: int, injected: int) -> int:
-    """The most that any moment of `g4seg._iterate` holds: features [B, N, C], distances [B, N, N], and a pass or what is
-    computed from them.
+def _batch_bytes(refine: Refine, widths: list[int], forward: int, injected: int) -> int:
+    """Return the peak bytes of `run_iterations`: features [B, N, C], distances [B, N, N] and intermediate results.
 
-    Args:
-        widths: channels of `refine.layers`. passing, injected: peak of a pass without and with the masks.
+    widths: channels of `refine.layers`. forward, injected: peak bytes of a forward pass without and with injected masks.
     """
     if not refine.iterations:
         return 0
-    cells, block = refine.grid**2, refine.batch
-    distances, offsets = 4 * block * cells**2, 4 * cells**2
-    levels = len(refine.timesteps) * refine.noises
-    level = 4 * block * cells * sum(widths)
-    features = level * levels
-    # One level's features of the widest layer on the way: enlarged, in float32, without its mean.
-    comparing = block * cells * max(widths, default=0) * (BYTES[refine.precision] + 8)
-    moments = [features - level + passing, features + comparing, features + offsets + 3 * distances]
-    generates, chooses = refine.generation > 0, bool(refine.levels and refine.alpha)
-    if generates:
-        before = (1 + (refine.iterations > 1 and refine.alpha > 0)) * distances + features + offsets
-        moments += [before + features - level + injected, before + features + comparing, before + features + 3 * distances]
-    held = features + offsets + (2 + generates) * distances
-    moments.append(held + 2 * offsets)  # evidence of one phrase, should its confusion area be the whole picture
-    if chooses:
-        moments.append(held + injected)
-    return max(moments)
+    cells, batch = refine.feature_size**2, refine.batch
+    distances, offsets = 4 * batch * cells**2, 4 * cells**2
+    level = 4 * batch * cells * sum(widths)
+    features = level * len(refine.timesteps)
+    # Features of the widest layer at one noise level: interpolated, converted to float32, and centred.
+    comparison = batch * cells * max(widths, default=0) * (BYTES[refine.precision] + 8)
+
+    # 1. Extract and compare features of the image.
+    peaks = [features - level + forward, features + comparison, features + offsets + 3 * distances]
+
+    # 2. Do the same for the generated image.
+    is_generated = refine.generation > 0
+    if is_generated:
+        earlier = features + offsets + distances
+        if refine.iterations > 1 and refine.alpha > 0:
+            earlier += distances
+        peaks += [earlier + features - level + injected, earlier + features + comparison, earlier + features + 3 * distances]
+
+    # 3. Collect the evidence of one phrase, at most on the whole image, and choose among the candidate masks.
+    held = features + offsets + (3 if is_generated else 2) * distances
+    peaks.append(held + 2 * offsets)
+    if refine.cut_quantiles and refine.alpha:
+        peaks.append(held + injected)
+    return max(peaks)
 
 
 def attention_bytes(baselines: Baselines, generator: Generator, texts: int) -> int:
-    """Peak bytes beside weights while one image of at most `texts` phrases is attended to (`attend.Attended`)."""
-    latent, grids = generator.latent(baselines.size), generator.grids(baselines.size)
-    count = min(baselines.batch, texts)
-    moments, held = [encoding_bytes(generator.vae, baselines.size, baselines.precision)], 0
+    """Return the peak bytes, without weights, while `attend.ImageAttention` records one image with at most `texts` phrases."""
+    size, precision = baselines.size, baselines.precision
+    grids, batch = generator.grids(size), min(baselines.batch, texts)
+    peaks, held = [encoding_bytes(generator.vae, size, precision)], 0
     for recording in dict.fromkeys(recordings(baselines).values()):
-        wanted = recorded_layers(baselines, grids, recording.own)
-        store = AttentionStore(select=partial(_is_wanted, wanted))
-        record = sum(4 * math.prod(grid) * (TOKENS if kind == "cross" else math.prod(grid)) for kind, grid in wanted)
-        passing = generator_bytes(generator.unet, latent, TOKENS, count, baselines.precision, store)
-        moments.append(held + (texts - count) * record + passing)
+        # 1. Record the maps of one batch, in addition to those of earlier batches and recordings.
+        layers = recorded_layers(baselines, grids, recording.self_attention)
+        store = AttentionStore(select=lambda call: (call.kind, call.grid) in layers)  # noqa: B023 - used in this iteration only
+        maps = sum(4 * math.prod(grid) * (generator.tokens if kind == "cross" else math.prod(grid)) for kind, grid in layers)
+        peaks.append(held + (texts - batch) * maps + generator.forward_bytes(size, batch, precision, store))
+        # 2. Invert the image.
         if recording.inversion is not None:
-            latents = (recording.inversion.steps + 4) * 4 * count * generator.vae["latent_channels"] * latent**2
-            back = generator_bytes(generator.unet, latent, TOKENS, count, baselines.precision, gradient=True)
-            moments.append(held + texts * record + latents + back)
-        moments.append(held + (2 * texts + count) * record)  # the batches' maps, all of them in one, and the last sums
-        held += texts * record
-    return max(*moments, held + _segment_bytes(baselines, generator, grids, latent))
-
-
-def _is_wanted(wanted: set[tuple[str, Grid]], call: AttentionCall) -> bool:
-    return (call.kind, call.grid) in wanted
-
-
-def _segment_bytes(baselines: Baselines, generator: Generator, grids: list[Grid], latent: int) -> int:
-    """DiffSeg's pass of the empty prompt, and what it makes of all self-attention on the finest grid."""
-    passing = generator_bytes(generator.unet, latent, TOKENS, 1, baselines.precision, AttentionStore(kinds=["self"]))
-    maps = {grid: torch.empty(math.prod(grid), math.prod(grid), device="meta") for grid in grids}
+            latent_bytes = 4 * batch * generator.vae["latent_channels"] * generator.latent(size) ** 2
+            backward = generator.forward_bytes(size, batch, precision, gradient=True)
+            peaks.append(held + texts * maps + (recording.inversion.steps + 4) * latent_bytes + backward)
+        # 3. Concatenate the maps of all batches, while those of the last batch are still in memory.
+        peaks.append(held + (2 * texts + batch) * maps)
+        held += texts * maps
+    # 4. Segment with DiffSeg: a forward pass with the empty prompt, and the aggregation of self-attention.
+    forward = generator.forward_bytes(size, 1, precision, AttentionStore(kinds=["self"]))
+    self_maps = {grid: torch.empty(math.prod(grid), math.prod(grid), device="meta") for grid in grids}
     with LiveBytes([]) as live, torch.no_grad():
-        every = aggregate(maps)
-        divergence(every[anchor_indices(max(grids), baselines.diffseg.anchors)], every)
-    return max(passing, live.peak + sum(item.nbytes for item in maps.values()))
+        aggregated = aggregate(self_maps)
+        divergence(aggregated[anchor_indices(max(grids), baselines.diffseg.anchors)], aggregated)
+    return max(*peaks, held + forward, held + live.peak + sum(attention.nbytes for attention in self_maps.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
 def add_artifacts(
-    add: Add, maps_bytes: Callable[[int, int], int], params: Params, counts: Counts, own: Generator, attends: Generator
+    artifacts: Artifacts, params: Params, counts: Counts, study_generator: Generator, baseline_generator: Generator
 ) -> None:
-    """Predictions and soft maps of the baselines and of what was refined.
-
-    Args:
-        maps_bytes: (N, side) -> bytes of a file of soft maps.
-        own: what GS was fine-tuned from. attends: what the attention baselines ask.
-    """
-    exact, rows = "exact" if counts.exact else "follows the counts", counts.rows["test"] + counts.rows["class_phrases"]
-    settings, grids = params.baselines, attends.grids(params.baselines.size)
+    """Add predictions and soft maps of the attention baselines (`baseline_generator`) and of refinement."""
+    # 1. Add the baselines.
+    settings, grids = params.baselines, baseline_generator.grids(params.baselines.size)
     sides = {
         "cross_attention": max(grids)[0],
         "diffpng_cross": nearest_grid(grids, settings.diffpng.cross_side)[0],
         "diffpng_cross_self": nearest_grid(grids, settings.diffpng.self_side)[0],
     }
-    assert sides.keys() == {name for name, method in METHODS.items() if method.chosen}
-    made = [baseline for baseline in study_baselines(params) if baseline.family != "run"]
-    folder = baselines_dir(params)
-    add("baselines: predictions", counts.row_bytes * rows * len(made), "estimate", *folder.glob("*.parquet"))
-    size = sum(maps_bytes(counts.rows[part], side) for side in sides.values() for part in ("test", "class_phrases"))
-    add("baselines: soft maps", size, exact, *folder.glob("*.safetensors"))
+    assert sides.keys() == {name for name, method in METHODS.items() if method.choose_threshold}
+    folder, all_baselines = baselines_dir(params), study_baselines(params)
+    phrases = [counts.rows["test"], counts.rows["class_phrases"]]
+    predictions = counts.row_bytes * sum(phrases) * sum(baseline.family != "run" for baseline in all_baselines)
+    artifacts.add("baselines: predictions", predictions, "estimate", *folder.glob("*.parquet"))
+    maps = sum(maps_bytes(count, side) for side in sides.values() for count in phrases)
+    artifacts.add("baselines: soft maps", maps, counts.basis, *folder.glob("*.safetensors"))
 
-    # Soft maps of class phrases, where the coarse ones have some: as large as the params say, else as those are.
-    refine, count = params.refine, counts.refined["class_phrases"]
-    main = params.sample.main.size
-    sides |= {"gs": main if params.train.label == "vae" else own.latent(main), "discriminative": own.latent(main)}
-    predictions, maps = 0.0, 0
-    found: list[Path] = []
-    for baseline in study_baselines(params):
+    # 2. Add refined predictions, and soft maps of class phrases if the coarse prediction has soft maps.
+    refine, class_phrases, main = params.refine, counts.refined["class_phrases"], params.sample.main.size
+    sides["gs"] = main if params.train.label == "vae" else study_generator.latent(main)
+    sides["discriminative"] = study_generator.latent(main)
+    maps = 0
+    prediction_paths: list[Path] = []
+    for baseline in all_baselines:
         for refiner in refiners(params, baseline.name):
-            predictions += counts.row_bytes * (count + counts.refined["phrases"])
-            found += [refined_path(params, refiner, baseline.name, classes) for classes in (False, True)]
+            prediction_paths += [refined_path(params, refiner, baseline.name, classes) for classes in (False, True)]
             if baseline.name in sides and not refiner.endswith("crf"):
-                maps += maps_bytes(count, refine.maps or sides[baseline.name])
-    add("refined: predictions", predictions, "estimate", *found)
-    discrepancies = [
-        discrepancy_path(params, baseline.name).with_suffix(".safetensors") for baseline in study_baselines(params)
-    ]
-    others = {*discrepancies, *network_dir(params).glob("*")}
-    add(
-        "refined: soft maps", maps, exact, *(path for path in refined_dir(params).glob("*/*.safetensors") if path not in others)
-    )
-    add("refined: maps of the figure", len(discrepancies) * maps_bytes(refine.pictures, refine.grid), "at most", *discrepancies)
+                maps += maps_bytes(class_phrases, refine.maps or sides[baseline.name])
+    predictions = counts.row_bytes * (class_phrases + counts.refined["phrases"]) * (len(prediction_paths) // 2)
+    artifacts.add("refined: predictions", predictions, "estimate", *prediction_paths)
+    figure_paths = [discrepancy_path(params, baseline.name).with_suffix(".safetensors") for baseline in all_baselines]
+    other_paths = {*figure_paths, *network_dir(params).glob("*")}
+    map_paths = set(refined_dir(params).glob("*/*.safetensors")) - other_paths
+    artifacts.add("refined: soft maps", maps, counts.basis, *map_paths)
+    figure_maps = len(figure_paths) * maps_bytes(refine.pictures, refine.feature_size)
+    artifacts.add("refined: maps for the figure", figure_maps, "upper bound", *figure_paths)
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
-def add_baseline_phases(add: Add, params: Params, counts: Counts, generator: Generator) -> None:
-    """Passes, operations and hours of the attention baselines; recordings that methods share are made once."""
+def add_baseline_phases(phases: Phases, params: Params, counts: Counts, generator: Generator) -> None:
+    """Add evaluations, operations and hours of the attention baselines. Methods that share a recording share its cost."""
     settings, attended = params.baselines, counts.attended
-    made: dict[Any, list[str]] = {}
+    methods_by_recording: dict[Any, list[str]] = {}
     for method, recording in recordings(settings).items():
-        made.setdefault(recording, []).append(method)
-    parts, bounded = [], ""
-    for recording, methods in made.items():
-        chosen = any(METHODS[name].chosen for name in methods)
-        images, texts = (attended[f"test_{kind}"] + chosen * attended[f"val_{kind}"] for kind in ("images", "texts"))
+        methods_by_recording.setdefault(recording, []).append(method)
+
+    # 1. Count the evaluations of each recording. A backward pass adds operations, but no evaluation.
+    parts = []
+    for recording, methods in methods_by_recording.items():
+        images, texts = attended["test_images"], attended["test_texts"]
+        if any(METHODS[name].choose_threshold for name in methods):  # the threshold is chosen on val
+            images, texts = images + attended["val_images"], texts + attended["val_texts"]
         passes, gradients = recording.passes()
         evaluations = texts * passes + (images * SEGMENT_PASSES if "diffseg" in methods else 0)
-        bounded = ", at most" if recording.inversion is not None else ""
-        parts.append((", ".join(methods) + bounded, evaluations, evaluations + texts * gradients * (BACKWARD - 1)))
+        name = ", ".join(methods) + (", upper bound" if recording.inversion is not None else "")
+        parts.append((name, evaluations, evaluations + texts * gradients * (BACKWARD - 1)))
+
+    # 2. Add the total, which includes the encoders, and each recording.
     images, texts = (attended[f"test_{kind}"] + attended[f"val_{kind}"] for kind in ("images", "texts"))
-    each, encoded = generator.evaluation(settings.size), images * generator.encoding(settings.size) + texts * generator.text()
+    forward = generator.evaluation_flops(settings.size)
+    encoding = images * vae_flops(generator.vae, settings.size)[0] + texts * generator.text_flops()
+    evaluations = sum(part[1] for part in parts)
+    flops = sum(part[2] for part in parts) * forward + encoding
     what = f"{texts:,} phrases of {images:,} images"
-    total = sum(passed for *_, passed in parts) * each + encoded
-    add("baselines", what, sum(count for _, count, _ in parts), total, settings.precision, "baselines")
-    for name, evaluations, passed in parts:
-        add("baselines", f"  {name}", evaluations, passed * each, settings.precision)
+    phases.add("baselines", what, evaluations, flops, settings.precision, phases.seconds("baselines"))
+    for name, evaluations, forward_passes in parts:
+        phases.add("baselines", f"  {name}", evaluations, forward_passes * forward, settings.precision)
 
 
-def add_refine_phases(add: Add, params: Params, counts: Counts, generator: Generator) -> None:
-    """Passes, operations and hours of refinement; a mask that is empty or full takes none, so these are bounds."""
-    refine, masks = params.refine, sum(counts.refined[part] for part in ("phrases", "class_phrases"))
+def add_refine_phases(phases: Phases, params: Params, counts: Counts, generator: Generator) -> None:
+    """Add evaluations, operations and hours of refinement. They are upper bounds: empty and full masks are not refined."""
+    refine, masks = params.refine, counts.refined["phrases"] + counts.refined["class_phrases"]
+
+    # 1. Add the training of the trained control.
     if "trained" in refine.controls:
         trained = refine.trained
-        steps = trained.steps * trained.batch * _refiner_flops(trained.size) * (1 + BACKWARD)
-        what = f"trained control: {trained.steps:,} steps of {trained.batch}, on the CPU"
-        add("refine", what, 0, steps, None, "refine_train")
-    own = generator.evaluation(refine.size)
-    groups: dict[str, list[tuple[str, str]]] = {"G4Seg": [], "its controls": [], "its sensitivity": []}
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            RefinerNet()(torch.empty(1, 3, trained.size, trained.size), torch.empty(1, 1, trained.size, trained.size))
+        flops = trained.steps * trained.batch * counter.get_total_flops() * (1 + BACKWARD)
+        what = f"trained control: {trained.steps:,} steps of batch {trained.batch}, on the CPU"
+        phases.add("refine", what, 0, flops, None, phases.seconds("refine_train"))
+
+    # 2. Group the refiners.
+    groups: dict[str, list[tuple[str, str]]] = {"G4Seg": [], "controls": [], "sensitivity": []}
     baselines = study_baselines(params)
     for baseline in baselines:
         for refiner in refiners(params, baseline.name):
-            shared = refiner in refine.controls
-            group = "G4Seg" if refiner == G4SEG else "its controls" if shared else "its sensitivity"
-            groups[group].append((refiner, baseline.name))
-    timing = _timing(params)
+            group = "controls" if refiner in refine.controls else "sensitivity"
+            groups["G4Seg" if refiner == G4SEG else group].append((refiner, baseline.name))
+
+    # 3. Add the total and each group. Every batch of masks also encodes its images and texts.
+    images = counts.refined["images"] + math.ceil(masks / refine.batch)
+    encoding = masks * generator.text_flops() + images * vae_flops(generator.vae, refine.size)[0]
+    path = times_path(params, "refine")
+    times = read_json(path) if path.exists() else {}
     rows = []
-    for group, members in groups.items():
-        evaluations, flops = 0, 0
-        for refiner, _ in members:
-            passes = 0 if refiner in MADE_WITH_G4SEG else refiner_passes(refine, refiner)
-            evaluations += masks * passes
-            if passes:  # a block encodes its images and embeds its phrases
-                encoded = counts.refined["images"] + math.ceil(masks / refine.batch)
-                flops += masks * (passes * own + generator.text()) + encoded * generator.encoding(refine.size)
-        measured = [timing.get("/".join(member)) for member in members if member[0] != RANDOM]
-        seconds = sum(item for item in measured if item is not None) if measured and None not in measured else None
-        rows.append((group, len(members), evaluations, flops, seconds))
-    what = f"at most {masks:,} masks of each of {len(baselines)} baselines"
-    benchmarks = [f"refine.shard={shard}" for shard in range(refine.shards)]
-    add("refine", what, sum(row[2] for row in rows), sum(row[3] for row in rows), refine.precision, *benchmarks)
-    for group, times, evaluations, flops, seconds in rows:
+    for group, pairs in groups.items():
+        passes = [refiner_passes(refine, refiner) for refiner, _ in pairs if refiner not in MADE_WITH_G4SEG]
+        evaluations = masks * sum(passes)
+        flops = evaluations * generator.evaluation_flops(refine.size) + sum(count > 0 for count in passes) * encoding
+        keys = [f"{refiner}/{baseline}" for refiner, baseline in pairs if refiner != RANDOM]
+        seconds = sum(times[key]["seconds"] for key in keys) if keys and all(key in times for key in keys) else None
+        rows.append((f"  {group}, {len(pairs)} runs", evaluations, flops, seconds))
+    what = f"up to {masks:,} masks for each of {len(baselines)} baselines"
+    total = phases.seconds(*(f"refine.shard={shard}" for shard in range(params.resources.refine.shards)))
+    phases.add("refine", what, sum(row[1] for row in rows), sum(row[2] for row in rows), refine.precision, total)
+    for what, evaluations, flops, seconds in rows:
         if flops:
-            add("refine", f"  {group}, {times} times", evaluations, flops, refine.precision, seconds=seconds)
-
-
-def _refiner_flops(size: int) -> int:
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        RefinerNet()(torch.empty(1, 3, size, size), torch.empty(1, 1, size, size))
-    return counter.get_total_flops()
-
-
-def _timing(params: Params) -> dict[str, float]:
-    """Seconds that each refiner of each baseline took, by `<refiner>/<baseline>`; empty before there are any."""
-    path = refined_dir(params) / "manifest.json"
-    return {name: item["seconds"] for name, item in read_json(path)["timing"].items()} if path.exists() else {}
+            phases.add("refine", what, evaluations, flops, refine.precision, seconds)

@@ -1,1 +1,1 @@
-"""Refinement of inexact masks: predictions -> predictions, by G4Seg (ours) and by the controls that it must beat."""
+"""Refinement of inexact masks, predictions -> predictions: G4Seg (ours) and its controls."""

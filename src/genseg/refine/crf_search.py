@@ -1,12 +1,11 @@
-"""The dense CRF's constants, chosen on val as G4Seg's are: the best of ten settings, all on the same coarse masks."""
-
-from __future__ import annotations
+"""Search for the dense CRF's constants on val: the best of ten settings on the same coarse masks."""
 
 import sys
 import time
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from genseg.artifacts.manifest import read_manifest
 from genseg.artifacts.masks import decode
@@ -16,98 +15,98 @@ from genseg.artifacts.predictions import read_predictions
 from genseg.baselines.inexact import find_amount, inexact_masks
 from genseg.baselines.registry import INEXACT
 from genseg.errors import UserError
-from genseg.params import Cell, Crf, Params
-from genseg.refine.crf import Kernels, images_of, refine
+from genseg.params import Params
+from genseg.params.refine import Crf
+from genseg.refine.crf import Kernels, refine_masks
+from genseg.refine.g4seg import LOG_SECONDS
+from genseg.refine.inputs import iterate_images
+from genseg.sampling.runs import Run, predictions_path
 
-_TRIED = (
-    *((3.0, 67.0, 3.0, 0.9), (3.0, 67.0, 3.0, 0.6), (3.0, 67.0, 10.0, 0.6), (3.0, 40.0, 5.0, 0.6), (3.0, 40.0, 10.0, 0.6)),
-    *((3.0, 20.0, 5.0, 0.6), (3.0, 20.0, 10.0, 0.6), (1.0, 20.0, 5.0, 0.6), (1.0, 20.0, 10.0, 0.6), (1.0, 20.0, 10.0, 0.75)),
-)
-"""(gaussian_weight, bilateral_sxy, bilateral_srgb, confidence), those of CLIP-ES first; what else there is, is CLIP-ES'."""
-TRIED = [
-    Crf(
-        iterations=10,
-        gaussian_sxy=1.0,
-        gaussian_weight=weight,
-        bilateral_sxy=sxy,
-        bilateral_srgb=srgb,
-        bilateral_weight=4.0,
-        confidence=confidence,
+SETTINGS = [
+    Crf(gaussian_weight=weight, bilateral_sxy=sxy, bilateral_srgb=srgb, confidence=confidence)
+    for weight, sxy, srgb, confidence in (
+        (3.0, 67.0, 3.0, 0.9),
+        (3.0, 67.0, 3.0, 0.6),
+        (3.0, 67.0, 10.0, 0.6),
+        (3.0, 40.0, 5.0, 0.6),
+        (3.0, 40.0, 10.0, 0.6),
+        (3.0, 20.0, 5.0, 0.6),
+        (3.0, 20.0, 10.0, 0.6),
+        (1.0, 20.0, 5.0, 0.6),
+        (1.0, 20.0, 10.0, 0.6),
+        (1.0, 20.0, 10.0, 0.75),
     )
-    for weight, sxy, srgb, confidence in _TRIED
 ]
-COARSE = "coarse"
-LOG_SECONDS = 10
+"""Compared settings; the first one, and the constants that all share (the defaults), are those of CLIP-ES."""
 
 
 def val_masks(params: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The phrases of val that the study's operating points were compared on, and coarse masks for every one of them: those of
-    GS at the main point, and the ground truth made inexact in each way of `baselines.inexact`; column `coarse` says which.
+    """Return the phrases of val on which the study's operating points were compared, and their coarse masks.
 
-    Raises:
-        UserError: the main point was not sampled on val, or a target of `baselines.inexact` is out of reach there.
+    Each phrase has a mask by GS at the main point and one for each kind of `baselines.inexact`, made from the ground truth;
+    the column `coarse` names the kind. Raises UserError if the main point was not sampled on val, or if a target of
+    `baselines.inexact` cannot be reached there.
     """
-    folder = params.results_dir / "predictions"
-    if not (folder / "manifest.json").exists():
-        raise UserError(f"{folder / 'manifest.json'}: no such file; run `genseg sample`, its masks of val are needed")
-    runs = read_manifest(folder / "manifest.json")["runs"]
-    main = [run["name"] for run in runs if run["role"] == "val" and Cell.of(run) == params.sample.main]
-    if not main:
-        raise UserError(f"{folder}: no masks of val; add val to sample.runs and run `genseg sample`")
+    manifest = params.results_dir / "predictions" / "manifest.json"
+    if not manifest.exists():
+        raise UserError(f"{manifest}: no such file; run `genseg sample` first; its masks of val are needed")
+    runs = [Run.model_validate(run) for run in read_manifest(manifest)["runs"]]
+    main = next((run for run in runs if run.role == "val" and run.point == params.sample.main), None)
+    if main is None:
+        raise UserError(f"{manifest.parent}: no masks of val; add val to sample.runs and run `genseg sample`")
     phrases = read_phrases(params.data_dir / "phrases.parquet")
-    phrases = phrases[phrases["split"] == "val"]
-    sampled = read_predictions(folder / main[0] / "predictions.parquet")
-    table = phrases.merge(sampled[KEY], on=KEY).sort_values(KEY, ignore_index=True)
-    found = [sampled.merge(table[KEY], on=KEY).assign(coarse="gs")]
+    sampled = read_predictions(predictions_path(params, main))
+    table = phrases[phrases["split"] == "val"].merge(sampled[KEY], on=KEY).sort_values(KEY, ignore_index=True)
+    predictions = [sampled.merge(table[KEY], on=KEY).assign(coarse="gs")]
     for kind, target in params.baselines.inexact.items():
         amount, _ = find_amount(table, kind, target, params.seed)
-        found.append(inexact_masks(table, kind, amount, params.seed).assign(coarse=INEXACT + kind))
-    return table, pd.concat(found, ignore_index=True)
+        predictions.append(inexact_masks(table, kind, amount, params.seed).assign(coarse=INEXACT + kind))
+    return table, pd.concat(predictions, ignore_index=True)
 
 
-def mean_ious(phrases: pd.DataFrame, predictions: pd.DataFrame, tried: list[Crf]) -> pd.DataFrame:
-    """Mean IoU with the ground truth of the masks that each setting refines: one row a setting, after a first one of the coarse
-    masks as they are; one column a kind of coarse masks (`coarse` of the predictions), before them `mean`, that of the kinds.
+def mean_ious(phrases: pd.DataFrame, predictions: pd.DataFrame, settings: list[Crf]) -> pd.DataFrame:
+    """Return the mean IoU of masks, each refined alone, with the ground truth; phrases with empty ground truth are left out.
 
-    Phrases without a pixel of ground truth are left out. Each mask is refined alone; settings share the kernels they agree in.
+    The column `coarse` of the predictions names the kind of the coarse mask. The result has one row for the coarse masks and
+    one per setting, a column `mean` over the kinds, and one column per kind; values are in [0, 1].
     """
-    rows_, last, count = [], time.monotonic(), predictions["image_id"].nunique()
-    for done, (image, rows, coarse) in enumerate(images_of(phrases, predictions), start=1):
+    ious_by_image, last_log, count = [], time.monotonic(), predictions["image_id"].nunique()
+    for number, (image, rows, coarse) in enumerate(iterate_images(phrases, predictions), start=1):
         truth = np.stack([decode(mask, *image.shape[:2]) for mask in rows["truth"]])
-        shared: dict[tuple[float, ...], Kernels] = {}
+        kernels: dict[tuple[float, ...], Kernels] = {}  # shared by settings with the same standard deviations
         refined = [coarse]
-        for crf in tried:
-            setting = (crf.gaussian_sxy, crf.bilateral_sxy, crf.bilateral_srgb)
-            if setting not in shared:
-                shared[setting] = Kernels(image, crf)
-            refined.append(refine(coarse, image, crf, False, shared[setting]))
-        there = truth.any((1, 2))
-        ious = [(masks & truth)[there].sum((1, 2)) / (masks | truth)[there].sum((1, 2)) for masks in refined]
-        rows_.append(pd.DataFrame(np.stack(ious, 1)).assign(coarse=rows[COARSE].to_numpy()[there]))
-        if time.monotonic() - last > LOG_SECONDS:
-            last = time.monotonic()
-            print(f"refine: {len(tried)} settings of the CRF, image {done} of {count}", file=sys.stderr, flush=True)
-    kinds = list(dict.fromkeys(predictions[COARSE]))
-    found = pd.concat(rows_).groupby(COARSE).mean().T[kinds]
-    found.insert(0, "mean", found.mean(axis=1))
-    return found.reset_index(drop=True)
+        for crf in settings:
+            deviations = (crf.gaussian_sxy, crf.bilateral_sxy, crf.bilateral_srgb)
+            if deviations not in kernels:
+                kernels[deviations] = Kernels(image, crf)
+            refined.append(refine_masks(coarse, image, crf, False, kernels[deviations]))
+        present = truth.any((1, 2))
+        ious = [(masks & truth)[present].sum((1, 2)) / (masks | truth)[present].sum((1, 2)) for masks in refined]
+        ious_by_image.append(pd.DataFrame(np.stack(ious, 1)).assign(coarse=rows["coarse"].to_numpy()[present]))
+        if time.monotonic() - last_log > LOG_SECONDS:
+            last_log = time.monotonic()
+            print(f"refine: {len(settings)} CRF settings, image {number} of {count}", file=sys.stderr, flush=True)
+    means = pd.concat(ious_by_image).groupby("coarse").mean().T[predictions["coarse"].unique()]
+    means.insert(0, "mean", means.mean(axis=1))
+    return means.reset_index(drop=True)
 
 
-def tune_crf(params: Params) -> tuple[Crf, str]:
-    """The setting with the highest mean IoU, the first of equals, and a table of all that were tried.
+def tune_crf(params: Params) -> None:
+    """Compare `SETTINGS` on val; print a table and, as YAML of `refine.crf`, the best setting (the first on a tie)."""
+    phrases, predictions = val_masks(params)
+    ious = mean_ious(phrases, predictions, SETTINGS)
+    best = SETTINGS[int(ious["mean"].iloc[1:].to_numpy().argmax())]
+    data = f"{len(phrases)} phrases, {phrases['image_id'].nunique()} images of val"
+    print(f"mean IoU (points) on {data}: {len(SETTINGS)} settings, each on the same {len(predictions)} masks")
+    print(_table(ious, best, params.refine.crf))
+    print()
+    print(yaml.safe_dump({"refine": {"crf": best.model_dump()}}, sort_keys=False).rstrip())
 
-    Raises:
-        UserError: as `val_masks`.
-    """
-    table, predictions = val_masks(params)
-    ious = mean_ious(table, predictions, TRIED)
-    best = TRIED[int(ious["mean"].iloc[1:].to_numpy().argmax())]
-    lines = [[*Crf.model_fields, *ious.columns, ""]]
-    for crf, values in zip([None, *TRIED], ious.to_numpy(), strict=True):
-        notes = ["coarse"] if crf is None else ["best"] * (crf == best) + ["params"] * (crf == params.refine.crf)
-        constants = ["" for _ in Crf.model_fields] if crf is None else [f"{value:g}" for value in crf.model_dump().values()]
-        lines.append([*constants, *(f"{100 * value:.1f}" for value in values), ", ".join(notes)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    what = f"mean IoU (points) on {len(table)} phrases, {table['image_id'].nunique()} images of val: {len(TRIED)} settings"
-    return best, "\n".join([f"{what}, each on the same {len(predictions)} masks", *shown])
+
+def _table(ious: pd.DataFrame, best: Crf, current: Crf) -> str:
+    """Return `mean_ious` of `SETTINGS` as text, with notes on the coarse masks, the best setting and that of the params."""
+    constants = [[f"{value:g}" for value in crf.model_dump().values()] for crf in SETTINGS]
+    table = pd.DataFrame([[""] * len(Crf.model_fields), *constants], columns=list(Crf.model_fields))
+    table = table.join((100 * ious).map("{:.1f}".format))
+    notes = [[note for note, setting in (("best", best), ("params", current)) if crf == setting] for crf in SETTINGS]
+    return table.assign(note=["coarse", *map(", ".join, notes)]).rename(columns={"note": ""}).to_string(index=False)

@@ -1,27 +1,32 @@
-"""The refiner between files: one call, one refined set of predictions."""
-
-from __future__ import annotations
+"""Refine one predictions file with G4Seg or one of its variants, and draw the intermediate results."""
 
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
 
-from genseg.artifacts.files import file_sha256
-from genseg.artifacts.manifest import code_hash
+from genseg.artifacts.files import atomic_path, file_sha256
 from genseg.artifacts.parquet import read_metadata
 from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions, write_with_maps
+from genseg.artifacts.predictions import maps_path, write_with_maps
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
+from genseg.models.source import chosen_backbone, find_commit, weights_hash
 from genseg.models.text_to_image import TextToImage
-from genseg.params import Params, Refine, digest
-from genseg.refine.g4seg import Trace, passes, refine_predictions, variants
-from genseg.refine.pictures import write_trace
-from genseg.training.prepare import chosen_backbone, find_commit, weights_hash
+from genseg.models.vae import decode_latents
+from genseg.params import Params, digest
+from genseg.phases import code_hash
+from genseg.refine.g4seg import refine_predictions
+from genseg.refine.g4seg_steps import Trace
+from genseg.refine.inputs import read_coarse, read_maps_rows
+from genseg.refine.layout import G4SEG, find_variant, forward_passes, variant_facts
 
-CODE = ("params.py", "artifacts", "data/images.py", "models", "refine", "training/prepare.py")
+TILE = 192
+"""Side of the tiles of a picture in pixels."""
 
 
 def refine_file(
@@ -29,75 +34,91 @@ def refine_file(
     phrases: str | Path,
     predictions: str | Path,
     out: str | Path,
-    method: str = "g4seg",
+    method: str = G4SEG,
     source: str | None = None,
     images: str | Path | None = None,
     pictures: str | Path | None = None,
 ) -> None:
-    """Refine a predictions file by the phrases of a table; what is made already, of the same things, is not made again.
-
-    Soft maps beside the coarse predictions are refined with them.
+    """Refine a predictions file and its soft maps, if any. Nothing is done if `out` was already made from the same inputs.
 
     Args:
-        method: see `g4seg.variants`.
-        source: Stable Diffusion to refine with; the one of `refine.backbone`, else the study's backbone, when None.
-        images: folder that the table's file names start from; the working directory when None.
-        pictures: folder for the pictures of `pictures.write_trace`; none when None.
+        method: a name in `variants`.
+        source: directory or hub id of a Stable Diffusion; None: `refine.backbone`, or else the study's backbone.
+        images: folder that the table's file names are relative to; None: the working directory.
+        pictures: folder for the pictures of `write_trace`; None: no pictures.
 
-    Raises:
-        UserError: unknown method, unreadable file, a prediction of no phrase, soft maps that do not fit, no GPU for `cuda`.
+    Raises UserError if the method is unknown, `out` is an input file, a file is unreadable, a prediction has no phrase, a
+    phrase has no image, the soft maps do not match the predictions, or the device is `cuda` and there is no GPU.
     """
+    # 1. Check the arguments.
     out = Path(out)
     if out.resolve() in (Path(phrases).resolve(), Path(predictions).resolve()):
-        raise UserError(f"--out {out}: would overwrite what is read; choose another name")
+        raise UserError(f"--out {out}: is also an input file; choose another name")
     refine = params.refine
-    if method not in variants(refine):
-        raise UserError(f"--method {method}: none of {', '.join(variants(refine))}")
-    coarse, table, shape = read_predictions(predictions), read_phrases(phrases), maps_shape(predictions)
-    nameless = table["file_name"].isna()
-    if nameless.any():
-        row = int(nameless.to_numpy().argmax())
-        raise UserError(f"{phrases}: row {row} has no file_name, so nothing tells which picture to refine by")
+    evaluations = forward_passes(find_variant(refine, method))
+    (coarse, shape), table = read_coarse(predictions), read_phrases(phrases)
+    without_file = table["file_name"].isna()
+    if without_file.any():
+        row = int(without_file.to_numpy().argmax())
+        raise UserError(f"{phrases}: row {row} has no file_name; refinement needs the image of every phrase")
+    if images is not None:
+        table["file_name"] = [str(Path(images) / name) for name in table["file_name"]]
+
+    # 2. Return early if the output exists and has the same inputs.
     if source is None:
         source, revision, weights = chosen_backbone(params, refine)
     else:
         revision = find_commit(source, None)
         weights = weights_hash(source, revision)
-    made_of = [file_sha256(path) for path in (phrases, predictions, *([maps_path(predictions)] if shape else []))]
-    key = digest([method, variant_facts(refine, method), params.seed, weights, made_of, code_hash(*CODE)])
+    input_paths = (phrases, predictions, *([maps_path(predictions)] if shape else []))
+    input_hashes = [file_sha256(path) for path in input_paths]
+    key = digest([method, variant_facts(refine, method), params.seed, weights, input_hashes, code_hash("refine")])
     if read_metadata(out).get("key") == key and not pictures and maps_path(out).exists() == bool(shape and refine.maps):
-        print(f"refine: {out} is there already", flush=True)
+        print(f"refine: {out} already exists", flush=True)
         return
-    device = choose_device(params.device, params.resources["refine"].threads)
-    print(f"refine: {method}, device {describe(device)}, {passes(variants(refine)[method])} U-Net passes a mask", flush=True)
-    if shape is not None and shape[0] != len(coarse):
-        raise UserError(f"{maps_path(predictions)}: {shape[0]} soft maps for {len(coarse)} predictions; remove it or both")
-    if images is not None:
-        table["file_name"] = [str(Path(images) / name) for name in table["file_name"]]
+
+    # 3. Load the model.
+    device = choose_device(params.device, params.resources.refine.threads)
+    print(f"refine: {method}, device {describe(device)}, {evaluations} U-Net forward passes per mask", flush=True)
     model = TextToImage(source, revision, device, DTYPES[refine.precision])
-    started = time.monotonic()
 
-    def draw(trace: Trace) -> None:
-        write_trace(trace, model, Path(str(pictures)))
-
-    frame, maps = refine_predictions(
-        table,
-        coarse,
-        model,
-        refine,
-        params.seed,
-        method,
-        maps=None
-        if shape is None
-        else lambda rows: np.concatenate([read_maps(predictions, slice(row, row + 1)) for row in rows]),
-        observe=draw if pictures else None,
-    )
-    seconds = time.monotonic() - started
-    write_with_maps(frame, maps, out, key=key, method=method, evaluations=str(passes(variants(refine)[method])))
+    # 4. Refine and write.
+    start_time = time.monotonic()
+    maps = partial(read_maps_rows, predictions) if shape else None
+    observe = partial(write_trace, model=model, folder=Path(pictures)) if pictures else None
+    frame, refined_maps = refine_predictions(table, coarse, model, refine, params.seed, method, maps, observe)
+    seconds = time.monotonic() - start_time
+    write_with_maps(frame, refined_maps, out, key=key, method=method, evaluations=str(evaluations))
     print(f"refine: {out}: {len(frame)} masks, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
 
 
-def variant_facts(refine: Refine, method: str) -> dict[str, Any]:
-    """The params that one of `g4seg.variants` uses."""
-    elsewhere = {"backbone", "revision", "test_fraction", "controls", "sensitivity", "crf", "trained", "pictures", "shards"}
-    return variants(refine)[method].model_dump(mode="json", exclude=elsewhere)
+def write_trace(trace: Trace, model: TextToImage, folder: Path) -> None:
+    """Write the picture of a trace to `<image_id>_<narrative_id>_<phrase_id>.png` in a folder.
+
+    The first row shows image, coarse mask and refined mask; the row of iteration k shows P^k, discrepancy g, target Q,
+    confusion area U, P^{k+1} and, if one was generated, the decoded mask-conditioned image.
+    """
+    # 1. Collect the tiles.
+    rows = [[_tile(trace.picture), _tile(trace.coarse), _tile(trace.result.mask)]]
+    for number, update in enumerate(trace.updates):
+        maps = (update.probability, update.discrepancy, update.target, update.confusion, update.after)
+        side = round(len(update.probability) ** 0.5)
+        row = [_tile(values.float().view(side, side).cpu().numpy()) for values in maps]
+        if trace.generated:
+            decoded = decode_latents(model.vae, trace.generated[min(number, len(trace.generated) - 1)][None])[0]
+            row.append(_tile(((decoded.float() + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
+        rows.append(row)
+
+    # 2. Place them on a white sheet.
+    sheet = np.full((len(rows) * TILE, max(map(len, rows)) * TILE, 3), 255, np.uint8)
+    for top, row in enumerate(rows):
+        sheet[top * TILE : (top + 1) * TILE, : len(row) * TILE] = np.concatenate(row, axis=1)
+    with atomic_path(folder / f"{'_'.join(map(str, trace.key))}.png") as temporary:
+        Image.fromarray(sheet).save(temporary, format="PNG")
+
+
+def _tile(values: NDArray) -> NDArray[np.uint8]:
+    """Return an image [H, W, 3] uint8, or a mask or map [h, w] in [0, 1], as a tile [TILE, TILE, 3]."""
+    if values.ndim == 2:
+        values = np.repeat(np.rint(values.astype(np.float32) * 255).astype(np.uint8)[..., None], 3, axis=2)
+    return np.asarray(Image.fromarray(values).resize((TILE, TILE), Image.Resampling.NEAREST))

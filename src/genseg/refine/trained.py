@@ -1,16 +1,13 @@
 """The trained-refiner control: a small convolutional network that maps (image, coarse mask) to a better mask, without text.
 
-It learns from ground truth of the training split made inexact in known ways (`corrupt`), with BCE + Dice. Against it stands
-the question whether a training-free refiner with a large generator is worth its cost.
+It is trained on ground-truth masks of the training split, corrupted by `corrupt`, with BCE + Dice. The control shows whether
+a training-free refiner with a large generator is worth its cost.
 """
-
-from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -30,23 +27,22 @@ from genseg.artifacts.resample import area_reduce, bilinear
 from genseg.artifacts.seeds import derive_seed
 from genseg.data.images import load_image
 from genseg.errors import UserError
-from genseg.refine.crf import images_of
+from genseg.refine.inputs import iterate_images
 
-Corruption = Literal["none", "dilate", "erode", "box", "shift", "noise"]
-CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
+CORRUPTIONS = ("none", "dilate", "erode", "box", "shift", "noise")
 VERSION = 1
 _PATCH = 2
-_MULTIPLE = 16
 _PRIOR = 2.0
-"""Logit that the coarse mask has before training, so that the untrained network leaves it as it is."""
+"""Logit added in the coarse foreground and subtracted in the background, so that the untrained network returns the mask."""
 
 
-def corrupt(mask: Mask, kind: Corruption, rng: np.random.Generator) -> Mask:
-    """An inexact version of a mask [H, W]; an empty mask stays empty, another one never becomes so.
+def corrupt(mask: Mask, kind: str, rng: np.random.Generator) -> Mask:
+    """Return an inexact version of a mask [H, W] bool. An empty mask stays empty; other masks never become empty.
 
-    `dilate` and `erode` by up to half of the radius of the disc of its area, or 0.6 of its greatest inner distance; `box`: its
-    bounding box; `shift` by up to 0.3 of the box's sides, what leaves the picture is lost; `noise`: its outline moved by
-    a smooth random field.
+    Args:
+        kind: `none`: a copy. `dilate`: by 0.1 to 0.5 of the radius of a disc of the same area, plus one pixel. `erode`: by
+            0.1 to 0.6 of the largest distance to the background. `box`: the bounding box. `shift`: by up to 0.3 of the
+            bounding box's sides; pixels outside the image are lost. `noise`: the outline is moved by a smooth random field.
     """
     if kind == "none" or not mask.any():
         return mask.copy()
@@ -82,40 +78,43 @@ class RefinerNet(nn.Module):
         nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
 
     def forward(self, image: Tensor, coarse: Tensor) -> Tensor:
-        """Logits [B, 1, S, S] of image [B, 3, S, S] in [-1, 1] and coarse mask [B, 1, S, S] in [0, 1], 16 dividing S."""
+        """Return logits [B, 1, S, S] for image [B, 3, S, S] in [-1, 1] and coarse mask [B, 1, S, S] in [0, 1]; 16 divides S."""
         centred = 2 * coarse - 1
-        levels = [nn.functional.pixel_unshuffle(torch.cat([image, centred], 1), _PATCH)]
+        skips = [nn.functional.pixel_unshuffle(torch.cat([image, centred], 1), _PATCH)]
         for number, block in enumerate(self.down):
-            levels.append(block(nn.functional.max_pool2d(levels[-1], 2) if number else levels[-1]))
-        hidden = levels.pop()
+            skips.append(block(nn.functional.max_pool2d(skips[-1], 2) if number else skips[-1]))
+        hidden = skips.pop()
         for block in reversed(self.up):
-            hidden = block(torch.cat([nn.functional.interpolate(hidden, scale_factor=2.0), levels.pop()], 1))
+            hidden = block(torch.cat([nn.functional.interpolate(hidden, scale_factor=2.0), skips.pop()], 1))
         return _PRIOR * centred + nn.functional.pixel_shuffle(self.leave(hidden), _PATCH)
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        *(nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()),
-        *(nn.Conv2d(outputs, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()),
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        nn.GroupNorm(8, outputs),
+        nn.SiLU(),
+        nn.Conv2d(outputs, outputs, 3, padding=1),
+        nn.GroupNorm(8, outputs),
+        nn.SiLU(),
     )
 
 
 def train_refiner(
     phrases: pd.DataFrame, out: str | Path, *, size: int, steps: int, batch: int, lr: float, seed: int
 ) -> Iterator[float]:
-    """Train on the phrases of split train and write `out` (`refiner.safetensors`, `config.json`); yields every step's loss.
+    """Train on the training phrases, yield the loss of each step, and write the folder `out` after the last step.
 
-    Every step's phrases, corruptions and mirrorings derive from (seed, step), the weights' start from seed. AdamW with a
-    cosine schedule. The files are written when the iterator is exhausted.
+    Images and masks are resized to `size`, a multiple of 16. Phrases, corruptions and flips of a step are derived from
+    (seed, step), the initial weights from seed. The optimiser is AdamW with a one-cycle cosine schedule; `lr` is its peak.
 
-    Raises:
-        UserError: no training phrase with a mask, `size` no multiple of 16, or an image that cannot be read.
+    Raises UserError if there is no training phrase, `size` is not a multiple of 16, or an image cannot be read.
     """
-    if size % _MULTIPLE:
-        raise UserError(f"the trained refiner works at sizes that are multiples of {_MULTIPLE}, not {size}; choose another")
+    if size % 16:
+        raise UserError(f"refine.trained.size: expected a multiple of 16, got {size}")
     train = phrases[phrases["split"] == "train"]
     if train.empty:
-        raise UserError("the phrase table has no phrase of split train; the trained refiner needs some")
+        raise UserError("phrase table: expected phrases of split train, got none; give a table with training images")
     torch.manual_seed(derive_seed(seed, "refiner", "weights"))
     net = RefinerNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01)
@@ -130,49 +129,34 @@ def train_refiner(
         yield loss.item()
     with atomic_directory(out) as folder:
         save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, folder / "refiner.safetensors")
-        write_json(
-            folder / "config.json",
-            {
-                "version": VERSION,
-                "size": size,
-                "steps": steps,
-                "batch": batch,
-                "lr": lr,
-                "seed": seed,
-                "corruptions": CORRUPTIONS,
-            },
-        )
+        settings = {"size": size, "steps": steps, "batch": batch, "lr": lr, "seed": seed, "corruptions": CORRUPTIONS}
+        write_json(folder / "config.json", {"version": VERSION, **settings})
 
 
 def _batch(train: pd.DataFrame, size: int, batch: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    images, coarse, truth = [], [], []
+    """Sample images [B, 3, S, S] in [-1, 1], coarse masks [B, 1, S, S] and true masks [B, 1, S, S] in {0, 1}."""
+    samples = []
     for index in rng.integers(len(train), size=batch):
         row = train.iloc[index]
-        mask = area_reduce(row_mask(row), size, size) >= 0.5
-        kind = CORRUPTIONS[rng.integers(len(CORRUPTIONS))]
-        parts = [_resized(np.asarray(load_image(row["file_name"])), size), corrupt(mask, kind, rng)[..., None], mask[..., None]]
-        joined = np.concatenate([part.astype(np.float32) for part in parts], -1)
-        if rng.random() < 0.5:
-            joined = joined[:, ::-1]
-        images.append(joined[..., :3])
-        coarse.append(joined[..., 3:4])
-        truth.append(joined[..., 4:])
-    return _tensor(np.stack(images)) / 127.5 - 1, _tensor(np.stack(coarse)), _tensor(np.stack(truth))
+        truth = area_reduce(row_mask(row), size, size) >= 0.5
+        coarse = corrupt(truth, CORRUPTIONS[rng.integers(len(CORRUPTIONS))], rng)
+        sample = np.dstack([_resize(load_image(row["file_name"]), size), coarse, truth]).astype(np.float32)  # (S, S, 5)
+        samples.append(sample[:, ::-1] if rng.random() < 0.5 else sample)
+    joined = np.stack(samples)
+    return _tensor(joined[..., :3]) / 127.5 - 1, _tensor(joined[..., 3:4]), _tensor(joined[..., 4:])
 
 
-def _resized(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    if image.shape[:2] == (size, size):
-        return image
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+def _resize(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _tensor(batch: NDArray[np.float32]) -> Tensor:
-    """[B, H, W, C] -> [B, C, H, W], channels last in memory."""
+    """Return [B, H, W, C] as a tensor [B, C, H, W], with channels last in memory."""
     return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """BCE + Dice, both per mask, averaged."""
+    """Return BCE + Dice, averaged over the masks."""
     probability = logits.sigmoid()
     overlap = (probability * truth).sum((1, 2, 3))
     dice = 1 - (2 * overlap + 1) / (probability.sum((1, 2, 3)) + truth.sum((1, 2, 3)) + 1)
@@ -180,30 +164,24 @@ def _loss(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 class Refiner:
-    """A trained refiner read from the folder that `train_refiner` wrote.
-
-    Raises:
-        UserError: a file is missing, truncated, of another network or of a newer version.
-    """
+    """A trained refiner. Raises UserError if a file is missing, truncated, or for another network or version."""
 
     def __init__(self, folder: str | Path) -> None:
-        config = read_json(Path(folder) / "config.json")
+        config, weights = read_json(Path(folder) / "config.json"), Path(folder) / "refiner.safetensors"
         if not isinstance(config, dict) or config.get("version") != VERSION:
-            raise UserError(f"{folder}/config.json: not a refiner of version {VERSION}; train it again")
+            raise UserError(f"{folder}/config.json: expected a refiner of version {VERSION}; train the refiner again")
         self.size: int = config["size"]
         self.net = RefinerNet().eval()
-        weights = Path(folder) / "refiner.safetensors"
         try:
             self.net.load_state_dict(load_file(weights))
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"{weights}: cannot read the weights ({str(error).splitlines()[0]}); train the refiner again"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{weights}: cannot read the weights ({reason}); train the refiner again") from None
 
     @torch.inference_mode()
     def probability(self, image: NDArray[np.uint8], coarse: Mask) -> NDArray[np.float32]:
-        """Foreground probability [K, H, W] of K coarse masks of one image [H, W, 3], each by itself."""
-        picture = _tensor(_resized(image, self.size)[None].astype(np.float32)) / 127.5 - 1
+        """Return the foreground probabilities [K, H, W] for K coarse masks [K, H, W] of an image [H, W, 3], each by itself."""
+        picture = _tensor(_resize(Image.fromarray(image), self.size)[None].astype(np.float32)) / 127.5 - 1
         small = torch.from_numpy(area_reduce(coarse, self.size, self.size))
         maps = [torch.sigmoid(self.net(picture, mask[None, None]))[0, 0].numpy() for mask in small]
         return bilinear(np.stack(maps), *image.shape[:2])
@@ -211,19 +189,17 @@ class Refiner:
     def refine_predictions(
         self, phrases: pd.DataFrame, predictions: pd.DataFrame, side: int | None = None
     ) -> tuple[pd.DataFrame, NDArray[np.float32] | None]:
-        """Predictions with refined masks and unchanged scores in key order, an empty mask stays empty; with a `side` their
-        probabilities, too, as soft maps [N, side, side].
+        """Return predictions with refined masks and unchanged scores, in key order, and soft maps [N, side, side] or None.
 
-        Raises:
-            UserError: as `crf.images_of`.
+        An empty mask stays empty. Raises UserError as `iterate_images` does.
         """
-        found, soft = [], []
-        for image, rows, coarse in images_of(phrases, predictions):
-            there = coarse.any((1, 2), keepdims=True)
-            probability = np.where(there, self.probability(image, coarse), 0)
-            keys = rows[[*KEY, "score"]].itertuples(index=False)
-            found += [(*row, encode(mask)) for row, mask in zip(keys, probability > 0.5, strict=True)]
+        refined, soft = [], []
+        for image, rows, coarse in iterate_images(phrases, predictions):
+            present = coarse.any((1, 2), keepdims=True)
+            probability = np.where(present, self.probability(image, coarse), 0)
+            columns = rows[[*KEY, "score"]].itertuples(index=False)
+            refined += [(*row, encode(mask)) for row, mask in zip(columns, probability > 0.5, strict=True)]
             if side is not None:
-                soft += [area_reduce(one, side, side) for one in probability]
-        frame = pd.DataFrame(found, columns=[*KEY, "score", "mask"])
+                soft += [area_reduce(foreground, side, side) for foreground in probability]
+        frame = pd.DataFrame(refined, columns=[*KEY, "score", "mask"])
         return frame, np.stack(soft) if soft else None

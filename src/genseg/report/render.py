@@ -1,10 +1,7 @@
-"""Render a table as CSV with every column, and as LaTeX, Markdown and HTML with the printed columns."""
-
-from __future__ import annotations
+"""Render tables as CSV with every column, and as LaTeX, Markdown and HTML with the printed columns; format numbers for text."""
 
 import html
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +10,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from genseg.artifacts.files import atomic_path, write_text
-from genseg.report.text import DASH
 
-Kind = Literal["text", "points", "count", "number", "flag", "signed", "interval"]
+DASH = "—"  # printed in place of a missing value
 
 
 @dataclass(frozen=True)
@@ -24,9 +20,13 @@ class Column:
 
     key: str
     head: str
-    kind: Kind = "points"
+    kind: Literal["text", "points", "count", "number", "flag", "signed", "interval"] = "points"
     over: str = ""
-    """Heading above this column and its neighbours with the same value."""
+    """Heading above this column and adjacent columns with the same value; empty: none."""
+
+    @property
+    def alignment(self) -> str:
+        return {"text": "left", "flag": "center", "interval": "center"}.get(self.kind, "right")
 
 
 @dataclass(frozen=True)
@@ -34,63 +34,94 @@ class Table:
     name: str
     caption: str
     frame: pd.DataFrame
-    """All columns in full precision, as written to the CSV. `scores` names the file each row was read from."""
+    """All columns in full precision, as written to the CSV. `scores` names the file that a row was read from."""
     columns: list[Column]
+    notes: list[str] = field(default_factory=list)
     group_by: str = ""
     """Column of the frame that groups consecutive rows; empty: one group."""
     groups: dict[str, str] = field(default_factory=dict)
     """Group headings by value of `group_by`; a group without an entry has a rule above it and no heading."""
-    notes: list[str] = field(default_factory=list)
     printed: pd.Series | None = None
     """Boolean mask of the printed rows; None: all. The CSV has every row."""
     small: bool = False
     """Use the smaller of two LaTeX font sizes, so that the table fits a 345 pt page."""
 
 
-# ------------------------------------------------------------------------------------------------- cells, as plain text
+def write_table(table: Table, folder: Path) -> list[Path]:
+    """Write `<name>.csv`, `.tex` and `.md`, and return their paths."""
+    paths = [folder / f"{table.name}.{suffix}" for suffix in ("csv", "tex", "md")]
+    with atomic_path(paths[0]) as temporary:
+        table.frame.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+    write_text(paths[1], to_tex(table))
+    write_text(paths[2], to_markdown(table))
+    return paths
+
+
+# ----------------------------------------------------------------------------------------------- numbers, nouns and cells
+def plural(count: int, noun: str) -> str:
+    """Return the count and its noun: "1 step", "2 steps". The plural is formed with an s."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def sentence(text: str) -> str:
+    """Capitalize the first letter and add a full stop; an empty text stays empty."""
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def to_points(fraction: float | None) -> float | None:
+    """Convert a fraction to points (percent); null stays null."""
+    return None if fraction is None else 100 * fraction
+
+
+def points_text(points: float, signed: bool = False) -> str:
+    """Return points with one decimal. Zero has no sign; positive points have one if `signed` is set."""
+    text = f"{points:+.1f}" if signed else f"{points:.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
+
+
+def interval_text(bounds: list[float] | None) -> str:
+    """Return an interval of fractions in points, "[40.0, 60.0]", or a dash."""
+    return DASH if bounds is None else f"[{points_text(100 * bounds[0])}, {points_text(100 * bounds[1])}]"
+
+
+def difference_text(comparison: dict[str, Any]) -> str:
+    """Return a difference of fractions in points with its interval, if it has one, "+1.2 [0.3, 2.1]", or a dash."""
+    if comparison["difference"] is None:
+        return DASH
+    text = points_text(100 * comparison["difference"], signed=True)
+    if comparison["ci_low"] is None:
+        return text
+    return f"{text} {interval_text([comparison['ci_low'], comparison['ci_high']])}"
+
+
 def cell(row: pd.Series, column: Column) -> str:
     """Return the printed text of one cell; a missing value is an em dash."""
-    if column.kind == "interval":
-        low, high = row[f"{column.key}_low"], row[f"{column.key}_high"]
-        return DASH if _is_missing(low) or _is_missing(high) else f"[{_points(low)}, {_points(high)}]"
-    value = row[column.key]
-    if _is_missing(value):
+    keys = [f"{column.key}_low", f"{column.key}_high"] if column.kind == "interval" else [column.key]
+    values = [row[key] for key in keys]
+    if any(pd.isna(value) for value in values):
         return DASH
-    if column.kind == "points":
-        return _points(value)
-    if column.kind == "signed":
-        return _points(value) if round(value, 1) <= 0 else f"+{_points(value)}"
+    if column.kind == "interval":
+        return f"[{', '.join(map(points_text, values))}]"
+    if column.kind in ("points", "signed"):
+        return points_text(values[0], signed=column.kind == "signed")
     if column.kind == "count":
-        return f"{int(value):d}"
+        return f"{int(values[0]):d}"
     if column.kind == "flag":
-        return "✓" if value else "×"
-    return str(value)
+        return "✓" if values[0] else "×"
+    return str(values[0])
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
-
-
-def _points(value: float) -> str:
-    text = f"{value:.1f}"
-    return "0.0" if text == "-0.0" else text.replace("-", "−")
-
-
-def _groups(table: Table) -> Iterator[tuple[str, list[list[str]], list[str]]]:
-    """Yield (heading or "", rows of printed cells, scores file of each row) for every group, in the frame's order."""
+def _groups(table: Table) -> Iterator[tuple[str, list[tuple[list[str], str]]]]:
+    """Yield for every group, in the frame's order, its heading (or "") and the printed cells and scores file of its rows."""
     frame = table.frame if table.printed is None else table.frame[table.printed]
     rows = [row for _, row in frame.iterrows()]
-    for value, members in groupby(rows, lambda row: row[table.group_by] if table.group_by else ""):
-        group = list(members)
-        yield (
-            table.groups.get(value, ""),
-            [[cell(row, column) for column in table.columns] for row in group],
-            [str(row["scores"]) for row in group],
-        )
+    for value, group in groupby(rows, lambda row: row[table.group_by] if table.group_by else ""):
+        printed = [([cell(row, column) for column in table.columns], str(row["scores"])) for row in group]
+        yield table.groups.get(value, ""), printed
 
 
 def _spans(table: Table) -> list[tuple[str, int]]:
-    """Return (heading above, number of columns) for every run of columns with the same heading above."""
+    """Return (heading above, number of columns) for every group of adjacent columns with the same heading above."""
     return [(over, len(list(members))) for over, members in groupby(column.over for column in table.columns)]
 
 
@@ -104,19 +135,14 @@ _TEX = {
     ">": "$>$",
     "|": "$|$",
     "—": "---",
-    "–": "--",
     "−": "$-$",
     "×": r"$\times$",
     "✓": r"$\surd$",
-    "±": r"$\pm$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
     "Δ": r"$\Delta$",
     "²": r"$^2$",
     "“": "``",
     "”": "''",
 }
-_TEX_ALIGNMENT = {"text": "l", "flag": "c", "interval": "c"}
 
 
 def escape_tex(text: str) -> str:
@@ -127,8 +153,7 @@ def escape_tex(text: str) -> str:
 
 def to_tex(table: Table) -> str:
     """Return a `table*` environment (as wide as the page in two-column papers) that needs only booktabs."""
-    # 1. Caption and head.
-    layout = "".join(_TEX_ALIGNMENT.get(column.kind, "r") for column in table.columns)
+    layout = "".join(column.alignment[0] for column in table.columns)
     lines = [
         f"% {table.name}: written by genseg; {table.name}.csv has every number in full precision",
         r"\begin{table*}[t]",
@@ -142,22 +167,17 @@ def to_tex(table: Table) -> str:
         *_tex_head(table),
         r"\midrule",
     ]
-
-    # 2. Rows, group by group; a comment names the scores file of each row.
-    for index, (heading, rows, origins) in enumerate(_groups(table)):
+    for index, (heading, rows) in enumerate(_groups(table)):
         if index:
             lines.append(r"\midrule")
         if heading:
             lines.append(rf"\multicolumn{{{len(table.columns)}}}{{@{{}}l}}{{\emph{{{escape_tex(heading)}}}}} \\")
-        for row, origin in zip(rows, origins, strict=True):
-            lines.append(" & ".join(map(_tex_cell, row)) + rf" \\ % {origin}")
+        # A comment names the scores file of each row.
+        lines += [" & ".join(map(_tex_cell, cells)) + rf" \\ % {origin}" for cells, origin in rows]
     lines += [r"\bottomrule", r"\end{tabular}"]
-
-    # 3. Notes, one paragraph each.
     if table.notes:
-        lines += [r"\par\smallskip", r"\begin{minipage}{\linewidth}\scriptsize"]
-        lines += [rf"{escape_tex(note)} \par" for note in table.notes[:-1]]
-        lines += [escape_tex(table.notes[-1]), r"\end{minipage}"]
+        notes = " \\par\n".join(map(escape_tex, table.notes))
+        lines += [r"\par\smallskip", r"\begin{minipage}{\linewidth}\scriptsize", notes, r"\end{minipage}"]
     return "\n".join([*lines, r"\end{table*}", ""])
 
 
@@ -181,9 +201,6 @@ def _tex_cell(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- Markdown
-_MARKDOWN_ALIGNMENT = {"text": ":--", "flag": ":-:", "interval": ":-:"}
-
-
 def escape_markdown(text: str) -> str:
     """Escape plain text for Markdown, on one line."""
     joined = " ".join(text.split())
@@ -192,70 +209,53 @@ def escape_markdown(text: str) -> str:
 
 def to_markdown(table: Table) -> str:
     """Return the caption, a pipe table, the notes, and a comment that names the scores files."""
+    rules = {"left": ":--", "center": ":-:", "right": "--:"}
     lines = [
         f"**{escape_markdown(table.caption)}**",
         "",
-        "| " + " | ".join(escape_markdown(column.head) for column in table.columns) + " |",
-        "|" + "|".join(_MARKDOWN_ALIGNMENT.get(column.kind, "--:") for column in table.columns) + "|",
+        _markdown_row(column.head for column in table.columns),
+        "|" + "|".join(rules[column.alignment] for column in table.columns) + "|",
     ]
-    all_origins: list[str] = []
-    for heading, rows, origins in _groups(table):
+    origins: list[str] = []
+    for heading, rows in _groups(table):
         if heading:
             lines.append(f"| **{escape_markdown(heading)}** " + "| " * (len(table.columns) - 1) + "|")
-        lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
-        all_origins += origins
+        lines += [_markdown_row(cells) for cells, _ in rows]
+        origins += [origin for _, origin in rows]
     for note in table.notes:
         lines += ["", escape_markdown(note)]
-    return "\n".join([*lines, "", f"<!-- numbers from: {', '.join(dict.fromkeys(all_origins))} -->", ""])
+    return "\n".join([*lines, "", f"<!-- numbers from: {', '.join(dict.fromkeys(origins))} -->", ""])
+
+
+def _markdown_row(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(map(escape_markdown, texts)) + " |"
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTML
-_CSS_CLASS = {"text": "text", "flag": "mid", "interval": "mid"}
-
-
-def to_html(table: Table) -> str:
-    """Return a `figure` with the caption, the table and its notes; each row has its scores file as a tooltip."""
-    # 1. Caption and head.
-    classes = [_CSS_CLASS.get(column.kind, "num") for column in table.columns]
-    lines = [
-        f'<figure id="{table.name}">',
-        f"<figcaption>{html.escape(table.caption)}</figcaption>",
-        '<div class="scroll"><table>',
-        "<thead>",
-    ]
+def to_html(table: Table, files: Iterable[str]) -> str:
+    """Return a `figure` with caption, table, notes and links to `files`. The tooltip of a row is its scores file."""
+    lines = [f'<figure id="{table.name}">', f"<figcaption>{html.escape(table.caption)}</figcaption>"]
+    lines += ['<div class="scroll"><table>', "<thead>"]
     if any(column.over for column in table.columns):
         spans = "".join(
             f'<th colspan="{width}" class="over">{html.escape(over)}</th>' if over else f'<td colspan="{width}"></td>'
             for over, width in _spans(table)
         )
         lines.append(f"<tr>{spans}</tr>")
-    heads = zip(classes, (column.head for column in table.columns), strict=True)
-    lines.append("<tr>" + "".join(f'<th class="{css}">{html.escape(head)}</th>' for css, head in heads) + "</tr>")
-    lines.append("</thead>")
-
-    # 2. Rows, one `tbody` per group.
-    for heading, rows, origins in _groups(table):
+    lines += [_html_row(table, "th", [column.head for column in table.columns]), "</thead>"]
+    for heading, rows in _groups(table):
         lines.append("<tbody>")
         if heading:
             lines.append(f'<tr class="group"><th colspan="{len(table.columns)}">{html.escape(heading)}</th></tr>')
-        for row, origin in zip(rows, origins, strict=True):
-            cells = "".join(f'<td class="{css}">{html.escape(text)}</td>' for css, text in zip(classes, row, strict=True))
-            lines.append(f'<tr title="{html.escape(origin)}">{cells}</tr>')
+        lines += [_html_row(table, "td", cells, f' title="{html.escape(origin)}"') for cells, origin in rows]
         lines.append("</tbody>")
     lines.append("</table></div>")
-
-    # 3. Notes, and links to the other forms.
     lines += [f'<p class="note">{html.escape(note)}</p>' for note in table.notes]
-    links = " · ".join(f'<a href="{table.name}.{suffix}">{suffix}</a>' for suffix in ("csv", "tex", "md"))
+    links = " · ".join(f'<a href="{name}">{name}</a>' for name in files)
     return "\n".join([*lines, f'<p class="files">{links}</p>', "</figure>"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-def write_table(table: Table, folder: Path) -> list[Path]:
-    """Write `<name>.csv`, `.tex` and `.md`, and return their paths."""
-    paths = [folder / f"{table.name}.{suffix}" for suffix in ("csv", "tex", "md")]
-    with atomic_path(paths[0]) as temporary:
-        table.frame.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
-    write_text(paths[1], to_tex(table))
-    write_text(paths[2], to_markdown(table))
-    return paths
+def _html_row(table: Table, tag: str, texts: list[str], attributes: str = "") -> str:
+    columns = zip(table.columns, texts, strict=True)
+    cells = (f'<{tag} class="{column.alignment}">{html.escape(text)}</{tag}>' for column, text in columns)
+    return f"<tr{attributes}>{''.join(cells)}</tr>"

@@ -1,6 +1,4 @@
-"""A study's scores as the report reads them: every run that the params call for, and the comparisons between runs."""
-
-from __future__ import annotations
+"""The scores of a study that the report reads: all runs that the params require, and the comparisons between runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,8 @@ from typing import Any
 from genseg.artifacts.files import read_json
 from genseg.baselines.registry import study_baselines
 from genseg.errors import UserError
-from genseg.params import Cell, Params, Readout
+from genseg.params import OperatingPoint, Params
+from genseg.params.sample import Readout
 
 SPLITS = ("overall", "things", "stuff", "singulars", "plurals")
 
@@ -19,162 +18,140 @@ _REMEDY = "run `genseg score` with this study's params"
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """The summary of one scored run and the file it was read from; AR is given as fractions."""
+    """The summary of one scored run, with AR as fractions, the file it was read from, and its numbers of phrases and images."""
 
     path: Path
     summary: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        return str(self.entry["name"])
+    def entry(self) -> dict[str, Any]:
+        """The run's fields in its manifest."""
+        return self.summary["run"]
 
     @property
-    def entry(self) -> dict[str, Any]:
-        """The run's name, role, method and sampling settings."""
-        entry: dict[str, Any] = self.summary["run"]
-        return entry
+    def name(self) -> str:
+        return self.entry["name"]
+
+    @property
+    def point(self) -> OperatingPoint | None:
+        """Operating point; None for a baseline or a run without a network."""
+        point = self.entry.get("point")
+        return None if point is None else OperatingPoint.model_validate(point)
 
     @property
     def phrases(self) -> int:
-        """Number of scored phrases."""
-        return int(self.summary["counts"]["phrases"])
+        return self.summary["counts"]["phrases"]
 
     @property
     def images(self) -> int:
-        """Number of images with scored phrases."""
-        return int(self.summary["counts"]["images"])
+        return self.summary["counts"]["images"]
 
 
 @dataclass(frozen=True)
 class StudyScores:
+    folder: Path
     main: ScoredRun
     text_permuted: ScoredRun
     discriminative: ScoredRun
     colour_threshold: ScoredRun
-    cells: dict[Cell, ScoredRun]
-    """The sampling grid, in the order of `params.sample.grid_cells()`, base first."""
-    val: dict[Cell, ScoredRun]
+    cells: dict[OperatingPoint, ScoredRun]
+    """The sampling grid, in the order of `params.sample.test_subset_points()`, base first."""
+    val: dict[OperatingPoint, ScoredRun]
     """The operating points on val, main first."""
     ranking: dict[str, Any]
-    """The ranking of the operating points (`metrics.operating`)."""
-    ranking_path: Path
+    """The ranking of the operating points (`metrics.soft_maps`)."""
     readouts: dict[Readout, ScoredRun]
-    """The base cell's maps by read-out; the study's own read-out is the base cell itself."""
+    """Scores of the base cell's maps by read-out; those of the study's own read-out are the base cell's."""
     protocols: dict[tuple[str, str], ScoredRun]
     """(run, protocol) -> scores of the runs main and discriminative, for every protocol of the study, its own first."""
     baselines: list[ScoredRun]
-    """The baselines that are not sampled runs, in the order of the registry."""
+    """The baselines that are not sampled runs."""
     refinement: dict[str, Any]
     """Baselines before and after refinement (`metrics.refinement.score_refinement`)."""
-    refinement_path: Path
     comparisons: dict[str, dict[str, Any]]
     """"A - B" or "A - B (quantity)" -> paired difference of two runs."""
-    comparisons_path: Path
 
     def paths(self) -> list[Path]:
         """Return every file that was read, sorted."""
-        singles = [self.main, self.text_permuted, self.discriminative, self.colour_threshold, *self.baselines]
-        groups = (self.cells, self.val, self.readouts, self.protocols)
-        run_paths = {run.path for run in [*singles, *(run for group in groups for run in group.values())]}
-        return sorted(run_paths | {self.comparisons_path, self.ranking_path, self.refinement_path})
+        runs = [self.main, self.text_permuted, self.discriminative, self.colour_threshold, *self.baselines]
+        for group in (self.cells, self.val, self.readouts, self.protocols):
+            runs += group.values()
+        others = {self.folder / f"{name}.json" for name in ("comparisons", "operating_points", "refinement")}
+        return sorted({run.path for run in runs} | others)
 
     def base(self) -> ScoredRun:
         """Return the base cell of the grid."""
         return next(iter(self.cells.values()))
 
-    def ensembles(self) -> list[tuple[Cell, Cell]]:
+    def ensembles(self) -> list[tuple[OperatingPoint, OperatingPoint]]:
         """Return (ensemble, single sample) for each ensemble on the grid; both have calibration scores."""
-        pairs = [(cell, cell.model_copy(update={"ensemble": 1})) for cell in self.cells if cell.ensemble > 1]
+        pairs = [(cell, cell.model_copy(update={"ensemble_size": 1})) for cell in self.cells if cell.ensemble_size > 1]
         calibrated = {cell for cell, run in self.cells.items() if run.summary.get("calibration")}
         return [(ensemble, single) for ensemble, single in pairs if {ensemble, single} <= calibrated]
 
     def comparison(self, a: ScoredRun, b: ScoredRun, split: str = "overall") -> dict[str, Any]:
-        """Return the paired difference a - b in AR (fractions) with its 95 % interval.
+        """Return the paired difference a - b in AR (fractions) with its 95 % interval. Raises UserError if there is none.
 
         All values are null where a run has no phrase of the split.
-
-        Raises:
-            UserError: the two runs were not compared.
         """
         key = f"{a.name} - {b.name}" + ("" if split == "overall" else f" ({split})")
         if a.summary["ar"][split] is None or b.summary["ar"][split] is None:
             return dict.fromkeys(("n", "difference", "ci_low", "ci_high"))
         if key not in self.comparisons:
-            raise UserError(f"{self.comparisons_path}: no comparison {key!r}; {_REMEDY}")
+            raise UserError(f"{self.folder / 'comparisons.json'}: no comparison {key!r}; {_REMEDY}")
         return self.comparisons[key]
 
 
 def read_study_scores(params: Params) -> StudyScores:
-    """Read `results/<study>/scores`.
-
-    Raises:
-        UserError: a run that the params call for was not scored, or a file lacks a field; the message names it.
-    """
-    if not params.sample.is_whole():
+    """Read `results/<study>/scores`. Raises UserError if a required run was not scored, or a file lacks a field."""
+    if not params.sample.has_all_runs():
         raise UserError(f"study {params.study}: tables need main, controls, grid and val in sample.runs; add the missing ones")
-    folder = params.results_dir / "scores"
-    cells = _read_cells(folder / "grid", params.sample.grid_cells())
-    main, discriminative = read_scored_run(folder / "main.json"), read_scored_run(folder / "discriminative.json")
+    folder, own_protocol = params.results_dir / "scores", params.score.protocol
 
-    # The study's own protocol comes first; its scores are the main files.
-    own_protocol: str = params.score.protocol
-    protocols = {("main", own_protocol): main, ("discriminative", own_protocol): discriminative}
-    for protocol in params.score.also:
+    def read(name: str) -> ScoredRun:
+        return read_scored_run(folder / f"{name}.json")
+
+    cells = _read_cells(folder / "grid", params.sample.test_subset_points())
+    protocols: dict[tuple[str, str], ScoredRun] = {(name, own_protocol): read(name) for name in ("main", "discriminative")}
+    for protocol in params.score.extra_protocols:
         if protocol != own_protocol:
-            for name in ("main", "discriminative"):
-                protocols[name, protocol] = read_scored_run(folder / "protocols" / f"{name}.{protocol}.json")
-
+            protocols |= {(name, protocol): read(f"protocols/{name}.{protocol}") for name in ("main", "discriminative")}
     return StudyScores(
-        main=main,
-        text_permuted=read_scored_run(folder / "text_permuted.json"),
-        discriminative=discriminative,
-        colour_threshold=read_scored_run(folder / "colour_threshold.json"),
+        folder=folder,
+        main=protocols["main", own_protocol],
+        text_permuted=read("text_permuted"),
+        discriminative=protocols["discriminative", own_protocol],
+        colour_threshold=read("colour_threshold"),
         cells=cells,
-        val=_read_cells(folder / "val", params.sample.operating_points()),
+        val=_read_cells(folder / "val", params.sample.val_points()),
         ranking=_read_object(folder / "operating_points.json"),
-        ranking_path=folder / "operating_points.json",
         readouts={params.sample.readout: cells[params.sample.base]}
-        | {name: read_scored_run(folder / "readouts" / f"{name}.json") for name in params.other_readouts()},
+        | {name: read(f"readouts/{name}") for name in params.other_readouts()},
         protocols=protocols,
-        baselines=[
-            read_scored_run(folder / "baselines" / f"{baseline.name}.json")
-            for baseline in study_baselines(params)
-            if baseline.family != "run"
-        ],
+        baselines=[read(f"baselines/{baseline.name}") for baseline in study_baselines(params) if baseline.family != "run"],
         refinement=_read_object(folder / "refinement.json"),
-        refinement_path=folder / "refinement.json",
         comparisons=_read_object(folder / "comparisons.json"),
-        comparisons_path=folder / "comparisons.json",
     )
 
 
-def _read_cells(folder: Path, cells: list[Cell]) -> dict[Cell, ScoredRun]:
-    """Read the scores of the given cells. Cells are recognized by their sampling settings, not by file name."""
-    runs = [read_scored_run(path) for path in sorted(folder.rglob("*.json"))]
-    by_cell = {Cell.of(run.entry): run for run in runs}
+def _read_cells(folder: Path, cells: list[OperatingPoint]) -> dict[OperatingPoint, ScoredRun]:
+    """Read the scores of operating points. They are found by their recorded values, not by file name."""
+    runs = {run.point: run for run in map(read_scored_run, sorted(folder.rglob("*.json")))}
     for cell in cells:
-        if cell not in by_cell:
-            raise UserError(
-                f"{folder}: no scores of the cell {cell}; run `genseg sample` and `genseg score` with this study's params"
-            )
-    return {cell: by_cell[cell] for cell in cells}
+        if cell not in runs:
+            raise UserError(f"{folder}: no scores of the operating point {cell}; run `genseg sample` and `genseg score` again")
+    return {cell: runs[cell] for cell in cells}
 
 
 def read_scored_run(path: Path) -> ScoredRun:
-    """Read the summary of one run.
-
-    Raises:
-        UserError: the file is missing or lacks a key that the tables read.
-    """
+    """Read the summary of one run. Raises UserError if the file is missing or lacks a key that the tables read."""
     summary = _read_object(path)
     missing_keys = [key for key in _REQUIRED if key not in summary]
     if missing_keys:
         raise UserError(f"{path}: no {', '.join(missing_keys)} in the scores; {_REMEDY}")
     for key in ("ar", "interval", "ceiling", "ceiling_latent", "boundary_iou"):
-        if key == "ceiling_latent" and summary[key] is None:
-            continue
         missing_splits = [split for split in SPLITS if split not in (summary[key] or {})]
-        if missing_splits:
+        if missing_splits and not (key == "ceiling_latent" and summary[key] is None):
             raise UserError(f"{path}: {key} has no {', '.join(missing_splits)}; {_REMEDY}")
     return ScoredRun(path, summary)
 

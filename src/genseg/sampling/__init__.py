@@ -1,1 +1,1 @@
-"""The phase `sample`: every prediction of the study, in shards that are gathered."""
+"""The phase `sample`: all predictions of the trained models, sampled in shards that are then gathered."""

@@ -1,6 +1,4 @@
-"""From soft label maps at latent size to masks at native size (Fig. 4 of the paper)."""
-
-from __future__ import annotations
+"""Read-out: conversion of soft label maps at latent size to masks at native size (Fig. 4 of the paper)."""
 
 from typing import Any
 
@@ -15,28 +13,28 @@ from genseg.models.vae import decode_latents, encode_images
 
 
 def quantise(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Soft maps as they are stored (1/255 steps), so that a read-out can be redone from the stored maps exactly."""
+    """Round soft maps to the stored precision (steps of 1/255), so that stored maps give the same masks."""
     return (np.rint(np.clip(maps, 0, 1) * 255) / 255).astype(np.float32)
 
 
 def nearest(maps: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Nearest-neighbour up-sampling of maps [..., h, w], pixel centres at half-integers."""
+    """Up-sample maps [..., h, w] to [..., height, width] by nearest neighbours, with pixel centres at half-integers."""
     rows = ((np.arange(height) + 0.5) * maps.shape[-2] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * maps.shape[-1] / width).astype(int)
     return maps[..., rows[:, None], columns[None, :]]
 
 
 class VaeReadout:
-    """VAE decoding of a 1-channel map: interpolate by the map between the latents of a black and a white image, decode,
-    take the luminance."""
+    """VAE decoding of 1-channel maps: interpolate between the latents of a black and a white image, decode the result, and
+    return its luminance."""
 
     def __init__(self, vae: AutoencoderKL, size: int) -> None:
         self.vae = vae
-        plain: Any = torch.ones(1, 3, size, size, device=vae.device)
-        self.black, self.white = encode_images(vae, -plain), encode_images(vae, plain)
+        white: Any = torch.ones(1, 3, size, size, device=vae.device)
+        self.black, self.white = encode_images(vae, -white), encode_images(vae, white)
 
     def __call__(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Maps [N, h, w] in [0, 1] -> luminance [N, H, W] in [0, 1] at image size."""
+        """Return the luminance [N, H, W] in [0, 1] at image size of maps [N, h, w] in [0, 1]."""
         weights = torch.from_numpy(maps)[:, None].to(self.black)
         pictures = decode_latents(self.vae, self.black + weights * (self.white - self.black)).float()
         red, green, blue = pictures.unbind(1)
@@ -44,8 +42,11 @@ class VaeReadout:
 
 
 def read_mask(soft: NDArray[np.float32], readout: str, height: int, width: int, threshold: float) -> tuple[Mask, float]:
-    """Mask [height, width] and its confidence: the mean of the up-sampled map inside the mask, 0 for an empty one."""
-    enlarge = nearest if readout == "nearest" else bilinear
-    large = enlarge(soft[None], height, width)[0]
-    mask = large >= threshold
-    return mask, float(large[mask].mean()) if mask.any() else 0.0
+    """Return the mask [height, width] of a soft map [h, w], and its score: the mean of the up-sampled map inside the mask.
+
+    The score of an empty mask is 0.
+    """
+    upsample = nearest if readout == "nearest" else bilinear
+    upsampled = upsample(soft[None], height, width)[0]
+    mask = upsampled >= threshold
+    return mask, float(upsampled[mask].mean()) if mask.any() else 0.0

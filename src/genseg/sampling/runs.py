@@ -1,130 +1,126 @@
-"""The runs of a study: which predictions there are, on which phrases, at which operating point."""
-
-from __future__ import annotations
+"""Runs of a study. A run is one set of predictions: one method, one set of phrases and one operating point."""
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
+from genseg.artifacts.phrases import grid_phrases, is_background, val_phrases
 from genseg.artifacts.seeds import derive_seed
-from genseg.artifacts.subsets import grid_phrases, val_phrases
+from genseg.diffusion.guidance import count_evaluations
 from genseg.errors import UserError
-from genseg.params import Cell, Params, Rule
+from genseg.params import Params
+from genseg.params.base import Section
+from genseg.params.sample import OperatingPoint, Readout
 
-BACKGROUND = "background"
-"""Tag of the class phrase that is scored but never sampled: mIoU's background rule makes it."""
-_CELL = re.compile(
-    r"size=(?P<size>\d{4})/steps=(?P<steps>\d{4})/cfg=(?P<guidance>\d{2}\.\d{2})"
-    r"(,rule=(?P<rule>[a-z]+))?(,guided=(?P<low>\d\.\d{3})-(?P<high>\d\.\d{3}))?(,samples=(?P<ensemble>\d{2}))?"
+_POINT = re.compile(
+    r"size=(?P<size>\d{4})/steps=(?P<num_inference_steps>\d{4})/cfg=(?P<guidance_scale>\d{2}\.\d{2})"
+    r"(,rule=(?P<sampler>\w+))?(,guided=(?P<low>\d\.\d{3})-(?P<high>\d\.\d{3}))?(,samples=(?P<ensemble_size>\d{2}))?"
 )
 
 
-def cell_path(cell: Cell) -> str:
-    """Path of a grid cell: fixed width, so that names sort and parse back (`parse_cell`). What differs from the plain sampler
-    (rule, guidance interval, ensemble) follows in the last part, so that no cell's folder lies in another's.
+def point_path(point: OperatingPoint) -> str:
+    """Return the folder of an operating point. Numbers have a fixed width for sorting; `parse_point` is the inverse.
 
-    Raises:
-        UserError: the guidance has more than two decimals, or the interval more than three, and would not survive the trip.
+    Sampler, guidance interval and ensemble size are appended to the last part if they are not the defaults, so no folder
+    contains another. Raises UserError if guidance_scale has more than two decimals, or guidance_interval more than three.
     """
-    path = f"size={cell.size:04d}/steps={cell.steps:04d}/cfg={cell.guidance:05.2f}"
-    if cell.rule != "ddim":
-        path += f",rule={cell.rule}"
-    if cell.guidance_interval is not None:
-        path += ",guided={:.3f}-{:.3f}".format(*cell.guidance_interval)
-    if cell.ensemble > 1:
-        path += f",samples={cell.ensemble:02d}"
-    parsed = parse_cell(path)
-    if parsed.guidance != cell.guidance:
-        raise UserError(f"guidance {cell.guidance} in sample has more than two decimals; grid cells are named by two")
-    if parsed != cell:
-        raise UserError(f"guidance_interval {cell.guidance_interval} in sample has more than three decimals")
+    path = f"size={point.size:04d}/steps={point.num_inference_steps:04d}/cfg={point.guidance_scale:05.2f}"
+    if point.sampler != "ddim":
+        path += f",rule={point.sampler}"
+    if point.guidance_interval is not None:
+        path += ",guided={:.3f}-{:.3f}".format(*point.guidance_interval)
+    if point.ensemble_size > 1:
+        path += f",samples={point.ensemble_size:02d}"
+    parsed = parse_point(path)
+    if parsed.guidance_scale != point.guidance_scale:
+        raise UserError(f"sample: guidance_scale {point.guidance_scale} must have at most two decimals, as in its folder name")
+    if parsed != point:
+        raise UserError(f"sample: guidance_interval {point.guidance_interval} must have at most three decimals")
     return path
 
 
-def parse_cell(path: str) -> Cell:
-    """Inverse of `cell_path`."""
-    match = _CELL.fullmatch(path)
+def parse_point(path: str) -> OperatingPoint:
+    """Return the operating point of a path made by `point_path`. Raises UserError for other paths."""
+    match = _POINT.fullmatch(path)
     if match is None:
-        raise UserError(f"{path}: not the path of a grid cell (size=0128/steps=0050/cfg=07.50)")
-    found = match.groupdict()
-    interval = (float(found["low"]), float(found["high"])) if found["low"] else None
-    return Cell.of({**found, "guidance_interval": interval})
+        raise UserError(f"{path}: not the path of an operating point (size=0128/steps=0050/cfg=07.50)")
+    fields: dict[str, Any] = {name: value for name, value in match.groupdict().items() if value is not None}
+    if "low" in fields:
+        fields["guidance_interval"] = float(fields.pop("low")), float(fields.pop("high"))
+    return OperatingPoint.model_validate(fields)
 
 
-@dataclass(frozen=True)
-class Run:
-    """One set of predictions.
-
-    role: main, control, grid, val, readout or class_phrases. method: gs, discriminative or colour_threshold.
-    phrases: which rows: test, grid, val, permutable or class_phrases. size and what follows: None where not applicable.
-    """
+class Run(Section):
+    """One set of predictions, as listed in the manifest of the predictions."""
 
     name: str
-    role: str
-    method: str
-    phrases: str
-    size: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    rule: Rule | None = None
-    guidance_interval: tuple[float, float] | None = None
-    ensemble: int | None = None
-    readout: str = "bilinear"
+    """Folder below the predictions."""
+    role: Literal["main", "control", "grid", "val", "readout", "class_phrases"]
+    """Part of the study that uses it."""
+    method: Literal["gs", "discriminative", "colour_threshold"]
+    """Model or rule that predicts the masks."""
+    phrases: Literal["test", "grid", "val", "permutable", "class_phrases"]
+    """Set of phrases for which masks are predicted."""
+    point: OperatingPoint | None = None
+    """Operating point: one unguided step for the discriminative control; None for a method without a network."""
+    readout: Readout = "bilinear"
+    """Conversion of soft maps to masks."""
 
     @property
     def evaluations(self) -> int | None:
-        """U-Net passes per mask."""
-        if self.method == "discriminative":
-            return 1
-        return self.cell.evaluations if self.cell else None
-
-    @property
-    def cell(self) -> Cell | None:
-        """Where it samples; None where nothing is sampled."""
-        return None if self.steps is None else Cell.of(asdict(self))
-
-    def entry(self) -> dict[str, Any]:
-        """As it stands in the manifest of the predictions."""
-        return {**asdict(self), "evaluations": self.evaluations}
+        """Number of evaluations (U-Net passes for one phrase) per mask; None for a method without a network."""
+        return None if self.point is None else count_evaluations(self.point)
 
 
 def study_runs(params: Params) -> list[Run]:
-    """The runs that `sample.runs` asks for, in the order of the manifest."""
+    """Return the runs of the groups in `sample.runs`, in the order of the manifest."""
     main, readout = params.sample.main, params.sample.readout
-    point: dict[str, Any] = {**main.model_dump(), "readout": readout}
-    control: dict[str, Any] = {"size": main.size, "readout": readout}
-    runs = [
-        Run("main", "main", "gs", "test", **point),
-        Run("text_permuted", "control", "gs", "permutable", **point),
-        Run("class_phrases", "class_phrases", "gs", "class_phrases", **point),
-        Run("discriminative", "control", "discriminative", "test", **control),
-        Run("discriminative_class_phrases", "class_phrases", "discriminative", "class_phrases", **control),
-        Run("colour_threshold", "control", "colour_threshold", "test"),
-    ]
-    cells = {"grid": params.sample.grid_cells(), "val": params.sample.operating_points()}
-    for part, members in cells.items():
-        for cell in members:
-            runs.append(Run(f"{part}/{cell_path(cell)}", part, "gs", part, **cell.model_dump(), readout=readout))
-    for other in params.other_readouts():
-        runs.append(Run(f"readouts/{other}", "readout", "gs", "grid", **params.sample.base.model_dump(), readout=other))
-    parts = {"main": "main", "control": "controls", "class_phrases": "controls", "readout": "grid"}
-    return [run for run in runs if parts.get(run.role, run.role) in params.sample.runs]
+    once = OperatingPoint(size=main.size, num_inference_steps=1, guidance_scale=1.0)
+    gs: dict[str, Any] = {"method": "gs", "point": main, "readout": readout}
+    discriminative: dict[str, Any] = {"method": "discriminative", "point": once, "readout": readout}
+    runs = {
+        "main": [Run(name="main", role="main", phrases="test", **gs)],
+        "controls": [
+            Run(name="text_permuted", role="control", phrases="permutable", **gs),
+            Run(name="class_phrases", role="class_phrases", phrases="class_phrases", **gs),
+            Run(name="discriminative", role="control", phrases="test", **discriminative),
+            Run(name="discriminative_class_phrases", role="class_phrases", phrases="class_phrases", **discriminative),
+            Run(name="colour_threshold", role="control", method="colour_threshold", phrases="test"),
+        ],
+        "grid": [_point_run("grid", point, readout) for point in params.sample.test_subset_points()],
+        "val": [_point_run("val", point, readout) for point in params.sample.val_points()],
+        "readouts": [
+            Run(name=f"readouts/{other}", role="readout", method="gs", phrases="grid", point=params.sample.base, readout=other)
+            for other in params.other_readouts()
+        ],
+    }
+    groups = {"main": "main", "controls": "controls", "grid": "grid", "val": "val", "readouts": "grid"}
+    return [run for name, members in runs.items() if groups[name] in params.sample.runs for run in members]
+
+
+def _point_run(group: Literal["grid", "val"], point: OperatingPoint, readout: Readout) -> Run:
+    return Run(name=f"{group}/{point_path(point)}", role=group, method="gs", phrases=group, point=point, readout=readout)
+
+
+def predictions_path(params: Params, run: Run) -> Path:
+    """Return the path of the gathered predictions of a run."""
+    return params.results_dir / "predictions" / run.name / "predictions.parquet"
 
 
 def base_run(params: Params) -> Run:
-    """The grid run of the base cell."""
-    return next(run for run in study_runs(params) if run.name == f"grid/{cell_path(params.sample.base)}")
+    """Return the run of the base point on the test phrases of the grid."""
+    return _point_run("grid", params.sample.base, params.sample.readout)
 
 
 def run_rows(params: Params, run: Run, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a run, ordered by key, with the column `text`: the phrase that the model is given."""
+    """Return the rows of the phrase table that a run predicts. Column `text` is the phrase that conditions the model."""
     if run.phrases == "class_phrases":
         rows = class_phrases[class_phrases["split"] == "test"]
-        rows = rows[[tags is None or BACKGROUND not in tags for tags in rows["tags"]]]
+        rows = rows[~is_background(rows)]
     elif run.phrases == "grid":
         rows = grid_phrases(params, phrases)
     elif run.phrases == "val":
@@ -137,12 +133,12 @@ def run_rows(params: Params, run: Run, phrases: pd.DataFrame, class_phrases: pd.
 
 
 def permute_texts(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Give each phrase of an image the text of another one whose ground truth differs.
+    """Give each phrase the text of another phrase of its image whose ground truth differs.
 
-    Within each image a derangement: a random assignment in which no row gets a text of its own ground truth. Rows that
-    cannot take part (all of an image with one ground truth) are left out.
+    Within each image, the texts are assigned at random such that no row gets a text with its own ground truth. Rows without
+    such a text, for example in an image with a single ground truth, are omitted.
     """
-    kept = []
+    groups = []
     for image_id, group in rows.groupby("image_id", sort=True):
         masks = group["mask"].to_numpy()
         forbidden = masks[:, None] == masks[None, :]
@@ -151,5 +147,5 @@ def permute_texts(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
         row_index, text_index = linear_sum_assignment(cost)
         allowed = ~forbidden[row_index, text_index]
         texts = group["phrase"].to_numpy()[text_index[allowed]]
-        kept.append(group.iloc[row_index[allowed]].assign(text=texts))
-    return pd.concat(kept) if kept else rows.assign(text=rows["phrase"]).iloc[:0]
+        groups.append(group.iloc[row_index[allowed]].assign(text=texts))
+    return pd.concat(groups) if groups else rows.assign(text=rows["phrase"]).iloc[:0]

@@ -1,39 +1,116 @@
-"""Training of the miniature backbone: its autoencoder on the images, its U-Net as a text-to-image inpainting model.
+"""The phase `backbone`: record the pipeline that the study starts from, and train it on the study's images if requested.
 
-This replaces SDXL-inpainting's pre-training of the paper scale. It uses only the training images and their captions, no masks
-and no labels.
+Training a miniature replaces the pre-training of SDXL-inpainting, which is used at paper scale: the VAE is trained as an
+autoencoder, the U-Net as a text-to-image in-painting model, on the training images and captions only, without object masks.
 """
-
-from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionXLInpaintPipeline
 
+from genseg.artifacts.files import atomic_directory, file_sha256
+from genseg.artifacts.manifest import is_current, write_manifest
+from genseg.artifacts.phrases import read_phrases
+from genseg.artifacts.seeds import derive_seed
 from genseg.data.images import load_image
+from genseg.errors import UserError
 from genseg.models.attention import use_injected_attention
-from genseg.models.device import DTYPES
+from genseg.models.backbone import noise_schedule
+from genseg.models.device import DTYPES, choose_device, describe
+from genseg.models.miniature import build_miniature
+from genseg.models.source import find_commit, load_unet_config, weights_hash
 from genseg.models.vae import encode_images, image_tensor, psnr
-from genseg.params import BackboneTraining
-from genseg.training.checkpoints import load_checkpoint, save_checkpoint
-from genseg.training.steps import check_finite, lr_factor, step_generator, step_rng
+from genseg.params import Params, digest
+from genseg.params.backbone import BackboneTraining
+from genseg.phases import code_hash
+from genseg.training.steps import check_finite, load_checkpoint, lr_factor, save_checkpoint, step_generator
 
+PSNR_IMAGES = 64
 KL_WEIGHT = 1e-6
 P_NO_TEXT = 0.1
 VARIANTS = 3
-"""Masked versions of each image. One of them is masked entirely, which is plain text-to-image."""
+"""Number of masked versions of each image. One of them is masked entirely, as in plain text-to-image."""
 CHECKPOINT_EVERY = 250
 LOG_EVERY = 50
 
 
-def load_images(paths: Sequence[str], size: int) -> torch.Tensor:
-    """Return images as one uint8 tensor [N, 3, size, size]. (A miniature backbone's data set is small.)"""
-    return torch.stack([((image_tensor(load_image(path), size) + 1) * 127.5).round().to(torch.uint8) for path in paths])
+def prepare_backbone(params: Params) -> None:
+    """Write `results/<study>/backbone/manifest.json`, whose entry `pipeline` is a diffusers directory or a hub id.
+
+    A new (no `backbone.init`) or trained pipeline is saved next to the manifest in half precision. Otherwise nothing is
+    copied, and the manifest names `backbone.init` itself.
+
+    Raises:
+        UserError: the pipeline is missing or has another architecture, or there is no GPU for `device: cuda`.
+    """
+    folder, backbone = params.results_dir / "backbone", params.backbone
+    local_files = sorted(path for path in Path(backbone.init).rglob("*") if path.is_file()) if backbone.init else []
+    inputs = [params.data_dir / "manifest.json", *local_files]
+    if is_current(folder / "manifest.json", "backbone", params, inputs):
+        return
+    device = choose_device(params.device, params.resources.backbone.threads)
+    print(f"backbone: device {describe(device)}", flush=True)
+    if backbone.init is None or backbone.vae.steps or backbone.unet.steps:
+        outputs = [folder / "pipeline"]
+        training_facts = _train(params, folder / "pipeline", device)
+        source, revision = str(folder / "pipeline"), None
+    else:
+        outputs, training_facts = [], {}
+        source, revision = backbone.init, find_commit(backbone.init, backbone.revision)
+    channels = load_unet_config(source, revision)["in_channels"]
+    if channels != 9:
+        raise UserError(f"{source}: its U-Net has {channels} input channels; GS needs an in-painting U-Net (9)")
+    facts = {"pipeline": source, "revision": revision, "weights": weights_hash(source, revision)}
+    facts |= {"betas": noise_schedule(source, revision)} | training_facts
+    write_manifest(folder / "manifest.json", "backbone", params, inputs, outputs, describe(device), **facts)
+    print(f"backbone: {source}", flush=True)
+
+
+def _train(params: Params, target: Path, device: torch.device) -> dict[str, Any]:
+    """Train the pipeline, save it to `target` and return facts for the manifest."""
+    # 1. Load the data and the pipeline.
+    backbone, phrases_path = params.backbone, params.data_dir / "phrases.parquet"
+    phrases = read_phrases(phrases_path)
+    by_image = phrases[phrases["split"] == "train"].groupby("image_id", sort=True)
+    captions, noun_phrases = ([sorted(set(texts.dropna())) for _, texts in by_image[name]] for name in ("caption", "phrase"))
+    if backbone.shape is not None:
+        pipeline = build_miniature(backbone.shape, backbone.size, [text for texts in captions for text in texts], params.seed)
+    else:
+        try:
+            pipeline = StableDiffusionXLInpaintPipeline.from_pretrained(
+                backbone.init, revision=backbone.revision, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{backbone.init}: cannot load the pipeline ({' '.join(str(error).split())[:200]})") from error
+    pixels = (image_tensor(load_image(path), backbone.size) for path in by_image["file_name"].first())
+    images = torch.stack([((image + 1) * 127.5).round().to(torch.uint8) for image in pixels])  # the data set fits in memory
+
+    # 2. Train the VAE and the U-Net. They resume from checkpoints in subfolders of `work`.
+    key = digest([params.subtree("seed", "backbone"), file_sha256(phrases_path), code_hash("backbone")])
+    work = params.work_dir / "backbone" / key
+    sample = images[:: max(1, len(images) // PSNR_IMAGES)][:PSNR_IMAGES]
+    pipeline.vae.to(device)
+    before = _measure_psnr(pipeline.vae, sample, device)
+    if backbone.vae.steps:
+        _fit_vae(pipeline.vae, images, params, work / "vae", device)
+    after = _measure_psnr(pipeline.vae, sample, device)
+    print(f"backbone: VAE PSNR {before:.2f} dB before and {after:.2f} dB after {backbone.vae.steps} training steps", flush=True)
+    if backbone.unet.steps:
+        _fit_unet(pipeline, images, captions, noun_phrases, params, work / "unet", device)
+
+    # 3. Save the pipeline. Reset padding and truncation: tokenizers save those of the last call, which a resumed run may skip.
+    for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    with atomic_directory(target) as temporary:
+        pipeline.to(torch.float16).save_pretrained(temporary)
+    return {"vae_psnr_db_before": before, "vae_psnr_db": after, "images": len(images)}
 
 
 def _as_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -41,92 +118,69 @@ def _as_float(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     return images.to(device).float() / 127.5 - 1
 
 
-def fit_vae(
-    vae: AutoencoderKL, images: torch.Tensor, training: BackboneTraining, seed: int, work: Path, device: torch.device
-) -> None:
-    """Train the autoencoder (L1 + `KL_WEIGHT` * KL) on images [N, 3, S, S] uint8, and set `scaling_factor` to 1 / std of the
-    latents. Checkpoints are in `work`, from which an interrupted run resumes."""
-    vae.to(device).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=training.lr, weight_decay=1e-4)
-    state = {"model": vae, "optimizer": optimizer}
-    for step in range(_resume(work, state), training.steps):
-        rng = step_rng(seed, "vae", step)
-        batch = _as_float(_crops(images, training.batch, rng), device)
-        if rng.random() < 0.5:
-            batch = batch.flip(-1)
-        posterior = vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=step_generator(seed, "vae noise", step)).to(device)
-        latents = posterior.mean + posterior.std * noise
-        restored = vae.decode(latents).sample
-        loss = F.l1_loss(restored, batch) + KL_WEIGHT * posterior.kl().mean()
-        _update(loss, step, training, optimizer, vae.parameters())
-        _log_and_save(step, training, loss, work, state, "vae")
-    vae.eval().requires_grad_(False)
-    if training.steps:
-        vae.register_to_config(scaling_factor=1.0)
-        latents = torch.cat([encode_images(vae, _as_float(batch, device)).cpu() for batch in images[:512].split(64)])
-        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-
-
-def _crops(images: torch.Tensor, count: int, rng: random.Random) -> torch.Tensor:
-    """Return `count` random crops of half the side. (The autoencoder is convolutional and learns as much per pixel.)"""
-    side = images.shape[-1] // 2
-    crops = []
-    for _ in range(count):
-        number, top, left = rng.randrange(len(images)), rng.randint(0, side), rng.randint(0, side)
-        crops.append(images[number, :, top : top + side, left : left + side])
-    return torch.stack(crops)
-
-
-def measure_psnr(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> float:
+def _measure_psnr(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> float:
     """Return the mean PSNR in dB of images [N, 3, S, S] uint8 after the VAE's encoder and decoder."""
     return torch.cat([psnr(vae, _as_float(batch, device)).cpu() for batch in images.split(16)]).mean().item()
 
 
-def fit_unet(
+def _fit_vae(vae: AutoencoderKL, images: torch.Tensor, params: Params, work: Path, device: torch.device) -> None:
+    """Train the VAE (L1 + `KL_WEIGHT` * KL) on uint8 images [N, 3, S, S] and set `scaling_factor` to 1 / std of its latents."""
+    training, seed = params.backbone.vae, params.seed
+    optimizer = torch.optim.AdamW(vae.to(device).parameters(), lr=training.lr, weight_decay=1e-4)
+    side = images.shape[-1] // 2  # of random crops; a convolutional VAE learns as much per pixel from crops
+
+    def compute_loss(step: int) -> torch.Tensor:
+        rng = random.Random(derive_seed(seed, "vae", step))
+        crops = []
+        for _ in range(training.batch):
+            number, top, left = rng.randrange(len(images)), rng.randint(0, side), rng.randint(0, side)
+            crops.append(images[number, :, top : top + side, left : left + side])
+        batch = _as_float(torch.stack(crops), device)
+        if rng.random() < 0.5:
+            batch = batch.flip(-1)
+        posterior = vae.encode(batch).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=step_generator(seed, "vae noise", step)).to(device)
+        restored = vae.decode(posterior.mean + posterior.std * noise).sample
+        return F.l1_loss(restored, batch) + KL_WEIGHT * posterior.kl().mean()
+
+    _fit({"model": vae}, optimizer, compute_loss, training, work)
+    vae.register_to_config(scaling_factor=1.0)
+    latents = torch.cat([encode_images(vae, _as_float(batch, device)).cpu() for batch in images[:512].split(64)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+
+
+def _fit_unet(
     pipeline: StableDiffusionXLInpaintPipeline,
     images: torch.Tensor,
-    captions: Sequence[Sequence[str]],
-    phrases: Sequence[Sequence[str]],
-    training: BackboneTraining,
-    train_text: bool,
-    seed: int,
+    captions: list[list[str]],
+    phrases: list[list[str]],
+    params: Params,
     work: Path,
     device: torch.device,
 ) -> None:
-    """Train the U-Net (and text encoders) to denoise images, given a caption and the part of the image outside a mask.
+    """Train the U-Net to denoise images [N, 3, S, S] uint8, given a text and the image outside a mask.
 
-    Checkpoints are in `work`, from which an interrupted run resumes.
-
-    Args:
-        images: [N, 3, S, S] uint8.
-        captions: captions of each image.
-        phrases: noun phrases of each image's captions. They are the text in half of the samples, so that the text encoder
-            also learns short texts like the phrases of later phases.
-        train_text: also train the text encoders (from scratch); otherwise they are unchanged.
+    The text is a caption of the image or, in half of the samples, a noun phrase of its captions, so that the text encoders
+    also learn short texts like those of later phases. Text encoders are trained only if they start from random weights.
     """
-    if not training.steps:
-        return
+    training, seed = params.backbone.unet, params.seed
 
     # 1. Prepare the modules, the optimizer and the data.
     unet, vae = pipeline.unet.to(device), pipeline.vae.to(device)
     use_injected_attention(unet)  # nothing is injected here, but this attention is faster
     encoders = (pipeline.text_encoder.to(device), pipeline.text_encoder_2.to(device))
-    modules = {"model": unet} | ({"text_encoder": encoders[0], "text_encoder_2": encoders[1]} if train_text else {})
-    for module in modules.values():
-        module.train().requires_grad_(True)
+    modules: dict[str, torch.nn.Module] = {"model": unet}
+    if params.backbone.shape is not None:
+        modules |= {"text_encoder": encoders[0], "text_encoder_2": encoders[1]}
     parameters = [parameter for module in modules.values() for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, betas=(0.9, 0.99), weight_decay=0.01)
     alphas_bar = pipeline.scheduler.alphas_cumprod.float().to(device)
     clean, masks, masked = _inpainting_latents(vae, images, seed, device)
     size = images.shape[-1]
-    state = modules | {"optimizer": optimizer}
 
-    # 2. Resume, and take the steps.
-    for step in range(_resume(work, state), training.steps):
-        # Draw images, masks, texts, noise and timesteps.
-        rng = step_rng(seed, "unet", step)
-        generator = step_generator(seed, "unet noise", step)
+    def compute_loss(step: int) -> torch.Tensor:
+        # 2. Draw images, masks, texts, noise and timesteps.
+        rng, generator = random.Random(derive_seed(seed, "unet", step)), step_generator(seed, "unet noise", step)
         indices = [rng.randrange(len(images)) for _ in range(training.batch)]
         variants = [rng.randrange(VARIANTS) for _ in indices]
         texts = ["" if rng.random() < P_NO_TEXT else rng.choice(rng.choice((captions, phrases))[i]) for i in indices]
@@ -134,19 +188,17 @@ def fit_unet(
         noise = torch.randn(x_0.shape, generator=generator).to(device)
         t = torch.randint(0, len(alphas_bar), (len(indices),), generator=generator).to(device)
 
-        # Evaluate the loss and update the weights.
+        # 3. Predict the noise.
         alpha_bar = alphas_bar[t][:, None, None, None]
         x_t = alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
         inputs = torch.cat([x_t, masks[indices, variants].to(device), masked[indices, variants].to(device)], dim=1)
-        ids = x_0.new_tensor([[size, size, 0, 0, size, size]]).expand(len(indices), -1)
+        time_ids = x_0.new_tensor([[size, size, 0, 0, size, size]]).expand(len(indices), -1)
         with torch.autocast(device.type, DTYPES[training.precision], enabled=training.precision != "fp32"):
             tokens, pooled = _encode(pipeline, encoders, texts, device)
-            output = unet(inputs, t, tokens, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
-        loss = F.mse_loss(output.float(), noise)
-        _update(loss, step, training, optimizer, parameters)
-        _log_and_save(step, training, loss, work, state, "unet")
-    for module in modules.values():
-        module.eval().requires_grad_(False)
+            output = unet(inputs, t, tokens, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
+        return F.mse_loss(output.float(), noise)
+
+    _fit(modules, optimizer, compute_loss, training, work)
 
 
 @torch.no_grad()
@@ -157,7 +209,7 @@ def _inpainting_latents(
     [N, V, 4, h, w] for V = `VARIANTS`."""
     clean, masks, masked = [], [], []
     for number, image in enumerate(images):
-        rng = step_rng(seed, "inpainting mask", number)
+        rng = random.Random(derive_seed(seed, "inpainting mask", number))
         pixels = _as_float(image[None], device)
         latent = encode_images(vae, pixels)
         grid, factor = latent.shape[-1], image.shape[-1] // latent.shape[-1]
@@ -187,38 +239,39 @@ def _encode(
     return torch.cat(hidden, dim=-1), output.text_embeds
 
 
-def _resume(work: Path, state: dict) -> int:
-    """Load the newest checkpoint of `work` into the modules and the optimizer, and return its step (0 without one)."""
-    checkpoint = load_checkpoint(work)
-    if checkpoint is None:
-        return 0
-    for name, item in state.items():
-        item.load_state_dict(checkpoint[name])
-    print(f"resumed {work.name} at step {checkpoint['step']}", flush=True)
-    return checkpoint["step"]
-
-
-def _update(
-    loss: torch.Tensor,
-    step: int,
-    training: BackboneTraining,
+def _fit(
+    modules: dict[str, torch.nn.Module],
     optimizer: torch.optim.Optimizer,
-    parameters: Iterable[torch.nn.Parameter],
+    compute_loss: Callable[[int], torch.Tensor],
+    training: BackboneTraining,
+    work: Path,
 ) -> None:
-    """Take one optimizer step."""
-    check_finite(loss, step)
-    for group in optimizer.param_groups:
-        group["lr"] = training.lr * lr_factor(step, training.steps, min(100, training.steps // 10), "cosine")
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(list(parameters), 1.0)
-    optimizer.step()
+    """Train the modules up to `training.steps`, from the newest checkpoint in `work`. `compute_loss` receives the step."""
+    for module in modules.values():
+        module.train().requires_grad_(True)
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    state: dict[str, Any] = {**modules, "optimizer": optimizer}
+    checkpoint = load_checkpoint(work)
+    if checkpoint is not None:
+        for key, item in state.items():
+            item.load_state_dict(checkpoint[key])
+        print(f"resumed {work.name} at step {checkpoint['step']}", flush=True)
+    for step in range(checkpoint["step"] if checkpoint else 0, training.steps):
+        # Update the weights.
+        loss = compute_loss(step)
+        check_finite(loss, step)
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr * lr_factor(step, training.steps, min(100, training.steps // 10), "cosine")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
 
-
-def _log_and_save(step: int, training: BackboneTraining, loss: torch.Tensor, work: Path, state: dict, name: str) -> None:
-    """Print the loss and write a checkpoint at their intervals and after the last step."""
-    done = step + 1
-    if done % LOG_EVERY == 0 or done == training.steps:
-        print(f"{time.strftime('%H:%M:%S')} {name} step {done}/{training.steps} loss {loss.item():.4f}", flush=True)
-    if done % CHECKPOINT_EVERY == 0 or done == training.steps:
-        save_checkpoint(work, done, {key: item.state_dict() for key, item in state.items()})
+        # Log the loss and save a checkpoint.
+        done = step + 1
+        if done % LOG_EVERY == 0 or done == training.steps:
+            print(f"{time.strftime('%H:%M:%S')} {work.name} step {done}/{training.steps} loss {loss.item():.4f}", flush=True)
+        if done % CHECKPOINT_EVERY == 0 or done == training.steps:
+            save_checkpoint(work, done, {key: item.state_dict() for key, item in state.items()})
+    for module in modules.values():
+        module.eval().requires_grad_(False)

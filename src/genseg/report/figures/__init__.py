@@ -1,1 +1,1 @@
-"""The study's figures, one per module: each draws a PNG and gives its caption."""
+"""The study's figures, one per module: each draws a PNG and returns its caption."""

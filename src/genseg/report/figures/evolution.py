@@ -1,9 +1,6 @@
-"""The evolution of masks over t (Fig. 5 of the GS paper)."""
-
-from __future__ import annotations
+"""Figure of the evolution of a mask over t, as in Fig. 5 of the GS paper."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +14,20 @@ from genseg.artifacts.phrases import row_mask
 from genseg.errors import UserError
 from genseg.report.figures import canvas
 
-PAPER_TIMESTEPS = (999, 759, 519, 279)
-"""The timesteps in Fig. 5 of the paper."""
+PAPER_TIMESTEPS = (999, 759, 519, 279)  # in Fig. 5 of the GS paper
 
-_SPLIT = 0.16
-"""Space between ground truth and maps, in inches."""
+_SPLIT = 0.16  # space between ground truth and maps, in inches
 _ROW_GAP = 0.1
 
 
-@dataclass(frozen=True)
-class Evolution:
-    x0: NDArray[np.uint8]
-    """Estimates of x_0 [K, T, h, w], 0 background, 255 foreground."""
-    xt: NDArray[np.uint8]
-    """Noisy label latents [K, T, h, w] from which the estimates were made."""
-    timesteps: list[int]
-    keys: list[tuple[int, str, int]]
-    """K keys (image_id, narrative_id, phrase_id)."""
-
-
-def read_evolution(path: Path) -> Evolution:
+def read_evolution(path: Path) -> tuple[list[int], list[Any], NDArray[np.uint8], NDArray[np.uint8]]:
     """Read the intermediate maps of some phrases, as recorded by the sample phase.
 
-    Raises:
-        UserError: the file is missing or truncated, or its tensors and its header disagree.
+    Returns:
+        T timesteps; K keys (image_id, narrative_id, phrase_id); the noisy label latents x_t [K, T, h, w]; the estimates of x_0
+        [K, T, h, w] made from them. 0 is background, 255 foreground.
+
+    Raises UserError if the file is missing or truncated, or its tensors and its header disagree.
     """
     try:
         with safe_open(path, framework="numpy") as handle:
@@ -59,63 +46,58 @@ def read_evolution(path: Path) -> Evolution:
             f"{path}: expected x0 and xt for {len(keys)} keys and {len(timesteps)} timesteps, got {x0.shape} and {xt.shape}; "
             "remove it and run `genseg sample`"
         )
-    return Evolution(x0, xt, timesteps, keys)
+    return timesteps, keys, xt, x0
 
 
 def choose_timesteps(timesteps: list[int], max_count: int = 6) -> list[int]:
-    """Return the indices of the columns: all if they fit, else those nearest to the paper's timesteps and the last one."""
+    """Return the indices of the drawn timesteps: all if they fit, else those nearest to the paper's and the last one."""
     if len(timesteps) <= max_count:
         return list(range(len(timesteps)))
     nearest = [min(range(len(timesteps)), key=lambda index: abs(timesteps[index] - paper)) for paper in PAPER_TIMESTEPS]
     return sorted({*nearest, len(timesteps) - 1})
 
 
-def evolution_caption() -> str:
-    return "Sampling over t (the paper's Fig. 5): the noisy label x_t and the estimate of x_0 made from it."
-
-
-def draw_evolution(evolution: Evolution, phrases: pd.DataFrame, path: Path, dpi: int) -> None:
+def draw_evolution(record: Path, phrases: pd.DataFrame, path: Path, dpi: int) -> str:
     """Draw for each phrase its image and ground truth and, over t, the noisy label x_t above the estimate of x_0.
 
-    Raises:
-        UserError: a phrase is not in the phrase table, or its image is missing or has another size.
+    Raises UserError if `record` is broken, a phrase is not in the phrase table, or its image is missing or has another size.
     """
+    timesteps, keys, xt, x0 = read_evolution(record)
     rows = phrases.set_index(KEY)
-    keys: list[Any] = list(evolution.keys)
-    missing = [key for key in keys if key not in rows.index]
-    if missing:
-        raise UserError(f"phrase {missing[0]} of the evolution figure is not in the phrase table; run `genseg sample` again")
+    for key in keys:
+        if key not in rows.index:
+            raise UserError(f"phrase {key} of the evolution figure is not in the phrase table; run `genseg sample` again")
     phrase_rows = [rows.loc[key] for key in keys]
 
-    # 1. Lay out the columns (image, ground truth, timesteps) and rows; lengths in inches.
-    indices = choose_timesteps(evolution.timesteps)
+    # Lay out the columns (image, ground truth, timesteps) and rows; lengths in inches.
+    indices = choose_timesteps(timesteps)
     columns = 2 + len(indices)
     width = min(1.1, (canvas.WIDTH - canvas.GAP * (columns - 1) - _SPLIT - 0.04) / columns)
-    heights = [width / canvas.drawn_aspect(row["width"], row["height"]) for row in phrase_rows]
+    heights = [width / canvas.drawn_aspect(row) for row in phrase_rows]
     lefts = [0.02 + index * (width + canvas.GAP) + (_SPLIT if index >= 2 else 0) for index in range(columns)]
     head = 1.6 * canvas.LINE
     total_width = columns * width + canvas.GAP * (columns - 1) + _SPLIT + 0.04
     total_height = head + sum(2 * height + canvas.GAP for height in heights) + _ROW_GAP * (len(heights) - 1)
 
     with canvas.open_figure(total_width, total_height, path, dpi) as figure:
-        # 2. Draw the column heads.
-        names = ["image", "ground truth", *(f"t = {evolution.timesteps[index]}" for index in indices)]
+        names = ["image", "ground truth", *(f"t = {timesteps[index]}" for index in indices)]
         for x, name in zip(lefts, names, strict=True):
             canvas.add_text(figure, x + width / 2, total_height - head / 2, name)
 
-        # 3. Draw two lines of maps per phrase, x_t and the estimate of x_0.
+        # Draw two lines of maps per phrase, x_t and the estimate of x_0.
         y = total_height - head
         for k, (row, height) in enumerate(zip(phrase_rows, heights, strict=True)):
             image = canvas.load_phrase_image(row)
-            canvas.add_box(figure, lefts[0], y - height, width, height).imshow(image, aspect="auto")
+            canvas.add_picture(figure, lefts[0], y - height, width, height, image)
             truth = canvas.overlay(image, row_mask(row), canvas.TRUTH_COLOUR)
-            canvas.add_box(figure, lefts[1], y - height, width, height).imshow(truth, aspect="auto")
+            canvas.add_picture(figure, lefts[1], y - height, width, height, truth)
             caption = "\n".join(canvas.wrap(f"“{row['phrase']}”", 2 * width, 4))
             canvas.add_text(figure, lefts[0], y - height - 1.5 * canvas.GAP, caption, ha="left", va="top")
-            for line, (name, maps) in enumerate((("$x_t$", evolution.xt), (r"$\hat{x}_0$", evolution.x0))):
+            for line, (name, maps) in enumerate((("$x_t$", xt), (r"$\hat{x}_0$", x0))):
                 bottom = y - height - line * (height + canvas.GAP)
-                canvas.add_text(figure, lefts[2] - _SPLIT / 2, bottom + height / 2, name, math=True)
+                canvas.add_text(figure, lefts[2] - _SPLIT / 2, bottom + height / 2, name, parse_math=True)
                 for x, index in zip(lefts[2:], indices, strict=True):
-                    box = canvas.add_box(figure, x, bottom, width, height)
-                    box.imshow(maps[k, index], cmap="gray", vmin=0, vmax=255, aspect="auto", interpolation="nearest")
+                    options = {"cmap": "gray", "vmin": 0, "vmax": 255, "interpolation": "nearest"}
+                    canvas.add_picture(figure, x, bottom, width, height, maps[k, index], **options)
             y -= 2 * height + canvas.GAP + _ROW_GAP
+    return "Sampling over t (the paper's Fig. 5): the noisy label x_t and the estimate of x_0 made from it."

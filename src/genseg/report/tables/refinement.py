@@ -1,36 +1,32 @@
 """Tables of the refinement: each baseline before and after G4Seg (ours), with controls, sensitivity and costs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from genseg.artifacts.files import read_json
+from genseg.artifacts.manifest import times_path
 from genseg.params import Params
-from genseg.report.render import Column, Table
+from genseg.report.render import Column, Table, difference_text, plural, to_points
 from genseg.report.scores import StudyScores
 from genseg.report.tables.parts import SHORT_LABELS, build_frame, describe_study
-from genseg.report.text import difference_text, plural, to_points
 
 G4SEG = "g4seg"
-MEANS = {"all": "mean of all", "real": "mean of the real ones"}
-"""Labels of the mean rows."""
-FIRST_COLUMNS = ("method", "real", "miou_before", "miou_after", "delta", "ci_low", "ci_high")
-CONTROLS = {
-    "alpha_zero": "generates without injecting the mask (alpha = 0), and therefore without the choice",
+MEANS = {"all": "mean of all", "real": "mean of real baselines"}  # labels of the mean rows
+CONTROLS = {  # how each control differs from G4Seg
+    "alpha_zero": "generates without injecting the mask (alpha = 0), and therefore cuts the evidence at 0",
     "gate": "updates weighted by the discrepancy",
     "no_gate": "updates not weighted by the discrepancy",
-    "no_choice": "the evidence is cut at 0 and not where the generated image suggests",
-    "no_generation": "generates nothing: features of the original alone (F_g := F_o), cut at 0",
+    "no_choice": "cuts the evidence at 0 instead of where the generated image suggests",
+    "no_generation": "generates nothing: uses the original's features only (F_g := F_o) and cuts at 0",
     "upsampling_only": "no iteration, only the edge-aware read-out",
-    "unconditioned": "compares with an image generated without a mask and not with the original",
+    "unconditioned": "compares with an image generated without a mask instead of with the original",
     "random": "the changes of G4Seg, redistributed at random within the same area",
     "crf": "dense CRF in place of G4Seg",
     "g4seg_crf": "dense CRF on the masks of G4Seg",
-    "trained": "a small network, trained on the training phrases' ground truth made inexact",
+    "trained": "a small network, trained on inexact ground truth of the training phrases",
 }
-"""The difference of each control from G4Seg."""
 
 _CHANGE_COLUMNS = [
     Column("miou_before", "before", over="mIoU"),
@@ -44,210 +40,170 @@ _CHANGE_COLUMNS = [
 _BOUNDARY_DELTA = Column("boundary_iou_delta", "B. IoU Δ", "signed")
 
 
+# --------------------------------------------------------------------------------------------------------------- tables
 def refinement_tables(params: Params, scores: StudyScores) -> list[Table]:
     """Build `refinement`, and `refinement_controls` and `refinement_sensitivity` if the study has them."""
-    names = {row["refiner"] for row in scores.refinement["rows"]}
+    refiners = list(dict.fromkeys(row["refiner"] for row in scores.refinement["rows"]))
     tables = [refinement(params, scores)]
-    if names & CONTROLS.keys():
-        tables.append(refinement_controls(params, scores))
-    if any("=" in name for name in names):
-        tables.append(refinement_sensitivity(params, scores))
+    if controls := [refiner for refiner in refiners if refiner in CONTROLS]:
+        tables.append(refinement_controls(params, scores, controls))
+    if variants := [refiner for refiner in refiners if "=" in refiner]:
+        tables.append(refinement_sensitivity(params, scores, variants))
     return tables
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
 def refinement(params: Params, scores: StudyScores) -> Table:
     """Compare every coarse mask before and after G4Seg (ours), with the means."""
-    rows = _refiner_rows(scores, G4SEG)
-    return Table(
-        name="refinement",
-        caption="Coarse masks before and after G4Seg (ours, a reimplementation): mIoU, average recall and boundary IoU "
-        f"(points), measured here on {_describe_subset(params, scores)}.",
-        frame=_build_frame(rows, list(FIRST_COLUMNS)),
-        columns=[
-            Column("shown", "Coarse masks", "text"),
-            Column("real", "Real", "flag"),
-            *_CHANGE_COLUMNS,
-            Column("boundary_iou_before", "before", over="Boundary IoU"),
-            Column("boundary_iou_after", "after", over="Boundary IoU"),
-        ],
-        group_by="kind",
-        notes=[
-            _protocol_note(params, scores),
-            f"Real: made without the ground truth. {_passes_note(scores)} The G4Seg paper's rows cannot be given: all that is "
-            "known of its numbers are gains of +0.77 to +1.00 mIoU on three benchmarks (published), on other data and coarse "
-            "masks.",
-            *_best_threshold_notes(scores),
-            *_missing_values_notes(rows),
-        ],
-        small=True,
+    g4seg_rows = [row for row in scores.refinement["rows"] if row["refiner"] == G4SEG]
+    passes = ", ".join(str(count) for count in sorted({row["passes"] for row in g4seg_rows}))
+    notes = [
+        f"Real: made without the ground truth. Forward passes of the U-Net per mask with G4Seg: {passes}. The G4Seg paper's "
+        "results are not shown: only its published gains of +0.77 to +1.00 mIoU on three benchmarks are known here, and "
+        "they are for other data and coarse masks."
+    ]
+    if best := [row for row in g4seg_rows if "best_before" in row["miou"]]:
+        # This is not a result, because the threshold is chosen on the scored images. It shows the cost of the fixed threshold.
+        values = [
+            f"{row['label']} {100 * row['miou']['best_before']:.1f} at {row['miou']['best_threshold_before']:g}" for row in best
+        ]
+        notes.append(f"Coarse mIoU at the background threshold that is best on these images: {'; '.join(values)}.")
+    if methods := ", ".join(row["label"] for row in g4seg_rows if None in (row["ar"]["before"], row["miou"]["before"])):
+        notes.append(f"{methods}: only class masks or only phrase masks were imported; means omit missing values.")
+
+    caption = (
+        "Coarse masks before and after G4Seg (ours, a reimplementation): mIoU, average recall and boundary IoU (points), "
+        f"measured here on {_describe_subset(params, scores)}."
     )
+    columns = [
+        Column("shown", "Coarse masks", "text"),
+        Column("real", "Real", "flag"),
+        *_CHANGE_COLUMNS,
+        Column("boundary_iou_before", "before", over="Boundary IoU"),
+        Column("boundary_iou_after", "after", over="Boundary IoU"),
+    ]
+    notes = [_protocol_note(params, scores), *notes]
+    frame = _build_frame(_refiner_rows(scores, G4SEG))
+    return Table("refinement", caption, frame, columns, notes, group_by="kind", small=True)
 
 
-def refinement_controls(params: Params, scores: StudyScores) -> Table:
+def refinement_controls(params: Params, scores: StudyScores, controls: list[str]) -> Table:
     """Compare the controls of G4Seg. The CSV has every row; only the means are printed."""
-    names = [name for name in dict.fromkeys(row["refiner"] for row in scores.refinement["rows"]) if name in CONTROLS]
-    rows = [{"control": name, **row} for name in names for row in _refiner_rows(scores, name)]
-    frame = _build_frame(rows, ["control", *FIRST_COLUMNS])
-    g4seg_gains = "; ".join(
-        f"{MEANS[mean['over']]} {difference_text(mean['miou'])}"
-        for mean in scores.refinement["means"]
-        if mean["refiner"] == G4SEG
-    )
-    return Table(
-        name="refinement_controls",
-        caption="Controls of G4Seg (ours): mean results over the coarse masks (points), measured here on "
-        f"{_describe_subset(params, scores)}.",
-        frame=frame,
-        columns=[
-            Column("control", "Control", "text"),
-            Column("shown", "Mean", "text"),
-            Column("baselines", "of", "count"),
-            Column("passes", "Passes", "count"),
-            *_CHANGE_COLUMNS,
-            _BOUNDARY_DELTA,
-        ],
-        group_by="control",
-        printed=frame["kind"] == "mean",
-        notes=[
-            f"G4Seg itself, Δ mIoU: {g4seg_gains}. {_protocol_note(params, scores)} Rows of single coarse masks: "
-            "refinement_controls.csv.",
-            " ".join(f"{name}: {CONTROLS[name]}." for name in names),
-            "of: number of methods in the mean. Passes: forward passes of the U-Net per mask; "
-            f"measured seconds: {costs_dir(params) / 'refinement_costs.md'}.",
-        ],
-        small=True,
-    )
+    frame = _build_frame([{"control": name, **row} for name in controls for row in _refiner_rows(scores, name)])
+    means = [mean for mean in scores.refinement["means"] if mean["refiner"] == G4SEG]
+    gains = "; ".join(f"{MEANS[mean['over']]} {difference_text(mean['miou'])}" for mean in means)
+    subset = _describe_subset(params, scores)
+    caption = f"Controls of G4Seg (ours): mean results over the coarse masks (points), measured here on {subset}."
+    columns = [
+        Column("control", "Control", "text"),
+        Column("shown", "Mean", "text"),
+        Column("baselines", "N", "count"),
+        Column("passes", "Passes", "count"),
+        *_CHANGE_COLUMNS,
+        _BOUNDARY_DELTA,
+    ]
+    notes = [
+        f"G4Seg itself, Δ mIoU: {gains}. {_protocol_note(params, scores)} Single coarse masks: refinement_controls.csv.",
+        " ".join(f"{name}: {CONTROLS[name]}." for name in controls),
+        "N: number of baselines in the mean. Passes: forward passes of the U-Net per mask; measured seconds: "
+        f"{costs_dir(params) / 'refinement_costs.md'}.",
+    ]
+    printed = frame["kind"] == "mean"
+    return Table("refinement_controls", caption, frame, columns, notes, group_by="control", printed=printed, small=True)
 
 
-def refinement_sensitivity(params: Params, scores: StudyScores) -> Table:
+def refinement_sensitivity(params: Params, scores: StudyScores, variants: list[str]) -> Table:
     """Compare G4Seg with variants in which one constant is changed."""
-    all_rows = scores.refinement["rows"]
-    variants = {row["refiner"] for row in all_rows if "=" in row["refiner"]}
-    baselines = dict.fromkeys(row["baseline"] for row in all_rows if row["refiner"] in variants)
-    rows = []
-    for baseline in baselines:
-        for row in all_rows:
-            if row["baseline"] == baseline and row["refiner"] in (G4SEG, *variants):
-                change = "unchanged" if row["refiner"] == G4SEG else row["refiner"].replace("=", " = ")
-                rows.append({"changed": change, **_row(scores, row)})
-    refine = params.refine
-    return Table(
-        name="refinement_sensitivity",
-        caption=f"Sensitivity of G4Seg (ours) to its constants (points), measured here on {_describe_subset(params, scores)}.",
-        frame=_build_frame(rows, ["changed", *FIRST_COLUMNS]),
-        columns=[
-            Column("changed", "Changed", "text"),
-            Column("passes", "Passes", "count"),
-            *_CHANGE_COLUMNS,
-            _BOUNDARY_DELTA,
-        ],
-        group_by="method",
-        groups={row["method"]: row["method"] for row in rows},
-        notes=[
-            f"Unchanged: alpha = {refine.alpha:g}, beta = {refine.beta:g}, timesteps {refine.timesteps}, "
-            f"{plural(refine.iterations, 'iteration')}, layers {refine.layers}, cuts at 0 and the quantiles {refine.levels}. "
-            f"{_protocol_note(params, scores)}"
-        ],
-        small=True,
+    all_rows, refine = scores.refinement["rows"], params.refine
+    baselines = list(dict.fromkeys(row["baseline"] for row in all_rows if row["refiner"] in variants))
+    compared = [row for row in all_rows if row["baseline"] in baselines and row["refiner"] in (G4SEG, *variants)]
+    rows = [
+        {"changed": "unchanged" if row["refiner"] == G4SEG else row["refiner"].replace("=", " = "), **_row(scores, row)}
+        for row in sorted(compared, key=lambda row: baselines.index(row["baseline"]))
+    ]
+    caption = f"Sensitivity of G4Seg (ours) to its constants (points), measured here on {_describe_subset(params, scores)}."
+    columns = [Column("changed", "Changed", "text"), Column("passes", "Passes", "count"), *_CHANGE_COLUMNS, _BOUNDARY_DELTA]
+    note = (
+        f"Unchanged: alpha = {refine.alpha:g}, beta = {refine.beta:g}, timesteps {refine.timesteps}, "
+        f"{plural(refine.iterations, 'iteration')}, layers {refine.layers}, cuts at 0 and at {refine.cut_quantiles}. "
+        f"{_protocol_note(params, scores)}"
     )
+    groups = {row["method"]: row["method"] for row in rows}
+    frame = _build_frame(rows)
+    return Table("refinement_sensitivity", caption, frame, columns, [note], group_by="method", groups=groups, small=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs
 def costs_dir(params: Params) -> Path:
-    """Return the folder of the costs table, outside of the results because times differ between runs."""
+    """Return the folder of the costs table. It is not below the results, because times differ between equal runs."""
     return params.work_dir / "tables"
 
 
-def refinement_costs(params: Params, scores: StudyScores, manifest: dict[str, Any]) -> Table:
-    """Compare the seconds per image and the gain of each refiner, using the times in the manifest of refinement.
-
-    Refiners without a time have an empty cell, e.g. the random control when it is made from the forward passes of G4Seg.
-    All other tables are the same bytes in every run that makes the same masks; this one is not, hence `costs_dir`.
-    """
-    # 1. One row per refiner and baseline, then one mean per refiner.
-    timing = manifest.get("timing", {})
-    frame = pd.DataFrame([_cost_row(timing, row) for row in scores.refinement["rows"]])
+def refinement_costs(params: Params, scores: StudyScores) -> Table:
+    """Compare each refiner's measured seconds per image, if there are any, and its gain."""
+    # 1. Build one row per refiner and baseline, then one mean row per refiner.
+    path = times_path(params, "refine")
+    times = read_json(path) if path.exists() else {}
+    frame = pd.DataFrame([_cost_row(times, row) for row in scores.refinement["rows"]])
     means = pd.DataFrame([_mean_cost(refiner, members) for refiner, members in frame.groupby("refiner", sort=False)])
     frame = pd.concat([frame, means], ignore_index=True)
 
-    # 2. Values per image, to three significant digits.
+    # 2. Compute values per image, to three significant digits.
     for name, total in (("seconds_per_image", "seconds"), ("masks_per_image", "masks")):
         per_image = pd.to_numeric(frame[total]) / pd.to_numeric(frame["images"])
         frame[name] = [None if pd.isna(value) else float(f"{value:.3g}") for value in per_image]
     frame["scores"] = str(params.results_dir / "refined" / "manifest.json")
 
-    # 3. The table; only the means are printed.
+    # 3. Build the table; only the means are printed.
     timed_means = frame[(frame["kind"] == "mean") & (frame["baselines"] > 0)]
     devices = "; ".join(
         f"on {device} in blocks of {batch:g}: {', '.join(refiners)}"
         for (device, batch), refiners in timed_means.groupby(["device", "batch"], sort=False)["refiner"]
     )
-    return Table(
-        name="refinement_costs",
-        caption="Cost and gain of G4Seg (ours), its controls and its variants, mean over the coarse masks: seconds, and Δ mIoU "
-        f"(points), measured here on {_describe_subset(params, scores)}.",
-        frame=frame,
-        columns=[
-            Column("refiner", "Refiner", "text"),
-            Column("baselines", "of", "count"),
-            Column("passes", "Passes per mask", "count"),
-            Column("masks_per_image", "Masks per image", "number"),
-            Column("seconds_per_image", "Seconds per image", "number"),
-            Column("delta", "Δ mIoU", "signed"),
-        ],
-        printed=frame["kind"] == "mean",
-        notes=[
-            f"Measured {devices}. Masks from an earlier run keep the time of that run. The times cover all masks of an image, "
-            "for phrases and class phrases, including reading and writing the masks but not loading the networks. g4seg_crf: "
-            "G4Seg and the CRF together. of: number of coarse masks with a time. —: no time, as for random when it is made "
-            "from the forward passes of G4Seg."
-        ],
+    caption = (
+        "Cost and gain of G4Seg (ours), its controls and its variants, mean over the coarse masks: seconds, and Δ mIoU "
+        f"(points), measured here on {_describe_subset(params, scores)}."
     )
+    columns = [
+        Column("refiner", "Refiner", "text"),
+        Column("baselines", "N", "count"),
+        Column("passes", "Passes per mask", "count"),
+        Column("masks_per_image", "Masks per image", "number"),
+        Column("seconds_per_image", "Seconds per image", "number"),
+        Column("delta", "Δ mIoU", "signed"),
+    ]
+    note = (
+        f"Measured {devices}. Masks from an earlier run keep the time of that run. The times cover all masks of an image, for "
+        "phrases and class phrases, including reading and writing the masks but not loading the networks. g4seg_crf: G4Seg and "
+        "the CRF together. N: number of baselines with a time. —: no time, for example for random, if it reuses the forward "
+        "passes of G4Seg."
+    )
+    return Table("refinement_costs", caption, frame, columns, [note], printed=frame["kind"] == "mean")
 
 
-def _cost_row(timing: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """Return the time and the gain of one refiner on one baseline."""
-    return {
-        "refiner": row["refiner"],
-        "method": row["label"],
-        "baseline": row["baseline"],
-        **_measured_time(timing, row["refiner"], row["baseline"]),
-        "delta": to_points(row["miou"]["difference"]),
-        "passes": row["passes"],
-        "kind": "method",
-        "baselines": 1,
-    }
-
-
-def _measured_time(timing: dict[str, Any], refiner: str, baseline: str) -> dict[str, Any]:
-    """Return seconds, masks, images, device and batch of one refiner on one baseline; all null if a part was not timed."""
-    names = (G4SEG, refiner) if refiner == "g4seg_crf" else (refiner,)
-    times = [timing[f"{name}/{baseline}"] for name in names if f"{name}/{baseline}" in timing]
-    if len(times) < len(names):
-        return dict.fromkeys(("seconds", "images", "masks", "device", "batch"))
-    return times[0] | {"seconds": sum(time["seconds"] for time in times)}
+def _cost_row(times: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """Return the time and the gain of one refiner on one baseline. The time is null if a part of it was not measured."""
+    parts = [G4SEG, "g4seg_crf"] if row["refiner"] == "g4seg_crf" else [row["refiner"]]
+    measured = [times[f"{part}/{row['baseline']}"] for part in parts if f"{part}/{row['baseline']}" in times]
+    time = dict.fromkeys(("seconds", "images", "masks", "device", "batch"))
+    if len(measured) == len(parts):
+        time = measured[0] | {"seconds": sum(part["seconds"] for part in measured)}
+    columns = {"refiner": row["refiner"], "method": row["label"], "baseline": row["baseline"], **time}
+    gain = {"delta": to_points(row["miou"]["difference"]), "passes": row["passes"]}
+    return columns | gain | {"kind": "method", "baselines": 1}
 
 
 def _mean_cost(refiner: Any, members: pd.DataFrame) -> dict[str, Any]:
     """Return the mean over a refiner's timed rows."""
     timed = members.dropna(subset="seconds")
     means = {name: timed[name].mean() if len(timed) else None for name in ("seconds", "images", "masks", "delta")}
-    return {
-        "refiner": refiner,
-        "method": "mean",
-        "kind": "mean",
-        "baselines": len(timed),
-        "passes": members["passes"].iloc[0],
-        **means,
-        "device": ", ".join(dict.fromkeys(timed["device"])),
-        "batch": timed["batch"].max(),
-    }
+    columns = {"refiner": refiner, "method": "mean", "kind": "mean", "baselines": len(timed), **means}
+    devices = {"device": ", ".join(dict.fromkeys(timed["device"])), "batch": timed["batch"].max()}
+    return columns | devices | {"passes": members["passes"].iloc[0]}
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
 def _refiner_rows(scores: StudyScores, refiner: str) -> list[dict[str, Any]]:
-    """Return a refiner's rows: one per baseline, then the mean over all and the mean over the real ones."""
+    """Return a refiner's rows: one per baseline, then the mean over all and the mean over those made without ground truth."""
     rows = [_row(scores, row) for row in scores.refinement["rows"] if row["refiner"] == refiner]
     for mean in scores.refinement["means"]:
         if mean["refiner"] == refiner:
@@ -258,21 +214,15 @@ def _refiner_rows(scores: StudyScores, refiner: str) -> list[dict[str, Any]]:
 
 
 def _row(scores: StudyScores, row: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns of one row of `refinement.json`, in points. The mIoU columns of the change have no prefix."""
-    columns: dict[str, Any] = {
+    """Return the columns of one row of `refinement.json`, in points. The mIoU difference and its interval have no prefix."""
+    counts = scores.refinement["counts"]
+    return {
         "method": row["label"],
         "real": row["real"],
+        **_change_columns(row["miou"], "miou_", ""),
         "shown": SHORT_LABELS.get(row["baseline"], row["label"]),
-    }
-    for name in ("miou", "ar", "boundary_iou"):
-        value, prefix = row[name], "" if name == "miou" else f"{name}_"
-        columns[f"{name}_before"] = to_points(value["before"])
-        columns[f"{name}_after"] = to_points(value["after"])
-        columns[f"{prefix}delta"] = to_points(value["difference"])
-        columns[f"{prefix}ci_low"] = to_points(value["ci_low"])
-        columns[f"{prefix}ci_high"] = to_points(value["ci_high"])
-    counts = scores.refinement["counts"]
-    return columns | {
+        **_change_columns(row["ar"], "ar_", "ar_"),
+        **_change_columns(row["boundary_iou"], "boundary_iou_", "boundary_iou_"),
         "miou_best_before": to_points(row["miou"].get("best_before")),
         "baseline": row["baseline"],
         "passes": row["passes"],
@@ -281,12 +231,19 @@ def _row(scores: StudyScores, row: dict[str, Any]) -> dict[str, Any]:
         "source": "measured",
         "n": counts["phrases"],
         "images": counts["images"],
-        "scores": str(scores.refinement_path),
+        "scores": str(scores.folder / "refinement.json"),
     }
 
 
-def _build_frame(rows: list[dict[str, Any]], first: list[str]) -> pd.DataFrame:
-    frame = build_frame(rows, first)
+def _change_columns(change: dict[str, Any], prefix: str, difference_prefix: str) -> dict[str, Any]:
+    return {f"{prefix}{key}": to_points(change[key]) for key in ("before", "after")} | {
+        f"{difference_prefix}{name}": to_points(change[key])
+        for key, name in (("difference", "delta"), ("ci_low", "ci_low"), ("ci_high", "ci_high"))
+    }
+
+
+def _build_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    frame = build_frame(rows)
     return frame.drop(columns="miou_best_before") if frame["miou_best_before"].isna().all() else frame
 
 
@@ -298,46 +255,14 @@ def _describe_subset(params: Params, scores: StudyScores) -> str:
 
 def _protocol_note(params: Params, scores: StudyScores) -> str:
     """Describe the images, the background rule, and what is refined and compared."""
-    subset = "all of test"
-    if params.refine.test_fraction != 1:
-        subset = f"a fixed part of test ({params.refine.test_fraction:g} of its images, chosen by hash)"
-    threshold = scores.refinement["background_threshold"]
-    rule = "none, the data have no background class"
+    fraction, threshold = params.refine.test_fraction, scores.refinement["background_threshold"]
+    subset = "all of test" if fraction == 1 else f"a fixed part of test ({fraction:g} of its images, chosen by hash)"
+    rule = "none, because the data have no background class"
     if threshold is not None:
-        rule = f"threshold {threshold:g}, frozen before refinement"
+        rule = f"threshold {threshold:g}, fixed before refinement"
     return (
         f"On {subset}. mIoU: class phrases “{params.data.class_template}”, one confusion matrix at native size; background "
-        f"rule: {rule}. The labelling is refined class by class, and each pixel takes the class with the highest refined P. "
+        f"rule: {rule}. Each class is refined on its own, and each pixel takes the class with the highest refined P. "
         f"AR and boundary IoU: phrases, protocol {scores.refinement['protocol']}. Δ: after minus before, paired bootstrap over "
-        "images, jointly for a mean."
+        "images; the rows of a mean share the resampled images."
     )
-
-
-def _passes_note(scores: StudyScores) -> str:
-    counts = sorted({row["passes"] for row in scores.refinement["rows"] if row["refiner"] == G4SEG})
-    return f"Forward passes of the U-Net per mask with G4Seg: {', '.join(map(str, counts))}."
-
-
-def _best_threshold_notes(scores: StudyScores) -> list[str]:
-    """Give the coarse masks' mIoU at the background threshold that is best on the same images.
-
-    The threshold was chosen on the scored images, so this is not a result; it shows what the frozen threshold costs.
-    """
-    values = [
-        f"{row['label']} {100 * row['miou']['best_before']:.1f} at {row['miou']['best_threshold_before']:g}"
-        for row in scores.refinement["rows"]
-        if row["refiner"] == G4SEG and "best_before" in row["miou"]
-    ]
-    if not values:
-        return []
-    return [f"Coarse mIoU at the background threshold that is best on these images: {'; '.join(values)}."]
-
-
-def _missing_values_notes(rows: list[dict[str, Any]]) -> list[str]:
-    """Name the methods that have only class masks or only phrase masks."""
-    methods = [
-        row["method"] for row in rows if row["kind"] == "method" and (row["ar_before"] is None or row["miou_before"] is None)
-    ]
-    if not methods:
-        return []
-    return [f"{', '.join(methods)}: only class masks or only phrase masks were imported; a mean covers the rows with a value."]

@@ -1,0 +1,70 @@
+"""Evolution of labels over the timesteps (Fig. 5): x_t and the estimates of x_0 for a few phrases at the base point."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from genseg.artifacts.files import atomic_path
+from genseg.artifacts.latents import LatentStore
+from genseg.artifacts.parquet import KEY
+from genseg.diffusion.pipeline import GSPipeline
+from genseg.latents import Texts, image_store
+from genseg.params import Params, canonical_json, digest
+from genseg.sampling.runs import base_run, run_rows
+
+PHRASES = 4
+"""Number of recorded phrases, which are of different images where possible."""
+
+
+def evolution_path(folder: Path) -> Path:
+    """Return the path of the evolution file in a folder of predictions or parts."""
+    return folder / "evolution.safetensors"
+
+
+def evolution_key(run_key: str) -> str:
+    """Return the hash of everything that the evolution depends on, given the key of the base run."""
+    return digest([run_key, "evolution"])
+
+
+def has_evolution(path: Path, key: str) -> bool:
+    """Return whether an evolution file exists and has this key."""
+    try:
+        with safe_open(path, "np") as handle:
+            return json.loads(handle.metadata()["evolution"])["key"] == key
+    except (SafetensorError, OSError, KeyError, TypeError):
+        return False
+
+
+def write_evolution(path: Path, params: Params, pipeline: GSPipeline, texts: Texts, phrases: pd.DataFrame, key: str) -> None:
+    """Write `xt` and `x0` [K, T, h, w] uint8 (0 to 255), and as metadata timesteps [T], the keys of K phrases, and `key`."""
+    base = params.sample.base
+    rows = run_rows(params, base_run(params), phrases, phrases.iloc[:0]).sort_values(KEY)
+    rows = pd.concat([rows.drop_duplicates("image_id"), rows]).drop_duplicates(KEY).head(PHRASES)
+    images = LatentStore(image_store(params, base.size))
+    latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(pipeline.device)
+    keys = list(zip(*(rows[name] for name in KEY), strict=True))
+    states: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def observe(t: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
+        states.append((t, pipeline.soft_labels(x_t), pipeline.soft_labels(x_0)))
+
+    pipeline.label_maps(latents, [texts[text] for text in rows["text"]], keys, base, params.seed, observe=observe)
+
+    def as_uint8(maps: list[torch.Tensor]) -> NDArray[np.uint8]:
+        return np.rint(torch.stack(maps, dim=1).cpu().numpy() * 255).astype(np.uint8)  # (K, T, h, w)
+
+    facts = {
+        "timesteps": [t for t, _, _ in states],
+        "keys": [[int(image_id), str(narrative_id), int(phrase_id)] for image_id, narrative_id, phrase_id in keys],
+        "key": key,
+    }
+    metadata = {"evolution": canonical_json(facts)}  # a single entry, because safetensors does not fix the order of entries
+    tensors = {"xt": as_uint8([x_t for _, x_t, _ in states]), "x0": as_uint8([x_0 for _, _, x_0 in states])}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
