@@ -1,9 +1,10 @@
-"""Write predictions in a format that other tools read."""
+"""Command that exports predictions."""
 
 import argparse
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def run_export(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Write predictions in a format that other tools read."""
     from genseg.interchange.exporting import FORMATS
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -25,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="index_png, for soft maps of a study with a background class: none | threshold:V; mIoU is scored with"
         " V = score.background_threshold",
     )
-
-
-def run(args: argparse.Namespace) -> None:
+    args = parser.parse_args(arguments)
     from pathlib import Path
 
     from genseg.artifacts.phrases import read_phrases

@@ -1,14 +1,17 @@
-"""Add the outputs of another method as a baseline of the study. The next run of the DAG scores, refines and tabulates it.
-
-Maps, index masks and COCO instances are for classes and give mIoU; rows with narrative_id and phrase_id give AR. To have both,
-import both under the same name: a second import replaces only the half that it provides. Files are matched by the image's file
-name without its suffix. Nothing in a pickled file is executed; only its arrays are read.
-"""
+"""Command that imports predictions of another method."""
 
 import argparse
 
+from genseg.cli.options import add_params
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def run_import(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Add the outputs of another method as a baseline of the study. The next run of the DAG scores, refines and tabulates it.
+
+    Maps, index masks and COCO instances are for classes and give mIoU; rows with narrative_id and phrase_id give AR. To have
+    both, import both under the same name: a second import replaces only the half that it provides. Files are matched by the
+    image's file name without its suffix. Nothing in a pickled file is executed; only its arrays are read.
+    """
     from genseg.interchange.importing import FORMATS
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -16,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="name of the method in tables: letters, digits and . _ + -")
     parser.add_argument("--format", required=True, choices=FORMATS, help="format of the source; see below")
     parser.add_argument("--source", required=True, metavar="PATH", help="folder or file to import")
-    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
+    add_params(parser)
     parser.add_argument("--array", metavar="NAME", help="irn, clip_es: name of the maps (default: high_res; attn_highres)")
     parser.add_argument(
         "--background",
@@ -34,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-missing", action="store_true", help="accept images (or phrases) missing from the source; they count as IoU 0"
     )
-
-
-def run(args: argparse.Namespace) -> None:
+    args = parser.parse_args(arguments)
     from pathlib import Path
 
     from genseg.baselines.registry import import_paths

@@ -2,39 +2,34 @@
 
 import argparse
 import importlib
-import keyword
+import inspect
 import os
 import sys
 
 from genseg.errors import UserError
 
 COMMANDS = {
-    "params": "print the resolved params of a study, or how two studies differ",
-    "data": "assemble the data into the phrase table",
-    "backbone": "load, fine-tune or train the backbone (VAE, text encoders, U-Net)",
-    "latents": "compute image latents and text embeddings",
-    "train": "train the label-diffusion model or its discriminative control",
-    "baseline": "predict masks from the backbone's attention, or make inexact masks",
-    "sample": "predict masks: the main row, its controls, the grid",
-    "refine": "refine predictions of any method with G4Seg",
-    "score": "score predictions: AR, mIoU, boundary IoU",
-    "tables": "write the tables and figures",
-    "sweep": "train variants of a study and compare them",
-    "compare": "compare the variants of a sweep from their scores",
-    "predict": "segment one image by phrases",
-    "import": "import predictions of another method as a baseline of the study",
-    "export": "write predictions as COCO results or index masks",
-    "plan": "estimate memory, storage, operations and hours of a study",
-    "sync": "synchronise the records of Snakemake and DVC",
-    "dvc": "write dvc.yaml from the phases and rules, or check it",
-    "lease": "run a command on leased GPUs",
+    "params": ("study", "print the resolved params of a study, or how two studies differ"),
+    "data": ("study", "assemble the data into the phrase table"),
+    "backbone": ("study", "load, fine-tune or train the backbone (VAE, text encoders, U-Net)"),
+    "latents": ("study", "compute image latents and text embeddings"),
+    "train": ("study", "train the label-diffusion model or its discriminative control"),
+    "baseline": ("study", "predict masks from the backbone's attention, or make inexact masks"),
+    "sample": ("study", "predict masks: the main row, its controls, the grid"),
+    "refine": ("refine", "refine predictions of any method with G4Seg"),
+    "score": ("score", "score predictions: AR, mIoU, boundary IoU"),
+    "tables": ("study", "write the tables and figures"),
+    "sweep": ("workflow", "train variants of a study and compare them"),
+    "compare": ("workflow", "compare the variants of a sweep from their scores"),
+    "predict": ("predict", "segment one image by phrases"),
+    "import": ("import_", "import predictions of another method as a baseline of the study"),
+    "export": ("export", "write predictions as COCO results or index masks"),
+    "plan": ("plan", "estimate memory, storage, operations and hours of a study"),
+    "sync": ("workflow", "synchronise the records of Snakemake and DVC"),
+    "dvc": ("workflow", "write dvc.yaml from the phases and rules, or check it"),
+    "lease": ("workflow", "run a command on leased GPUs"),
 }
-
-SHARED_MODULES = {
-    "study": ("params", "data", "latents", "train", "sample", "tables"),
-    "workflow": ("sweep", "compare", "sync", "dvc", "lease"),
-}
-"""Modules with a function `run_<command>` for each of these commands. Any other command has its own module."""
+"""Command -> (module of `genseg.cli` with the function `run_<command>`, line of the help text)."""
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -53,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         usage="genseg COMMAND [arguments]",
         description="Generative segmentation by label diffusion, as a reproducible study.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+        + "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
         + "\n\n`genseg COMMAND --help` lists the arguments of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,18 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     head = parser.parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    shared = next((module for module, commands in SHARED_MODULES.items() if head.command in commands), None)
-    name = shared or f"{head.command}{'_' if keyword.iskeyword(head.command) else ''}"
-    module = importlib.import_module(f"genseg.cli.{name}")
-    command = argparse.ArgumentParser(prog=f"genseg {head.command}", description=module.__doc__)
+    module, _ = COMMANDS[head.command]
+    run = getattr(importlib.import_module(f"genseg.cli.{module}"), f"run_{head.command}")
+    command = argparse.ArgumentParser(prog=f"genseg {head.command}", description=inspect.getdoc(run))
     try:
-        if shared:
-            run = getattr(module, f"run_{head.command}")
-            command.description = run.__doc__
-            run(command, head.arguments)
-        else:
-            module.add_arguments(command)
-            module.run(command.parse_args(head.arguments))
+        run(command, head.arguments)
     except UserError as error:
         print(f"genseg {head.command}: error: {error}", file=sys.stderr)
         return 2

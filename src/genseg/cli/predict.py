@@ -1,9 +1,10 @@
-"""Segment one image by phrases with a trained model: one mask PNG per phrase, an overlay, and a JSON file with RLE masks."""
+"""Command that segments one image."""
 
 import argparse
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def run_predict(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Segment one image by phrases with a trained model: one mask PNG per phrase, an overlay, and a JSON file of RLE masks."""
     parser.add_argument("image", metavar="IMAGE", help="image to segment, of any mode and size")
     parser.add_argument("--phrase", action="append", required=True, metavar="TEXT", help="phrase; may be repeated")
     parser.add_argument("--model", metavar="DIR", help="trained model, e.g. results/mini/model/gs (default: that of --params)")
@@ -15,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="precision (default: that of --params, or fp32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device (default: %(default)s)")
-
-
-def run(arguments: argparse.Namespace) -> None:
+    args = parser.parse_args(arguments)
     from pathlib import Path
 
     from genseg.data.images import load_image
@@ -27,33 +26,33 @@ def run(arguments: argparse.Namespace) -> None:
     from genseg.models.device import choose_device, describe
     from genseg.params import load_params
 
-    if not all(phrase.strip() for phrase in arguments.phrase):
+    if not all(phrase.strip() for phrase in args.phrase):
         raise UserError("--phrase: the phrase is empty")
-    for flag, value in (("--steps", arguments.steps), ("--guidance", arguments.guidance)):
+    for flag, value in (("--steps", args.steps), ("--guidance", args.guidance)):
         if value is not None and not 1 <= value < float("inf"):
             raise UserError(f"{flag} {value}: must be a number of at least 1")
-    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
-        raise UserError(f"--threshold {arguments.threshold}: must be between 0 and 1")
-    out = Path(arguments.out)
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: must be between 0 and 1")
+    out = Path(args.out)
     if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"--out {out}: {file} is a file; pass a folder")
-    params = load_params(arguments.params) if arguments.params else None
-    if arguments.model is None and params is None:
+    params = load_params(args.params) if args.params else None
+    if args.model is None and params is None:
         raise UserError("pass a trained model with --model DIR, or a study that has one with --params FILE")
-    model = Path(arguments.model) if params is None or arguments.model else params.model_dir("gs")
+    model = Path(args.model) if params is None or args.model else params.model_dir("gs")
 
-    image, device = load_image(arguments.image), choose_device(arguments.device)
+    image, device = load_image(args.image), choose_device(args.device)
     output = segment_image(
         image,
-        arguments.phrase,
+        args.phrase,
         model,
         device,
         params.sample if params else None,
-        arguments.precision,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance,
-        threshold=arguments.threshold,
-        seed=arguments.seed,
+        args.precision,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        threshold=args.threshold,
+        seed=args.seed,
     )
-    write_prediction_folder(out, image, arguments.phrase, output.masks, output.maps)
+    write_prediction_folder(out, image, args.phrase, output.masks, output.maps)
     print(f"{len(output.masks)} masks in {out} (device {describe(device)})")

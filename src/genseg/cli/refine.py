@@ -1,18 +1,21 @@
-"""Refine the masks of predictions with our reimplementation of G4Seg, each phrase independently.
-
-With --predictions, one predictions file of any method is refined with the constants of `refine` in the params file; --method
-chooses G4Seg or one of its controls (`upsampling_only`, `alpha_zero`, ...). Without it, all baselines of the study are refined
-by G4Seg and its controls on a fixed part of test (`refine.test_fraction`); --train, --shard and --gather each run one step of
-this. Files that are up to date are kept.
-With --tune-crf, nothing is refined. Instead, ten settings of the dense CRF are compared on val, on the masks of GS and on
-inexact ground-truth masks. The best setting is printed as `refine.crf`, to be copied into the params file.
-"""
+"""Command that refines predictions."""
 
 import argparse
 
+from genseg.cli.options import add_params
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
+
+def run_refine(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Refine the masks of predictions with our reimplementation of G4Seg, each phrase independently.
+
+    With --predictions, one predictions file of any method is refined with the constants of `refine` in the params file;
+    --method chooses G4Seg or one of its controls (`upsampling_only`, `alpha_zero`, ...). Without it, all baselines of the study
+    are refined by G4Seg and its controls on a fixed part of test (`refine.test_fraction`); --train, --shard and --gather each
+    run one step of this. Files that are up to date are kept. With --tune-crf, nothing is refined. Instead, ten settings of the
+    dense CRF are compared on val, on the masks of GS and on inexact ground-truth masks. The best setting is printed as
+    `refine.crf`, to be copied into the params file.
+    """
+    add_params(parser)
     parser.add_argument("--train", action="store_true", help="train the trained control")
     parser.add_argument("--shard", type=int, metavar="I", help="refine shard I of the baselines, counted from 0")
     parser.add_argument("--shards", type=int, default=1, metavar="N", help="number of shards (default: %(default)s)")
@@ -25,16 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="Stable Diffusion to refine with (default: refine.backbone)")
     parser.add_argument("--images", metavar="DIR", help="folder that the table's file names are relative to (default: .)")
     parser.add_argument("--pictures", metavar="DIR", help="folder for intermediate results, one PNG per phrase")
-
-
-def run(arguments: argparse.Namespace) -> None:
+    args = parser.parse_args(arguments)
     from genseg.errors import UserError
     from genseg.params import load_params
 
-    params = load_params(arguments.params)
-    file_flags = {f"--{name}": getattr(arguments, name) for name in ("phrases", "predictions", "out")}
-    if arguments.tune_crf:
-        part_flags = {"--train": arguments.train, "--shard": arguments.shard is not None, "--gather": arguments.gather}
+    params = load_params(args.params)
+    file_flags = {f"--{name}": getattr(args, name) for name in ("phrases", "predictions", "out")}
+    if args.tune_crf:
+        part_flags = {"--train": args.train, "--shard": args.shard is not None, "--gather": args.gather}
         unused = [flag for flag, value in (file_flags | part_flags).items() if value]
         if unused:
             raise UserError(f"--tune-crf refines nothing; leave out {', '.join(unused)}")
@@ -53,26 +54,26 @@ def run(arguments: argparse.Namespace) -> None:
 
         refine_file(
             params,
-            arguments.phrases,
-            arguments.predictions,
-            arguments.out,
-            method=arguments.method,
-            source=arguments.model,
-            images=arguments.images,
-            pictures=arguments.pictures,
+            args.phrases,
+            args.predictions,
+            args.out,
+            method=args.method,
+            source=args.model,
+            images=args.images,
+            pictures=args.pictures,
         )
         return
-    one_file_only = {f"--{name}": getattr(arguments, name) for name in ("model", "images", "pictures")}
-    one_file_only["--method"] = arguments.method if arguments.method != "g4seg" else None
+    one_file_only = {f"--{name}": getattr(args, name) for name in ("model", "images", "pictures")}
+    one_file_only["--method"] = args.method if args.method != "g4seg" else None
     unused = [flag for flag, value in one_file_only.items() if value is not None]
     if unused:
         raise UserError(f"{', '.join(unused)}: applies to one file only; also give {', '.join(file_flags)}")
     from genseg.refine.study import gather_refined, refine_shard, train_network
 
-    everything = not arguments.train and arguments.shard is None and not arguments.gather
-    if arguments.train or everything:
+    everything = not args.train and args.shard is None and not args.gather
+    if args.train or everything:
         train_network(params)
-    if arguments.shard is not None or everything:
-        refine_shard(params, arguments.shard or 0, arguments.shards)
-    if arguments.gather or everything:
+    if args.shard is not None or everything:
+        refine_shard(params, args.shard or 0, args.shards)
+    if args.gather or everything:
         gather_refined(params)

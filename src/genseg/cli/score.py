@@ -1,9 +1,4 @@
-"""Score predictions: per-phrase IoU, average recall (AR) and its splits, ceilings and intervals.
-
-With `--phrases T --predictions P --out scores.json` one set of predictions of any method is scored. The summary is printed as
-JSON; the per-phrase table is written next to it (.parquet). With `--params` all runs of a study are scored, including mIoU
-and comparisons. No images are needed. A phrase without a prediction counts as IoU 0.
-"""
+"""Command that scores predictions."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +6,13 @@ from pathlib import Path
 from genseg.errors import UserError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def run_score(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Score predictions: per-phrase IoU, average recall (AR) and its splits, ceilings and intervals.
+
+    With `--phrases T --predictions P --out scores.json` one set of predictions of any method is scored. The summary is printed
+    as JSON; the per-phrase table is written next to it (.parquet). With `--params` all runs of a study are scored, including
+    mIoU and comparisons. No images are needed. A phrase without a prediction counts as IoU 0.
+    """
     parser.add_argument("--params", help="params of a study whose runs are all scored; replaces the options below")
     parser.add_argument("--phrases", help="phrase table (Parquet)")
     parser.add_argument(
@@ -41,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bootstrap", type=int, default=1000, metavar="N", help="replicates for the 95 %% intervals (default: 1000; 0: none)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
-
-
-def run(args: argparse.Namespace) -> None:
+    args = parser.parse_args(arguments)
     options = {f"--{name}": getattr(args, name) for name in ("phrases", "predictions", "out")}
     missing = [flag for flag, value in options.items() if value is None]
     if args.params and (present := [flag for flag in options if flag not in missing]):

@@ -3,12 +3,8 @@
 import argparse
 import os
 
+from genseg.cli.options import add_params
 from genseg.params import load_params
-
-
-def add_params(parser: argparse.ArgumentParser) -> None:
-    """Add the option for the params file of a study."""
-    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
 
 
 def run_params(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -45,6 +41,15 @@ def run_data(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     )
 
 
+def run_backbone(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Select, fine-tune or train the backbone: VAE, text encoders and U-Net of an SDXL-inpainting pipeline."""
+    add_params(parser)
+    args = parser.parse_args(arguments)
+    from genseg.training.backbone import prepare_backbone
+
+    prepare_backbone(load_params(args.params))
+
+
 def run_latents(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """Encode every image with the VAE, once per size, and every phrase with the text encoders."""
     add_params(parser)
@@ -78,6 +83,25 @@ def run_train(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         launch(["train", "--params", args.params, "--model", args.model], count, params.resources.train.threads)
     else:
         train_model(params, args.model)
+
+
+def run_baseline(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Make the predictions of the baselines: from the backbone's attention (cross-attention maps, DiffPNG, DiffSeg), from
+    ground truth (inexact masks), and from the files of `genseg import`. Predictions that are up to date are kept.
+
+    Without a name, make all baselines of the study and write their manifest.
+    """
+    parser.add_argument(
+        "name",
+        nargs="*",
+        metavar="NAME",
+        help="cross_attention, diffpng_cross, diffpng_cross_self, diffseg, inexact_<kind>, or the name of an import",
+    )
+    add_params(parser)
+    args = parser.parse_args(arguments)
+    from genseg.baselines.make import make_baselines
+
+    make_baselines(load_params(args.params), args.name)
 
 
 def run_sample(parser: argparse.ArgumentParser, arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 
+from genseg.cli.options import add_params
 from genseg.errors import UserError
 
 
@@ -29,7 +30,7 @@ def run_sweep(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 def _add_params_and_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--params", default="params.yaml", metavar="FILE", help="params of the study (default: %(default)s)")
+    add_params(parser)
     parser.add_argument("--sweep", required=True, metavar="FILE", help="sweep document, e.g. sweeps/objectives.yaml")
 
 

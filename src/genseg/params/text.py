@@ -26,7 +26,7 @@ def differences(first: Params, second: Params) -> list[tuple[str, Any, Any]]:
     a, b = (_leaves(params.model_dump(mode="json")) for params in (first, second))
     keys = dict.fromkeys([*a, *b])
     rows = [(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
-    return [row for row in rows if not any(f"{row[0]}." in key[: len(row[0]) + 1] for key in keys)]
+    return [row for row in rows if not any(key.startswith(f"{row[0]}.") for key in keys)]
 
 
 def flow(value: Any) -> str:
