@@ -75,6 +75,10 @@ def _write_scores(root: Path, params: Params) -> None:
     def score(name: str, content: dict[str, Any]) -> None:
         write_scores(frame, content, scores / f"{name}.json")
 
+    def score_other_protocols(entry: dict[str, Any], overall: float) -> None:
+        for index, protocol in enumerate(params.score.protocols[1:], start=1):
+            score(f"protocols/{entry['name']}.{protocol}", summary(entry, overall - 0.1 * index, protocol))
+
     # 1. The main row, its controls, and both methods under the other protocols.
     classes = {"mean": 0.5, "interval": [0.4, 0.6], "per_class": {NASTY_CLASS: 0.25, "sky": 0.75, "absent": None}}
     main_point, base_point = params.sample.main, params.sample.base
@@ -83,8 +87,7 @@ def _write_scores(root: Path, params: Params) -> None:
     score("discriminative", summary(run_entry("discriminative", "control"), 0.65, miou=classes))
     score("colour_threshold", summary(run_entry("colour_threshold", "control"), 0.2))
     for name, overall in (("main", 0.7), ("discriminative", 0.65)):
-        for protocol in ("png-official", "ppmn"):
-            score(f"protocols/{name}.{protocol}", summary(run_entry(name, "main"), overall - 0.1, protocol))
+        score_other_protocols(run_entry(name, "main"), overall)
     pairs = ["main - text_permuted", "main - discriminative", "main - colour_threshold"]
 
     # 2. The grid, starting with the base point.
@@ -120,6 +123,8 @@ def _write_scores(root: Path, params: Params) -> None:
         if baseline.family != "run":
             entry = run_entry(f"baselines/{baseline.name}", "baseline") | {"label": baseline.label, "real": baseline.real}
             score(f"baselines/{baseline.name}", summary(entry | {"imported": False}, 0.5))
+            if baseline.real:
+                score_other_protocols(entry | {"imported": False}, 0.5)
     write_json(scores / "refinement.json", refinement_scores(study_baselines(params)))
 
 
@@ -242,7 +247,7 @@ def phrase_table(root: Path, frame: pd.DataFrame) -> pd.DataFrame:
         caption=None,
         phrase=[NASTY_PHRASE if phrase_id == 0 else "the red circle" for phrase_id in frame["phrase_id"]],
         class_id=None,
-        segment_ids=[[1]] * len(frame),
+        segment_ids=[[1, 2] if index < 4 else [1] for index in range(len(frame))],
         mask=[encode(truth)] * len(frame),
         tags=None,
     )

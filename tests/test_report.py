@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from genseg.report.figures.evolution import choose_timesteps
 from genseg.report.figures.examples import choose_examples
 from genseg.report.page import manifest_paths
 from genseg.report.render import Column, Table, escape_tex, plural, to_markdown, to_tex
+from genseg.report.tables.shares import implied_share, largest_agreement
 from synthetic_scores import NASTY_CLASS, RESULTS, ROOT, SPLITS, build_study, per_phrase, timed
 
 NAMES = [
@@ -36,7 +38,8 @@ NAMES = [
     "evaluations",
     "readouts",
     "controls",
-    "ceilings",
+    "protocols",
+    "shares",
     "breakdown",
     "comparisons",
     "miou",
@@ -96,7 +99,7 @@ def test_published_numbers_match_the_paper(name: str) -> None:
 def test_table2_separates_sixteen_published_rows_from_measured_rows(report: Path) -> None:
     frame = table(report, "table2")
     assert list(frame.columns[:10]) == ["method", "venue", "diffusion", "ps_pretrain", "source", *SPLITS]
-    published, measured = frame[frame["source"] == "published"], frame[frame["source"] == "measured"]
+    published, measured = frame[frame["source"] == "published"], frame[frame["protocol"] == "native"]
     assert len(published) == 16
     assert published["method"].value_counts()[["EPNG", "PPMN", "ODISE"]].tolist() == [2, 2, 2]
     assert published.set_index(["method", "ps_pretrain"])["overall"][("ODISE", True)] == 63.1
@@ -105,6 +108,32 @@ def test_table2_separates_sixteen_published_rows_from_measured_rows(report: Path
     assert measured["method"].str.contains("reimplemented|our adaptation").sum() == 3
     assert measured["data"].eq("made_up (scenes)").all()
     assert published["data"].eq("PNG").all()
+
+
+def test_every_measured_row_of_table2_has_all_protocols(report: Path) -> None:
+    measured = table(report, "table2").query("source == 'measured'").pivot(index="method", columns="protocol", values="overall")
+    expected = {"native": 50.0, "png-official": 40.0, "ppmn": 30.0}  # synthetic_scores lowers the AR of each further protocol
+    assert set(measured.index) == {"GS", "Discriminative", *(baseline.label for baseline in ATTENTION)}
+    for baseline in ATTENTION:
+        assert measured.loc[baseline.label].to_dict() == pytest.approx(expected)
+    assert measured.loc["GS"].to_dict() == pytest.approx({name: ar + 20 for name, ar in expected.items()})
+    printed = (report / "results/made_up/tables/table2.md").read_text()
+    assert printed.count("| DiffPNG + self |") == 1, "only the study's own protocol is printed"
+
+
+def test_protocols_are_groups_of_columns_with_one_row_of_ceilings(report: Path) -> None:
+    frame, long = table(report, "protocols").set_index("method"), table(report, "table2")
+    measured = long[long["source"] == "measured"]
+    assert frame.index.tolist() == ["Perfect prediction", "Latent-size truth", *measured["method"].unique()]
+    for _, row in measured.iterrows():
+        values = frame.loc[row["method"], [f"{row['protocol']}_{split}" for split in SPLITS]]
+        assert values.tolist() == pytest.approx(row[SPLITS].tolist(), nan_ok=True)
+    ceilings = {"native": 100.0, "png-official": 85.0, "ppmn": 85.0}
+    assert {name: frame.at["Perfect prediction", f"{name}_stuff"] for name in ceilings} == pytest.approx(ceilings)
+    assert frame.loc["Latent-size truth"].filter(like="_overall").tolist() == pytest.approx([91.0, np.nan, np.nan], nan_ok=True)
+    tex = (report / "results/made_up/tables/protocols.tex").read_text()
+    assert r" & \multicolumn{5}{c}{native} & \multicolumn{5}{c}{png-official} & \multicolumn{5}{c}{ppmn} \\" in tex
+    assert "| native all | native things |" in (report / "results/made_up/tables/protocols.md").read_text()
 
 
 def test_printed_table2_separates_published_from_measured_rows(report: Path) -> None:
@@ -164,7 +193,7 @@ def test_evaluations_have_every_operating_point_and_the_base_row(report: Path) -
     assert (report / "results/made_up/figures/reliability.png").exists()
 
 
-def test_controls_readouts_and_ceilings_have_the_scored_values(report: Path) -> None:
+def test_controls_and_readouts_have_the_scored_values(report: Path) -> None:
     controls = table(report, "controls")
     assert list(controls.columns[:8]) == ["control", "protocol", "n", *SPLITS]
     assert controls["control"].tolist() == ["none", "text_permuted", "colour_threshold", "discriminative"]
@@ -174,12 +203,6 @@ def test_controls_readouts_and_ceilings_have_the_scored_values(report: Path) -> 
     assert readouts["readout"].tolist() == ["bilinear", "nearest", "VAE decoding", "bilinear, no CFG"]
     assert readouts["evaluations"].tolist() == [100, 100, 100, 50]
     assert readouts["difference_low"].notna().tolist() == [False, True, True, True]
-    ceilings = table(report, "ceilings")
-    native = ceilings[ceilings["protocol"] == "native"].set_index("quantity")["overall"]
-    assert native.to_dict() == pytest.approx(
-        {"perfect prediction": 100.0, "ground truth at label-latent size": 91.0, "GS": 70.0, "discriminative": 65.0}
-    )
-    assert ceilings.groupby("protocol", sort=False).size().to_dict() == {"native": 4, "png-official": 3, "ppmn": 3}
 
 
 def test_split_without_phrases_is_null_in_csv_and_a_dash_in_print(report: Path) -> None:
@@ -195,7 +218,7 @@ def test_split_without_phrases_is_null_in_csv_and_a_dash_in_print(report: Path) 
 def test_every_measured_row_names_the_scores_file_of_its_numbers(report: Path) -> None:
     frame = pd.concat([table(report, name) for name in ("table2", "table3", "table4", "table5", "controls", "readouts")])
     measured = frame[frame["source"] == "measured"]
-    assert len(measured) == 2 + len(ATTENTION) + 3 * 3 + 4 + 4
+    assert len(measured) == 3 * (2 + len(ATTENTION)) + 3 * 3 + 4 + 4
     for _, row in measured.iterrows():
         content = json.loads((report / row["scores"]).read_text())
         assert row["overall"] == pytest.approx(100 * content["ar"]["overall"])
@@ -241,6 +264,77 @@ def test_scores_without_things_or_intervals_give_null_columns(report_copy: Path)
     assert controls[["things", "ci_low", "difference_low", "difference_things", "difference_things_n"]].isna().all().all()
     assert controls["difference"].notna().tolist() == [False, True, True, True]
     assert "minus the base row: −1.2 points on the 10 phrases" in (report_copy / "results/made_up/tables/table4.md").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------- shares
+def test_implied_share_is_the_range_over_all_roundings() -> None:
+    """The oracle tries all AR, in steps of 0.01, that are printed as the published values."""
+    for row in pd.read_csv(ROOT / "data/published/table2.csv").to_dict("records"):
+        for group, others in (("stuff", "things"), ("plurals", "singulars")):
+            share = implied_share(row["overall"], row[group], row[others])
+            assert share
+            offsets = np.arange(-5, 6) / 100
+            whole, part, rest = np.meshgrid(*(row[name] + offsets for name in ("overall", group, others)))
+            possible = (whole - rest) / (part - rest)
+            assert share[1:] == pytest.approx((possible.min(), possible.max()))
+            assert share[0] * row[group] + (1 - share[0]) * row[others] == pytest.approx(row["overall"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.42, 1.0])
+def test_range_of_a_share_contains_the_share_that_made_the_rounded_values(share: float) -> None:
+    random = np.random.default_rng(0)
+    for part, rest in random.uniform(0, 100, (200, 2)):
+        rounded = [round(value, 1) for value in (share * part + (1 - share) * rest, part, rest)]
+        solved = implied_share(*rounded)
+        assert solved is None or solved[1] - 1e-9 <= share <= solved[2] + 1e-9
+
+
+def test_equal_groups_imply_no_share() -> None:
+    assert implied_share(50.0, 50.0, 50.0) is None
+    assert implied_share(50.0, 50.1, 50.0) is None
+    assert implied_share(50.0, 50.2, 50.0) is not None
+
+
+def test_largest_agreement_is_that_of_all_sets() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        ranges = [(low, low + width) for low, width in random.integers(0, 12, (7, 2)).tolist()]
+        common = [
+            members
+            for size in range(1, 8)
+            for members in combinations(range(7), size)
+            if max(ranges[i][0] for i in members) <= min(ranges[i][1] for i in members)
+        ]
+        assert tuple(largest_agreement(ranges)) in [members for members in common if len(members) == len(common[-1])]
+    assert largest_agreement([]) == []
+
+
+def test_shares_are_implied_by_published_rows_and_counted_under_both_definitions(report: Path) -> None:
+    frame = table(report, "shares")
+    published, counted = frame[frame["source"] == "published"], frame[frame["source"] == "counted"]
+    assert len(published) == 16
+    gs = published.set_index("method").loc["GS"]
+    assert gs["stuff_share"] == pytest.approx(100 * (69.7 - 65.6) / (76.5 - 65.6))
+    assert gs["plurals_share"] == pytest.approx(100 * (71.3 - 69.7) / (71.3 - 63.7))
+    assert counted["method"].tolist() == ["Plural: the phrase table's flag", "Plural: at least two segments"]
+    assert counted["n"].tolist() == [40, 40]
+    assert counted["stuff_share"].tolist() == [50, 50]
+    assert counted["plurals_share"].tolist() == [0, 10], "no phrase has the flag, four of 40 have two segments"
+    text = table_text(report, "shares")
+    assert "Stuff: 14 of 16 rows have a share between 41.6 and 42.4 in common; not MCN, (54.2 − 48.6)" in text
+    assert "Plurals: 14 of 16 rows" in text
+    assert "GS, (69.7 − 71.3) / (63.7 − 71.3) = 21.1 %." in text
+    assert "They are shares of these data, and say nothing about the phrases of the published rows." in text
+
+
+def test_shares_do_not_name_outliers_if_all_rows_agree(report_copy: Path) -> None:
+    path = report_copy / "data/published/table2.csv"
+    frame = pd.read_csv(path)
+    frame[frame["method"].isin(["DiffSeg", "NICE"])].to_csv(path, index=False)
+    assert main(["tables"]) == 0
+    text = table_text(report_copy, "shares")
+    assert "Stuff: 2 of 2 rows have a share between 41.2 and 42.5 in common." in text
+    assert "not means over" not in text
 
 
 # ----------------------------------------------------------------------------------------------------- refinement
@@ -343,11 +437,14 @@ def test_latex_is_balanced_ascii_and_has_rectangular_rows(report: Path, name: st
         assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}")
 
 
-def test_latex_compiles_with_booktabs_alone(report: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
+def test_latex_compiles_with_booktabs_alone(report: Path, tmp_path: Path, columns: str) -> None:
+    """All tables fit a page of two columns (469 pt); all but `protocols` fit one of one column (345 pt)."""
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex is not installed")
-    inputs = "".join((report / f"results/made_up/tables/{name}.tex").read_text() for name in NAMES)
-    document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{inputs}\end{{document}}"
+    names = [name for name in NAMES if name != "protocols" or columns == "twocolumn"]
+    inputs = "\\clearpage\n".join((report / f"results/made_up/tables/{name}.tex").read_text() for name in names)
+    document = rf"\documentclass[{columns}]{{article}}\usepackage{{booktabs}}\begin{{document}}{inputs}\end{{document}}"
     (tmp_path / "paper.tex").write_text(document)
     command = ["pdflatex", "-draftmode", "-halt-on-error", "-interaction=nonstopmode", "paper.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -440,6 +537,7 @@ def test_manifest_lists_all_written_files(report: Path, monkeypatch: pytest.Monk
         ("scores/main.json", "results/made_up/scores/main.json: no such file; run `genseg score`"),
         ("scores/readouts/vae.json", "readouts/vae.json: no such file; run `genseg score`"),
         ("scores/protocols/main.ppmn.json", "protocols/main.ppmn.json: no such file"),
+        ("scores/protocols/baselines/diffseg.ppmn.json", "protocols/baselines/diffseg.ppmn.json: no such file"),
         (
             "scores/grid/size=0064/steps=0050/cfg=07.50.json",
             "no scores of the operating point size 64, 50 steps, w = 7.5; run `genseg sample`",

@@ -1,6 +1,7 @@
 """The command `genseg score`, for one set of predictions and for a whole study."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,12 @@ from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import read_manifest, write_manifest
 from genseg.artifacts.masks import encode
 from genseg.artifacts.parquet import KEY
-from genseg.artifacts.phrases import write_phrases
+from genseg.artifacts.phrases import read_phrases, write_phrases
 from genseg.artifacts.predictions import maps_path, write_maps, write_predictions
 from genseg.artifacts.resample import area_reduce, bilinear
 from genseg.artifacts.scores import read_per_phrase
 from genseg.cli import main
+from genseg.metrics.runs import score_baselines
 from genseg.params import load_params
 from genseg.params.sample import OperatingPoint
 from genseg.sampling.runs import Run, predictions_path
@@ -412,6 +414,32 @@ def test_study_scores_have_the_documented_files_and_contents(study, capsys):
     assert set(manifest["outputs"]) == {f"results/small/scores/{name}" for name in expected_files - {"manifest.json"}}
     assert {"data/small/phrases.parquet", "data/small/classes.json"} <= set(manifest["inputs"])
     assert manifest["phase"] == "score"
+
+
+def test_baselines_without_ground_truth_are_scored_under_every_protocol(study):
+    assert main(STUDY) == 0
+    params = load_params("params.yaml")
+    folder = params.results_dir / "baselines"
+    folder.mkdir()
+    shutil.copy(params.results_dir / "predictions" / "main" / "predictions.parquet", folder / "theirs.parquet")
+    entry = {"class_predictions": None, "label": "x", "imported": False}
+    entries = [
+        entry | {"name": "theirs", "real": True, "predictions": str(folder / "theirs.parquet")},
+        entry | {"name": "box", "real": False, "predictions": str(folder / "theirs.parquet")},
+        entry | {"name": "labels_only", "real": True, "predictions": None},
+    ]
+    outputs = score_baselines(params, read_phrases("data/small/phrases.parquet"), {"baselines": entries})
+    names = {str(path.relative_to(study).with_suffix("")) for path in outputs if path.suffix == ".json"}
+    with_protocols = {f"protocols/baselines/{name}.ppmn" for name in ("theirs", "labels_only")}
+    assert names == {"baselines/theirs", "baselines/box", "baselines/labels_only", *with_protocols}
+    for name, of_main in (("baselines/theirs", "main"), ("protocols/baselines/theirs.ppmn", "protocols/main.ppmn")):
+        scores, expected = (json.loads((study / f"{stem}.json").read_text()) for stem in (name, of_main))
+        for key in ("protocol", "ar", "interval", "ceiling", "boundary_iou", "counts"):
+            assert scores[key] == expected[key], "the same masks as the main run have the same scores"
+        assert scores["run"]["name"] == "baselines/theirs"
+    empty = json.loads((study / "protocols/baselines/labels_only.ppmn.json").read_text())
+    assert empty["protocol"] == "ppmn"
+    assert empty["ar"] == dict.fromkeys(SPLITS)
 
 
 def test_scoring_again_does_nothing(study, capsys):

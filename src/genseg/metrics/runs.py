@@ -18,7 +18,7 @@ from genseg.metrics.soft_maps import calibration_counts, calibration_summary, op
 from genseg.params import Params
 from genseg.sampling.runs import Run, predictions_path
 
-LEADING_RUNS = ("main", "discriminative")  # also scored under the protocols in `score.extra_protocols`, and with an mIoU
+LEADING_RUNS = ("main", "discriminative")  # runs in Table 2, under every protocol and with an mIoU
 PARTIAL_PHRASES = ("grid", "permutable", "val")  # `Run.phrases` of runs on the part of a split in their predictions
 
 
@@ -90,9 +90,8 @@ def score_study_run(
     outputs = _write(per_phrase, summary, out)
 
     # 3. Score under the other protocols.
-    for protocol in dict.fromkeys(params.score.extra_protocols if is_leading else []):
-        if protocol != params.score.protocol:
-            outputs += _write(*score(protocol, None), folder / "protocols" / f"{run.name}.{protocol}.json")
+    for protocol in params.score.protocols[1:] if is_leading else []:
+        outputs += _write(*score(protocol, None), folder / "protocols" / f"{run.name}.{protocol}.json")
     return ScoredRun(run, per_phrase, calibration, point, outputs)
 
 
@@ -104,37 +103,52 @@ def latent_factor(params: Params, runs: Sequence[Run]) -> float | None:
 
 
 def score_baselines(params: Params, phrases: pd.DataFrame, manifest: dict[str, Any]) -> list[Path]:
-    """Write `scores/baselines/<name>.json` and `.parquet` for every baseline of a manifest that is not a sampling run.
+    """Write the scores of every baseline of a manifest that is not a sampling run, and return the written files.
 
-    Baselines are scored on all test phrases: AR, boundary IoU and mIoU. Returns the written files.
+    Baselines are scored on all test phrases: `scores/baselines/<name>.json` and `.parquet` hold AR, boundary IoU and mIoU.
+    Those made without ground truth, the baselines of Table 2, have AR under the other protocols as well, in
+    `scores/protocols/baselines`.
     """
-    classes = ClassPhrases(params)
+    classes, folder = ClassPhrases(params), params.results_dir / "scores"
     outputs: list[Path] = []
     for entry in manifest["baselines"]:
         path, class_path = entry["predictions"], entry["class_predictions"]
         if any(file and Path(file).parent != params.results_dir / "baselines" for file in (path, class_path)):
             continue  # This baseline is a sampling run, which has its own scores.
-        if path is None:  # predictions of class phrases only
-            per_phrase = SCHEMA.empty_table().to_pandas()
-            summary: dict[str, Any] = {"protocol": params.score.protocol, "split": "test", "ceiling_latent": None}
-            summary |= dict.fromkeys(("ar", "interval", "ceiling", "boundary_iou"), dict.fromkeys(PHRASE_GROUPS))
-            summary["counts"] = dict.fromkeys(("phrases", "images", "narratives", "missing"), 0)
-        else:
-            per_phrase, summary = score_run(
-                phrases,
-                read_predictions(path),
-                params.score.protocol,
-                boundary_ratio=params.score.boundary_ratio,
-                replicates=params.score.bootstrap,
-                seed=params.seed,
-                origins=("phrase table", path),
-            )
+        name = f"baselines/{entry['name']}"
+        run = {"name": name, "role": "baseline"} | {key: entry[key] for key in ("label", "real", "imported")}
+
+        # 1. Score under the study's protocol, including mIoU.
         miou = float("nan") if class_path is None else float(mean_iou(classes.count(Path(class_path)).counts.sum(0)))
-        summary["miou"] = {"mean": None if np.isnan(miou) else miou}
-        summary["run"] = {"name": f"baselines/{entry['name']}", "role": "baseline"}
-        summary["run"] |= {key: entry[key] for key in ("label", "real", "imported")}
-        outputs += _write(per_phrase, summary, params.results_dir / "scores" / "baselines" / f"{entry['name']}.json")
+        per_phrase, summary = _score_baseline(params, phrases, path, params.score.protocol)
+        summary |= {"miou": {"mean": None if np.isnan(miou) else miou}, "run": run}
+        outputs += _write(per_phrase, summary, folder / f"{name}.json")
+
+        # 2. Score under the other protocols.
+        for protocol in params.score.protocols[1:] if entry["real"] else []:
+            per_phrase, summary = _score_baseline(params, phrases, path, protocol)
+            outputs += _write(per_phrase, summary | {"run": run}, folder / "protocols" / f"{name}.{protocol}.json")
     return outputs
+
+
+def _score_baseline(
+    params: Params, phrases: pd.DataFrame, path: str | None, protocol: str
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Score a baseline under one protocol; boundary IoU under the study's only. Without predictions, all scores are null."""
+    if path is None:  # predictions of class phrases only
+        summary: dict[str, Any] = {"protocol": protocol, "split": "test", "ceiling_latent": None, "miou": None}
+        summary |= dict.fromkeys(("ar", "interval", "ceiling", "boundary_iou"), dict.fromkeys(PHRASE_GROUPS))
+        summary["counts"] = dict.fromkeys(("phrases", "images", "narratives", "missing"), 0)
+        return SCHEMA.empty_table().to_pandas(), summary
+    return score_run(
+        phrases,
+        read_predictions(path),
+        protocol,
+        boundary_ratio=params.score.boundary_ratio if protocol == params.score.protocol else None,
+        replicates=params.score.bootstrap,
+        seed=params.seed,
+        origins=("phrase table", path),
+    )
 
 
 def _write(per_phrase: pd.DataFrame, summary: dict[str, Any], out: Path) -> list[Path]:

@@ -27,7 +27,8 @@ def score_study(params: Params) -> Path:
 
     * `<run>.json` and `<run>.parquet`: summary and per-phrase table of every run except those of class phrases, which provide
       the `miou` of the main run and of the discriminative control;
-    * `protocols/<run>.<protocol>.json`: the same two runs under every protocol in `score.extra_protocols`;
+    * `protocols/<run>.<protocol>.json` and `.parquet`: the same two runs, and every baseline made without ground truth, under
+      every protocol in `score.extra_protocols`;
     * `comparisons.json`: paired differences between runs;
     * `operating_points.json` and `.csv`: the operating points on val;
     * `baselines/<name>.json` and `refinement.json`, if the study samples all runs.

@@ -44,13 +44,18 @@ class Score(Section):
     protocol: Protocol = "native"
     """Protocol of the main scores."""
     extra_protocols: list[Protocol] = ["png-official", "ppmn"]
-    """Additional protocols that are reported."""
+    """Additional protocols of the measured rows of Table 2."""
     bootstrap: NonNegativeInt = 1000
     """Bootstrap replicates for the 95 % intervals."""
     boundary_ratio: PositiveFloat = 0.02
     """Width of the band of boundary IoU, as a fraction of the image diagonal; 0.02 as published."""
     background_threshold: Fraction = 0.5
     """Score below which a pixel counts as background in mIoU, for data with a background class."""
+
+    @property
+    def protocols(self) -> list[Protocol]:
+        """All protocols, each once, that of the main scores first."""
+        return list(dict.fromkeys([self.protocol, *self.extra_protocols]))
 
 
 class Tables(Section):

@@ -213,7 +213,7 @@ def to_markdown(table: Table) -> str:
     lines = [
         f"**{escape_markdown(table.caption)}**",
         "",
-        _markdown_row(column.head for column in table.columns),
+        _markdown_row(_markdown_heads(table.columns)),
         "|" + "|".join(rules[column.alignment] for column in table.columns) + "|",
     ]
     origins: list[str] = []
@@ -225,6 +225,12 @@ def to_markdown(table: Table) -> str:
     for note in table.notes:
         lines += ["", escape_markdown(note)]
     return "\n".join([*lines, "", f"<!-- numbers from: {', '.join(dict.fromkeys(origins))} -->", ""])
+
+
+def _markdown_heads(columns: list[Column]) -> Iterator[str]:
+    """Yield the heads of columns; Markdown has no row above them, so a head that occurs twice is preceded by the one above."""
+    heads = [column.head for column in columns]
+    return (f"{column.over} {column.head}".strip() if heads.count(column.head) > 1 else column.head for column in columns)
 
 
 def _markdown_row(texts: Iterable[str]) -> str:

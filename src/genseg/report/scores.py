@@ -62,8 +62,9 @@ class StudyScores:
     """The ranking of the operating points (`metrics.soft_maps`)."""
     readouts: dict[Readout, ScoredRun]
     """Scores of the base cell's maps by read-out; those of the study's own read-out are the base cell's."""
-    protocols: dict[tuple[str, str], ScoredRun]
-    """(run, protocol) -> scores of the runs main and discriminative, for every protocol of the study, its own first."""
+    measured: dict[str, dict[str, ScoredRun]]
+    """Measured rows of Table 2: method -> protocol -> scores, for every protocol of the study, its own first. The methods are
+    GS, the discriminative control, and the baselines made without ground truth."""
     baselines: list[ScoredRun]
     """The baselines that are not sampled runs."""
     refinement: dict[str, Any]
@@ -74,8 +75,9 @@ class StudyScores:
     def paths(self) -> list[Path]:
         """Return every file that was read, sorted."""
         runs = [self.main, self.text_permuted, self.discriminative, self.colour_threshold, *self.baselines]
-        for group in (self.cells, self.val, self.readouts, self.protocols):
+        for group in (self.cells, self.val, self.readouts):
             runs += group.values()
+        runs += [run for by_protocol in self.measured.values() for run in by_protocol.values()]
         others = {self.folder / f"{name}.json" for name in ("comparisons", "operating_points", "refinement")}
         return sorted({run.path for run in runs} | others)
 
@@ -106,29 +108,33 @@ def read_study_scores(params: Params) -> StudyScores:
     """Read `results/<study>/scores`. Raises UserError if a required run was not scored, or a file lacks a field."""
     if not params.sample.has_all_runs():
         raise UserError(f"study {params.study}: tables need main, controls, grid and val in sample.runs; add the missing ones")
-    folder, own_protocol = params.results_dir / "scores", params.score.protocol
+    folder = params.results_dir / "scores"
 
     def read(name: str) -> ScoredRun:
         return read_scored_run(folder / f"{name}.json")
 
     cells = _read_cells(folder / "grid", params.sample.test_subset_points())
-    protocols: dict[tuple[str, str], ScoredRun] = {(name, own_protocol): read(name) for name in ("main", "discriminative")}
-    for protocol in params.score.extra_protocols:
-        if protocol != own_protocol:
-            protocols |= {(name, protocol): read(f"protocols/{name}.{protocol}") for name in ("main", "discriminative")}
+    main, discriminative = read("main"), read("discriminative")
+    baselines = [read(f"baselines/{baseline.name}") for baseline in study_baselines(params) if baseline.family != "run"]
+    methods = {"GS": main, "Discriminative": discriminative}
+    methods |= {run.entry["label"]: run for run in baselines if run.entry["real"]}
+    measured: dict[str, dict[str, ScoredRun]] = {}
+    for label, run in methods.items():
+        measured[label] = {params.score.protocol: run}
+        measured[label] |= {protocol: read(f"protocols/{run.name}.{protocol}") for protocol in params.score.protocols[1:]}
     return StudyScores(
         folder=folder,
-        main=protocols["main", own_protocol],
+        main=main,
         text_permuted=read("text_permuted"),
-        discriminative=protocols["discriminative", own_protocol],
+        discriminative=discriminative,
         colour_threshold=read("colour_threshold"),
         cells=cells,
         val=_read_cells(folder / "val", params.sample.val_points()),
         ranking=_read_object(folder / "operating_points.json"),
         readouts={params.sample.readout: cells[params.sample.base]}
         | {name: read(f"readouts/{name}") for name in params.other_readouts()},
-        protocols=protocols,
-        baselines=[read(f"baselines/{baseline.name}") for baseline in study_baselines(params) if baseline.family != "run"],
+        measured=measured,
+        baselines=baselines,
         refinement=_read_object(folder / "refinement.json"),
         comparisons=_read_object(folder / "comparisons.json"),
     )

@@ -21,10 +21,11 @@ from genseg.report.page import build_page, manifest_paths
 from genseg.report.render import write_table
 from genseg.report.scores import StudyScores, read_study_scores
 from genseg.report.tables.ablations import ablations, evaluations, readouts
-from genseg.report.tables.controls import breakdown, ceilings, comparisons, controls, miou
-from genseg.report.tables.main import table2
+from genseg.report.tables.controls import breakdown, comparisons, controls, miou
+from genseg.report.tables.main import protocols, table2
 from genseg.report.tables.parts import PUBLISHED, published_path
 from genseg.report.tables.refinement import costs_dir, refinement_costs, refinement_tables
+from genseg.report.tables.shares import shares
 
 _EVOLUTION = "evolution.safetensors"
 _OPTIONAL_TABLES = ("miou", "refinement_controls", "refinement_sensitivity")  # Some studies do not have them.
@@ -55,12 +56,13 @@ def write_report(params: Params) -> None:
         return
 
     # 2. Write the tables of each section of the page. The manifest is removed first: it describes complete tables only.
+    phrases = read_phrases(params.data_dir / "phrases.parquet")
     class_tables = [miou(params, scores)] if scores.main.summary.get("miou") else []
     sections = {
-        "Results": [table2(params, scores), controls(params, scores)],
+        "Results": [table2(params, scores), protocols(params, scores), controls(params, scores)],
         "Refinement": refinement_tables(params, scores),
         "Sampling": [evaluations(params, scores), *ablations(params, scores), readouts(params, scores)],
-        "Evaluation": [ceilings(params, scores), breakdown(params, scores), *class_tables, comparisons(params, scores)],
+        "Evaluation": [shares(params, phrases), breakdown(params, scores), *class_tables, comparisons(params, scores)],
     }
     tables = {table.name: table for section in sections.values() for table in section}
     (folder / "manifest.json").unlink(missing_ok=True)
@@ -68,7 +70,7 @@ def write_report(params: Params) -> None:
 
     # 3. Draw the figures.
     examples = choose_examples(read_per_phrase(scores.main.path), params.tables.examples)
-    captions = _draw_figures(params, scores, tables["evaluations"].frame, examples, figures)
+    captions = _draw_figures(params, scores, phrases, tables["evaluations"].frame, examples, figures)
 
     # 4. Write the page, and remove tables that the study no longer has.
     write_text(folder / "index.html", build_page(params, scores, sections, captions))
@@ -84,14 +86,14 @@ def write_report(params: Params) -> None:
 
 
 def _draw_figures(
-    params: Params, scores: StudyScores, points: pd.DataFrame, examples: pd.DataFrame, folder: Path
+    params: Params, scores: StudyScores, phrases: pd.DataFrame, points: pd.DataFrame, examples: pd.DataFrame, folder: Path
 ) -> dict[str, str]:
     """Draw the figures into `folder`, remove those that the study no longer has, and return their captions by file name.
 
-    `points` is the frame of the table `evaluations`, and `examples` are the scores of the phrases in the figure of examples.
+    `phrases` is the phrase table, `points` is the frame of the table `evaluations`, and `examples` are the scores of the
+    phrases in the figure of examples.
     """
     captions, dpi, predictions_dir = {}, params.tables.dpi, params.results_dir / "predictions"
-    phrases = read_phrases(params.data_dir / "phrases.parquet")
     predictions = read_predictions(predictions_dir / "main/predictions.parquet")
     captions["examples.png"] = draw_examples(examples, phrases, predictions, folder / "examples.png", dpi)
     captions["evolution.png"] = draw_evolution(predictions_dir / _EVOLUTION, phrases, folder / "evolution.png", dpi)

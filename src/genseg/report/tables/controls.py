@@ -1,4 +1,4 @@
-"""Checks of the main result: controls, ceilings, breakdown by groups of phrases, mIoU, comparisons."""
+"""Checks of the main result: controls, breakdown by groups of phrases, mIoU, comparisons."""
 
 from genseg.params import OperatingPoint, Params
 from genseg.report.render import Column, Table, difference_text, interval_text, plural, sentence, to_points
@@ -40,30 +40,6 @@ def controls(params: Params, scores: StudyScores) -> Table:
     ]
     frame = parts.build_frame(rows, ["control", "protocol", "n", *SPLITS])
     return Table("controls", caption, frame, columns, notes, small=True)
-
-
-def ceilings(params: Params, scores: StudyScores) -> Table:
-    """Compare, for each protocol, the measured AR with that of a perfect prediction and of the label latent's resolution."""
-    rows = []
-    for protocol in dict.fromkeys(protocol for _, protocol in scores.protocols):
-        main, discriminative = scores.protocols["main", protocol], scores.protocols["discriminative", protocol]
-        values = {"perfect prediction": (main, "ceiling")}
-        if protocol == "native":
-            values["ground truth at label-latent size"] = (main, "ceiling_latent")
-        values |= {"GS": (main, "ar"), "discriminative": (discriminative, "ar")}
-        for quantity, (run, key) in values.items():
-            recall = {split: to_points((run.summary[key] or {}).get(split)) for split in SPLITS}
-            row = {"protocol": protocol, "quantity": quantity, "n": run.phrases, **recall}
-            rows.append(row | {"source": "measured", "scores": str(run.path)})
-    caption = f"Highest possible and measured average recall (points) of each protocol, on {parts.describe_study(params)}."
-    columns = [Column("protocol", "Protocol", "text"), Column("quantity", "Prediction", "text"), Column("n", "n", "count")]
-    columns += parts.AR_COLUMNS
-    notes = [
-        f"Measured on {parts.describe_phrases(params, scores.main)}; further groups use the other protocols.",
-        "Ground truth at label-latent size: the mask reduced by area averaging to the size of the latent that GS generates, "
-        "and read bilinearly. It is the highest AR that this resolution allows.",
-    ]
-    return Table("ceilings", caption, parts.build_frame(rows), columns, notes, group_by="protocol")
 
 
 def breakdown(params: Params, scores: StudyScores) -> Table:
@@ -146,7 +122,7 @@ def comparisons(params: Params, scores: StudyScores) -> Table:
         "overall and things: AR on the n phrases that both runs share; miou and ece (calibration error of soft maps): over the "
         f"n images that both runs share. Paired bootstrap over images. Points are named by how they differ from base ({base})."
     )
-    return Table("comparisons", caption, frame, columns, [note])
+    return Table("comparisons", caption, frame, columns, [note], small=True)
 
 
 def _cell_label(cell: OperatingPoint, base: OperatingPoint) -> str:

@@ -149,5 +149,8 @@ def describe_skipped(run: ScoredRun) -> str:
 def comparability_note(params: Params) -> str:
     """Say whether measured and published rows can be compared."""
     if params.data.source == "png":
-        return "Comparable with the published rows only if these are the files of the PNG benchmark, scored by its protocol."
+        return (
+            "Comparable with the published rows only if these are the files of the PNG benchmark, under the protocols of its "
+            "evaluators (png-official, ppmn) and not under native."
+        )
     return "The published rows were measured on other data, so they are not comparable with the measured ones."
