@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import read_manifest
+from genseg.artifacts.phrases import read_phrases
 from genseg.baselines.registry import ATTENTION
 from genseg.cli import main
 from genseg.diffusion.guidance import count_evaluations
@@ -27,7 +28,8 @@ from genseg.report.figures.evolution import choose_timesteps
 from genseg.report.figures.examples import choose_examples
 from genseg.report.page import manifest_paths
 from genseg.report.render import Column, Table, escape_tex, plural, to_markdown, to_tex
-from genseg.report.tables.shares import implied_share, largest_agreement
+from genseg.report.tables.parts import comparability_note
+from genseg.report.tables.shares import implied_share, largest_agreement, shares
 from synthetic_scores import NASTY_CLASS, RESULTS, ROOT, SPLITS, build_study, per_phrase, timed
 
 NAMES = [
@@ -325,6 +327,15 @@ def test_shares_are_implied_by_published_rows_and_counted_under_both_definitions
     assert "Plurals: 14 of 16 rows" in text
     assert "GS, (69.7 − 71.3) / (63.7 − 71.3) = 21.1 %." in text
     assert "They are shares of these data, and say nothing about the phrases of the published rows." in text
+
+
+def test_notes_on_png_data_name_the_condition_for_a_comparison(report: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(report)
+    params = load_params(ROOT / "params/paper.yaml")
+    notes = " ".join(shares(params, read_phrases("data/made_up/phrases.parquet")).notes)
+    assert "If these are the files of the PNG benchmark, the range of a published row contains the share" in notes
+    assert "say nothing" not in notes
+    assert "(png-official, ppmn) and not under native" in comparability_note(params)
 
 
 def test_shares_do_not_name_outliers_if_all_rows_agree(report_copy: Path) -> None:
