@@ -96,7 +96,7 @@ def _write_scores(root: Path, params: Params) -> None:
         entry = run_entry(name, "grid", cell)
         score(name, summary(entry, 0.72 - 0.01 * index, n=10, calibration=calibration(0.02 + 0.01 * index)))
     base, *other_names = names.values()
-    ensembles = [(cell, cell.model_copy(update={"ensemble_size": 1})) for cell in names if cell.ensemble_size > 1]
+    ensembles = [(cell, cell.single) for cell in names if cell.ensemble_size > 1]
 
     # 3. The operating points on val.
     points = []

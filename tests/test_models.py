@@ -306,6 +306,26 @@ def test_ensemble_is_the_mean_of_samples_including_the_single_sample(pipeline):
     assert torch.allclose(maps(3, slice(1, 2))[0], three[1], atol=1e-5), "a phrase's ensemble does not depend on its batch"
 
 
+def test_every_second_sample_of_a_mirrored_ensemble_is_that_of_the_mirrored_image(pipeline):
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    encoders = TextEncoders((pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2))
+    texts = encode_phrases(encoders, ["the grass", "two stars"])
+
+    def samples(latents, mirror):
+        """Return the samples [3, B, h, w] of an ensemble of three, recovered from the means of one, two and three."""
+        means = []
+        for size in (1, 2, 3):
+            options = {"ensemble_size": size, "mirror": mirror and size > 1}
+            point = OperatingPoint(size=64, num_inference_steps=2, guidance_scale=3.0, **options)
+            means.append(pipeline.label_maps(latents, texts, [(1, "n", 0), (1, "n", 1)], point, seed=3))
+        return [means[0], 2 * means[1] - means[0], 3 * means[2] - 2 * means[1]]
+
+    plain, flipped, mirrored = samples(latents, False), samples(latents.flip(-1), False), samples(latents, True)
+    for sample, expected in zip(mirrored, [plain[0], flipped[1].flip(-1), plain[2]], strict=True):
+        assert torch.allclose(sample, expected, atol=1e-4)
+    assert (mirrored[1] - plain[1]).abs().max() > 1e-3, "the network is not symmetric"
+
+
 def test_soft_labels_of_vae_latents_are_the_decoded_grey_values(pipeline):
     masks = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     latents = encode_masks(pipeline.vae, masks)

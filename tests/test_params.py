@@ -15,7 +15,7 @@ from genseg.sampling.runs import parse_point, point_path
 
 PROJECT = Path(__file__).resolve().parents[1]
 FILES = [PROJECT / "params.yaml", *sorted((PROJECT / "params").glob("*.yaml"))]
-EPSILON = {"prediction_type": "epsilon", "zero_terminal_snr": False, "mask_loss_weight": 0.0}
+EPSILON = {"prediction_type": "epsilon", "self_estimate_prob": 0.0, "zero_terminal_snr": False, "mask_loss_weight": 0.0}
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_resolved_document_is_valid_and_equal(document):
 
 
 def test_val_points_are_the_main_point_and_the_operating_points_without_duplicates(document):
-    document["sample"]["main"]["num_inference_steps"] = 2
+    document["sample"]["main"] |= {"num_inference_steps": 2, "ensemble_size": 1, "mirror": False}
     document["sample"]["operating_points"] = [
         {"num_inference_steps": 2, "guidance_scale": 1.0},
         {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "dpmpp"},
@@ -136,7 +136,7 @@ def set_leading_spacing_with_1000_steps(document):
         (lambda d: d["resources"]["score"].update(gpus=1), "did you mean resources.score.gpu?"),
         (lambda d: d["train"].update(cond_drop_prob=1.5), "train.cond_drop_prob"),
         (lambda d: d["train"].update(prediction_type="epsilon"), "zero terminal SNR"),
-        (lambda d: d["train"].update(batch=30), "train.batch (30) must be divisible by train.micro_batch (16)"),
+        (lambda d: d["train"].update(batch=30), "train.batch (30) must be divisible by train.micro_batch (4)"),
         (lambda d: d["train"].update(epochs=2), "exactly one"),
         (lambda d: d["data"].update(source="png"), "data.png must not be null"),
         (lambda d: d["data"].update(class_template="a thing"), "{name}"),
@@ -157,9 +157,9 @@ def set_leading_spacing_with_1000_steps(document):
             lambda d: d["sample"]["operating_points"].append(
                 {"num_inference_steps": 4, "guidance_scale": 2.0, "samplr": "ddpm"}
             ),
-            "did you mean sample.operating_points.7.sampler?",
+            "did you mean sample.operating_points.11.sampler?",
         ),
-        (lambda d: d["sample"]["operating_points"].append({"guidance_scale": 2.0}), "7.num_inference_steps is required"),
+        (lambda d: d["sample"]["operating_points"].append({"guidance_scale": 2.0}), "11.num_inference_steps is required"),
         (lambda d: d["sample"]["main"].update(size=0), "sample.main.size"),
         (lambda d: d["sample"]["main"].update(guidance_interval=[0.8, 0.2]), "must be ascending"),
         (lambda d: d["train"].update(stages=[stage("distill", None)]), "guidance_scale is required with objective distill"),
@@ -215,7 +215,7 @@ def test_params_command_prints_the_resolved_document_and_differences(capsys, tmp
     lines = capsys.readouterr().out.splitlines()
     assert "train.optimizer.lr: 0.0003 -> 1.0e-07" in lines
     assert "data.source: scenes -> png" in lines
-    assert not any(line.startswith("sample.base.num_inference_steps") for line in lines)
+    assert not any(line.startswith("sample.base.guidance_scale") for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------- operating-point paths
@@ -226,8 +226,11 @@ def test_params_command_prints_the_resolved_document_and_differences(capsys, tmp
     st.sampled_from(["ddim", "ddpm", "dpmpp"]),
     st.none() | st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=2, max_size=2).map(sorted).map(tuple),
     st.integers(1, 99),
+    st.booleans(),
 )
-def test_path_of_an_operating_point_is_parsed_to_the_same_point(size, steps, hundredths, sampler, interval, ensemble_size):
+def test_path_of_an_operating_point_is_parsed_to_the_same_point(
+    size, steps, hundredths, sampler, interval, ensemble_size, mirror
+):
     point = OperatingPoint(
         size=size,
         num_inference_steps=steps,
@@ -235,6 +238,7 @@ def test_path_of_an_operating_point_is_parsed_to_the_same_point(size, steps, hun
         sampler=sampler,
         guidance_interval=interval,
         ensemble_size=ensemble_size,
+        mirror=mirror and ensemble_size > 1,
     )
     path = point_path(point)
     assert parse_point(path) == point

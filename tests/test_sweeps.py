@@ -28,7 +28,12 @@ from genseg.sampling.runs import point_path, study_runs
 from genseg.sweeps import Choice, load_sweep, training_budget
 
 SMOKE = load_params(ROOT / "params/smoke.yaml")
-EPSILON = {"train.prediction_type": "epsilon", "train.zero_terminal_snr": False, "train.mask_loss_weight": 0.0}
+EPSILON = {
+    "train.prediction_type": "epsilon",
+    "train.zero_terminal_snr": False,
+    "train.mask_loss_weight": 0.0,
+    "train.self_estimate_prob": 0.0,
+}
 MASK_LOSS = {"objective": "mask_loss", "lr_factor": 1.0, "guidance_scale": None}
 
 
@@ -46,7 +51,7 @@ def test_shipped_sweep_compares_the_documented_trainings():
     assert {train.prediction_type for train in trainings} == {"epsilon", "v_prediction", "sample"}
     assert {stage.objective for train in trainings for stage in train.stages} == {"distill", "mask_loss"}
     assert {train.label for train in trainings} == {"mask", "vae"}
-    assert {train.terminal_timestep_prob for train in trainings} == {0.0, study.train.terminal_timestep_prob, 0.6}
+    assert {train.terminal_timestep_prob for train in trainings} == {0.0, study.train.terminal_timestep_prob, 0.8}
     paper = load_params(ROOT / "params/paper.yaml")
     paper_keys = (
         "prediction_type",

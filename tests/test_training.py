@@ -280,7 +280,8 @@ def test_flops_equal_the_sum_over_layers(finished_study, monkeypatch):
     with torch.no_grad():
         networks(batch.label, batch.image, torch.zeros(1), batch.texts, None, 64)
     first, distilled = stage_spans(params.train.model_copy(update={"stages": [Stage(**DISTIL)]}), 100, "gs")
-    assert sample_flops(networks, data, params.train, first) == 3 * sum(counted)
+    own = params.train.self_estimate_prob * (1 - params.train.terminal_timestep_prob)
+    assert sample_flops(networks, data, params.train, first) == pytest.approx((3 + own) * sum(counted))
     assert sample_flops(networks, data, params.train, distilled) == 5 * sum(counted), "two forward passes of the teacher"
 
 
@@ -396,6 +397,7 @@ def test_epochs_are_converted_to_steps():
 OTHER_PARAMS = {
     "noise prediction, no injection": {
         "train__prediction_type": "epsilon",
+        "train__self_estimate_prob": 0.0,
         "train__zero_terminal_snr": False,
         "train__mask_loss_weight": 0.0,
         "train__token_injection": False,
@@ -459,6 +461,39 @@ def test_distillation_fits_the_guided_output_in_one_forward_pass():
     losses.sum().backward()
     assert student.gain.grad is not None
     assert teacher.gain.grad is None, "the teacher is not trained"
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_x_t_of_a_self_estimated_row_is_the_noised_clipped_estimate_from_pure_noise(prediction_type):
+    train = Train(prediction_type=prediction_type)
+    alphas_bar, batch, noise, t = toy_batch(train)
+    texts = Batch(batch.image, batch.label, [None] * 3)
+    student = ToyNetworks(0.7)
+    loss = DiffusionLoss(train, alphas_bar)
+    loss(student, MicroBatch(texts, noise, t, None, torch.tensor([False, True, False]))).sum().backward()
+    (first_input, first_t), (x_t, trained_t) = student.inputs
+    assert torch.equal(first_input, noise[1:2]), "only the chosen row is evaluated twice"
+    assert (first_t.tolist(), trained_t.tolist()) == ([999], t.tolist())
+    with torch.no_grad():
+        output = student(noise[1:2], batch.image[1:2], first_t, [], None, 128)
+    # With zero terminal SNR, x_T is the noise, and v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 is -x_0.
+    x_0 = train.label_scale * output if prediction_type == "sample" else -output
+    clipped = x_0.clamp(-train.label_scale, train.label_scale)
+    signal, sigma = alphas_bar[500].sqrt(), (1 - alphas_bar[500]).sqrt()
+    assert torch.allclose(x_t[1], signal * clipped[0] + sigma * noise[1], atol=1e-6)
+    true = add_noise((2 * batch.label - 1) * train.label_scale, noise, alphas_bar, t)
+    assert torch.equal(x_t[[0, 2]], true[[0, 2]])
+    assert student.gain.grad is not None
+
+
+def test_rows_at_the_last_timestep_are_never_self_estimated(finished_study, monkeypatch):
+    monkeypatch.chdir(finished_study)
+    params = load_params("params/smoke.yaml")
+    train = params.train.model_copy(update={"terminal_timestep_prob": 0.5, "self_estimate_prob": 1.0})
+    for step in range(4):
+        [*micros] = micro_batches(training_rows(params), train, 1000, 0, range(train.batch), step)
+        for micro in micros:
+            assert micro.self_estimated.tolist() == (micro.t < 999).tolist()
 
 
 def test_mask_loss_evaluates_pure_noise_once():

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -125,6 +126,7 @@ class GSPipeline(DiffusionPipeline):
         guidance_interval: GuidanceInterval | None = None,
         sampler: SamplerName = "ddim",
         ensemble_size: int = 1,
+        mirror: bool = False,
         threshold: float = 0.5,
         seed: int = 0,
         generator: torch.Generator | None = None,
@@ -144,6 +146,8 @@ class GSPipeline(DiffusionPipeline):
             guidance_interval: part of the schedule with guidance, (from, to), where 1 is pure noise; None: all of it.
             sampler: update rule, "ddim", "ddpm" or "dpmpp" (DPM-Solver++(2M)).
             ensemble_size: number of samples with different seeds whose maps are averaged.
+            mirror: whether every second sample is that of the mirrored image, mirrored back. Not for phrases that say left or
+                right.
             threshold: minimum value of a foreground pixel in the bilinearly up-sampled soft map.
             seed: seed of the initial noise. A phrase's mask depends on it and on the phrase's position in the list of its
                 image, not on `batch_size` or other images.
@@ -165,7 +169,7 @@ class GSPipeline(DiffusionPipeline):
         pictures = [_to_picture(item) for item in images]
         phrase_lists: Any = [[phrases] if isinstance(phrases, str) else phrases] if is_single else phrases
         self._check_inputs(pictures, phrase_lists, batch_size, output_type, callback_on_step_end_tensor_inputs)
-        point = self._operating_point(num_inference_steps, guidance_scale, guidance_interval, sampler, ensemble_size)
+        point = self._operating_point(num_inference_steps, guidance_scale, guidance_interval, sampler, ensemble_size, mirror)
         if generator is not None:
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
 
@@ -244,6 +248,7 @@ class GSPipeline(DiffusionPipeline):
         guidance_interval: GuidanceInterval | None,
         sampler: SamplerName,
         ensemble_size: int,
+        mirror: bool,
     ) -> OperatingPoint:
         steps = self.config.default_denoising_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
@@ -256,6 +261,8 @@ class GSPipeline(DiffusionPipeline):
             raise ValueError(f"sampler {sampler!r}: must be one of {', '.join(get_args(SamplerName))}")
         if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval {guidance_interval}: must be ascending and between 0 and 1")
+        if mirror and ensemble_size == 1:
+            raise ValueError("mirror needs an ensemble_size of at least 2")
         return OperatingPoint(
             size=self.config.default_processing_resolution,
             num_inference_steps=steps,
@@ -263,6 +270,7 @@ class GSPipeline(DiffusionPipeline):
             guidance_interval=guidance_interval,
             sampler=sampler,
             ensemble_size=ensemble_size,
+            mirror=mirror,
         )
 
     @torch.no_grad()
@@ -289,16 +297,14 @@ class GSPipeline(DiffusionPipeline):
         unet, device, size = self.unet, image_latents.device, (point.size, point.size)
         dtype = unet.dtype
         condition = self.adapter(texts)
-        latents = image_latents.to(dtype)
-        shape = (unet.config.out_channels, *latents.shape[-2:])
-        if self.config.prediction_type == "logits":
-            t = torch.full((len(texts),), DISCRIMINATIVE_TIMESTEP, device=device)
-            zeros = latents.new_zeros((len(texts), *shape))
-            return run_unet(unet, zeros, latents, t, condition, size).float().sigmoid()[:, 0]
+        views = [image_latents.to(dtype)]
+        if point.mirror:  # a flipped latent is nearly the latent of the flipped image
+            views.append(views[0].flip(-1))
+        shape = (unet.config.out_channels, *image_latents.shape[-2:])
         both = condition + self.adapter.unconditional(len(texts)) if point.guidance_scale != 1 else None
 
         # 2. Define the network evaluation. Guided evaluations put the conditional rows first.
-        def denoise(x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
+        def denoise(latents: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, guided: bool) -> torch.Tensor:
             if guided:
                 assert both is not None
                 return run_unet(unet, x_t.repeat(2, 1, 1, 1).to(dtype), latents.repeat(2, 1, 1, 1), t, both, size)
@@ -307,13 +313,26 @@ class GSPipeline(DiffusionPipeline):
         # 3. Average the samples.
         samples = []
         for member in range(point.ensemble_size):
-            generators = [phrase_generator(seed, *key, point.size, member) for key in keys]
-            x_t = draw_noise(generators, shape).to(device)
-            member_observe = observe if member == 0 else None
-            x_0 = sample_labels(
-                denoise, self.scheduler, x_t, point, generators, self.config.label_scale, member_observe, on_step_end
-            )
-            samples.append(self.soft_labels(x_0))
+            latents = views[member % len(views)]
+            if self.config.prediction_type == "logits":
+                t = torch.full((len(texts),), DISCRIMINATIVE_TIMESTEP, device=device)
+                soft = denoise(latents, latents.new_zeros((len(texts), *shape)), t, False).float().sigmoid()[:, 0]
+            else:
+                generators = [phrase_generator(seed, *key, point.size, member) for key in keys]
+                x_t = draw_noise(generators, shape).to(device)
+                member_observe = observe if member == 0 else None
+                x_0 = sample_labels(
+                    partial(denoise, latents),
+                    self.scheduler,
+                    x_t,
+                    point,
+                    generators,
+                    self.config.label_scale,
+                    member_observe,
+                    on_step_end,
+                )
+                soft = self.soft_labels(x_0)
+            samples.append(soft if latents is views[0] else soft.flip(-1))
         return torch.stack(samples).mean(0)
 
     def soft_labels(self, x_0: torch.Tensor) -> torch.Tensor:

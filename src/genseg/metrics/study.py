@@ -149,5 +149,5 @@ def _pairs(params: Params, runs: Sequence[Run]) -> list[tuple[str, str]]:
 def _ensemble_pairs(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Names of each ensemble in the grid and of the run of its first sample, if the study has both."""
     names = {run.point: run.name for run in runs if run.role == "grid" and run.point is not None}
-    singles = {point: point.model_copy(update={"ensemble_size": 1}) for point in names if point.ensemble_size > 1}
-    return [(names[point], names[single]) for point, single in singles.items() if single in names]
+    ensembles = [point for point in names if point.ensemble_size > 1 and point.single in names]
+    return [(names[point], names[point.single]) for point in ensembles]

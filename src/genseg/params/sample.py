@@ -30,12 +30,21 @@ class OperatingPoint(Section):
     """Ascending bounds of the part of the schedule with guidance: 0 is the clean label, 1 is pure noise; null: all of it."""
     ensemble_size: Annotated[int, Field(gt=0, lt=100)] = 1
     """Number of samples with different seeds whose soft maps are averaged."""
+    mirror: bool = False
+    """Whether every second sample of the ensemble is that of the mirrored image; not for phrases that say left or right."""
 
     @model_validator(mode="after")
-    def _interval_ascends(self) -> Self:
+    def _is_consistent(self) -> Self:
         if self.guidance_interval is not None and self.guidance_interval[0] > self.guidance_interval[1]:
             raise ValueError(f"guidance_interval {list(self.guidance_interval)} must be ascending")
+        if self.mirror and self.ensemble_size == 1:
+            raise ValueError("mirror needs an ensemble_size of at least 2")
         return self
+
+    @property
+    def single(self) -> "OperatingPoint":
+        """The point of the first sample of the ensemble."""
+        return self.model_copy(update={"ensemble_size": 1, "mirror": False})
 
     @property
     def label(self) -> str:
@@ -44,6 +53,7 @@ class OperatingPoint(Section):
         interval = " in [{:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else ""
         sampler = {"ddim": "", "ddpm": ", DDPM", "dpmpp": ", DPM-Solver++"}[self.sampler]
         ensemble = f", mean of {self.ensemble_size}" if self.ensemble_size > 1 else ""
+        ensemble += ", mirrored" if self.mirror else ""
         return f"{steps}, w = {self.guidance_scale:g}{interval}{sampler}{ensemble}"
 
     def __str__(self) -> str:
@@ -55,7 +65,7 @@ class Grid(Section):
 
     sizes: list[ImageSize] = [96, 64]
     """Image sizes of Table 3."""
-    num_inference_steps: list[NumInferenceSteps] = [30, 20]
+    num_inference_steps: list[NumInferenceSteps] = [10, 5]
     """Steps of Table 4."""
     guidance_scale: list[GuidanceScale] = [8.0, 7.0]
     """Guidance scales of Table 5."""
@@ -64,13 +74,17 @@ class Grid(Section):
 def _default_points(fields: dict[str, Any]) -> list[OperatingPoint]:
     """Return the default operating points at the size of the main point, which is validated before them."""
     options: list[dict[str, Any]] = [
+        {"num_inference_steps": 1, "guidance_scale": 1.0},
         {"num_inference_steps": 2, "guidance_scale": 1.0},
+        {"num_inference_steps": 4, "guidance_scale": 1.0},
+        {"num_inference_steps": 8, "guidance_scale": 1.0},
         {"num_inference_steps": 1, "guidance_scale": 1.5},
-        {"num_inference_steps": 2, "guidance_scale": 1.5},
-        {"num_inference_steps": 4, "guidance_scale": 1.5},
-        {"num_inference_steps": 4, "guidance_scale": 1.5, "sampler": "dpmpp"},
-        {"num_inference_steps": 4, "guidance_scale": 1.5, "guidance_interval": (0.0, 0.5)},
-        {"num_inference_steps": 2, "guidance_scale": 1.0, "ensemble_size": 4},
+        {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "dpmpp"},
+        {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "ddpm"},
+        {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 2},
+        {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 2, "mirror": True},
+        {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 4, "mirror": True},
+        {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 8, "mirror": True},
     ]
     return [OperatingPoint(size=fields["main"].size, **option) for option in options]
 
@@ -80,12 +94,14 @@ class Sample(Section):
 
     runs: Annotated[list[RunGroup], Field(min_length=1)] = ["main", "controls", "grid", "val"]
     """Groups of runs to sample. Baselines, refinement and tables need all four."""
-    main: OperatingPoint = OperatingPoint(size=128, num_inference_steps=1, guidance_scale=1.0)
+    main: OperatingPoint = OperatingPoint(
+        size=128, num_inference_steps=1, guidance_scale=1.0, ensemble_size=2, mirror=True
+    )
     """Operating point of the main row, which is sampled on all of test."""
-    base: OperatingPoint = OperatingPoint(size=128, num_inference_steps=50, guidance_scale=7.5)
+    base: OperatingPoint = OperatingPoint(size=128, num_inference_steps=20, guidance_scale=7.5)
     """Operating point of the base row of Tables 3-5."""
     grid: Grid = Grid()
-    grid_fraction: PositiveFraction = 0.07
+    grid_fraction: PositiveFraction = 0.25
     """Fraction of test, chosen by a hash of the image id, on which the grid is sampled; 0.07 in the paper."""
     operating_points: list[OperatingPoint] = Field(default_factory=_default_points)
     """Points of the table of AR against evaluations, on the grid's images and a part of val. Their size is that of `main`."""
@@ -138,6 +154,10 @@ class Sample(Section):
     def test_subset_points(self) -> list[OperatingPoint]:
         """Return all points that are sampled on the grid's part of test, base first."""
         return list(dict.fromkeys([*self.grid_points(), *self.val_points()]))
+
+    def uses_mirror(self) -> bool:
+        """Return whether any operating point mirrors images."""
+        return any(point.mirror for point in self.test_subset_points())
 
     def sizes(self) -> list[int]:
         """Return the image sizes for which latents are computed, ascending."""

@@ -70,25 +70,27 @@ class Train(Section):
     """Whether the schedule is rescaled so that x_t is pure noise at the last timestep."""
     label_scale: PositiveFloat = 0.1
     """b: masks are scaled to x_0 in [-b, b]."""
-    mask_loss_weight: NonNegativeFloat = 4.0
-    """Weight of BCE + Dice on the estimate of x_0, added to the diffusion loss; 0 in the paper."""
-    terminal_timestep_prob: Fraction = 0.3
+    mask_loss_weight: NonNegativeFloat = 80.0
+    """Weight of BCE + Dice on the estimate of x_0 in a weighted mean with the diffusion loss, of weight 1; 0 in the paper."""
+    terminal_timestep_prob: Fraction = 0.5
     """Probability of drawing the last timestep; otherwise t is uniform. 0 in the paper."""
+    self_estimate_prob: Fraction = 1.0
+    """Probability that x_t before the last timestep is made from the network's own one-step estimate; 0 in the paper."""
     conv_in_init: Literal["masked_image", "latent"] = "latent"
     """Pretrained conv_in weights for the image latent: channels 5:9 (masked image) or 0:4 (noisy latent)."""
     text: Literal["tokens", "pooled"] = "tokens"
     """e_i^t: the token sequence (the paper, Eq. 3) or one pooled token (the paper, Eq. 2: "global")."""
     token_injection: bool = True
     """Whether adapted text tokens are injected into self-attention (the paper, Eq. 3-5)."""
-    cond_drop_prob: Fraction = 0.05
+    cond_drop_prob: Fraction = 0.02
     """Probability that a row's text is replaced by the learned null embeddings (the paper, Eq. 6)."""
-    batch: PositiveInt = 16
+    batch: PositiveInt = 4
     """Global batch size, for any micro-batch and any number of devices and processes."""
-    micro_batch: PositiveInt = 16
+    micro_batch: PositiveInt = 4
     """Batch size of one forward pass on one device."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """On several GPUs, each holds the whole model (ddp) or a part of the weights, gradients and moments (fsdp)."""
-    steps: PositiveInt | None = 1200
+    steps: PositiveInt | None = 2600
     """Optimiser steps before the stages; null: `epochs` is used."""
     epochs: PositiveInt | None = None
     """Passes over the training phrases before the stages; null: `steps` is used."""
@@ -103,13 +105,13 @@ class Train(Section):
     """Whether activations are recomputed in the backward pass."""
     flip: bool = True
     """Whether images and masks are mirrored at random; use false if phrases say left or right."""
-    log_every: PositiveInt = 20
+    log_every: PositiveInt = 50
     """Steps between log lines."""
-    validate_every: PositiveInt = 200
+    validate_every: PositiveInt = 650
     """Steps between validations."""
     validate_phrases: PositiveInt = 96
     """Number of val phrases in a validation."""
-    checkpoint_every: PositiveInt = 100
+    checkpoint_every: PositiveInt = 200
     """Steps between checkpoints."""
 
     @model_validator(mode="after")
@@ -142,5 +144,10 @@ class Train(Section):
         if self.terminal_timestep_prob and not self.zero_terminal_snr:
             raise ValueError(
                 "train.terminal_timestep_prob needs train.zero_terminal_snr: otherwise the last timestep is not pure noise"
+            )
+        if self.self_estimate_prob and self.prediction_type == "epsilon":
+            raise ValueError(
+                "train.self_estimate_prob needs an estimate of x_0 from pure noise; use train.prediction_type v_prediction or "
+                "sample"
             )
         return self

@@ -253,14 +253,14 @@ def _add_model_phases(phases: Phases, params: Params, networks: Networks, counts
         spans = stage_spans(train, counts.train, kind)
         steps = spans[-1].end
         samples = steps * train.batch
-        teacher_passes = train.batch * sum(span.steps * span.teacher_passes for span in spans)
+        extra_passes = round(train.batch * sum(span.steps * span.extra_passes for span in spans))
         bands = len(BANDS) if kind == "gs" else 1
         validations = bands * math.ceil(steps / train.validate_every) * min(counts.val, train.validate_phrases)
-        flops = samples * training_flops(forward, train.gradient_checkpointing) + (teacher_passes + validations) * forward
+        flops = samples * training_flops(forward, train.gradient_checkpointing) + (extra_passes + validations) * forward
         if kind == "gs" and train.label == "vae":  # labels are encoded in every step
             flops += (samples + validations) * vae_flops(networks.vae, train.size)[0]
         what = f"{kind}: {steps:,} steps of batch {train.batch}"
-        evaluations = samples + teacher_passes + validations
+        evaluations = samples + extra_passes + validations
         phases.add("train", what, evaluations, flops, train.precision, phases.seconds(f"train_{kind}"))
 
 

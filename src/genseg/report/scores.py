@@ -53,6 +53,8 @@ class StudyScores:
     main: ScoredRun
     text_permuted: ScoredRun
     discriminative: ScoredRun
+    discriminative_mirrored: ScoredRun | None
+    """The control with two evaluations, of the image and of the mirrored image; None if no point mirrors."""
     colour_threshold: ScoredRun
     cells: dict[OperatingPoint, ScoredRun]
     """The sampling grid, in the order of `params.sample.test_subset_points()`, base first."""
@@ -74,12 +76,17 @@ class StudyScores:
 
     def paths(self) -> list[Path]:
         """Return every file that was read, sorted."""
-        runs = [self.main, self.text_permuted, self.discriminative, self.colour_threshold, *self.baselines]
+        runs = [*self.controls(), *self.baselines]
         for group in (self.cells, self.val, self.readouts):
             runs += group.values()
         runs += [run for by_protocol in self.measured.values() for run in by_protocol.values()]
         others = {self.folder / f"{name}.json" for name in ("comparisons", "operating_points", "refinement")}
         return sorted({run.path for run in runs} | others)
+
+    def controls(self) -> list[ScoredRun]:
+        """Return the main run, and then the runs that it is compared with."""
+        runs = [self.main, self.text_permuted, self.colour_threshold, self.discriminative, self.discriminative_mirrored]
+        return [run for run in runs if run is not None]
 
     def base(self) -> ScoredRun:
         """Return the base cell of the grid."""
@@ -87,7 +94,7 @@ class StudyScores:
 
     def ensembles(self) -> list[tuple[OperatingPoint, OperatingPoint]]:
         """Return (ensemble, single sample) for each ensemble on the grid; both have calibration scores."""
-        pairs = [(cell, cell.model_copy(update={"ensemble_size": 1})) for cell in self.cells if cell.ensemble_size > 1]
+        pairs = [(cell, cell.single) for cell in self.cells if cell.ensemble_size > 1]
         calibrated = {cell for cell, run in self.cells.items() if run.summary.get("calibration")}
         return [(ensemble, single) for ensemble, single in pairs if {ensemble, single} <= calibrated]
 
@@ -127,6 +134,7 @@ def read_study_scores(params: Params) -> StudyScores:
         main=main,
         text_permuted=read("text_permuted"),
         discriminative=discriminative,
+        discriminative_mirrored=read("discriminative_mirrored") if params.sample.uses_mirror() else None,
         colour_threshold=read("colour_threshold"),
         cells=cells,
         val=_read_cells(folder / "val", params.sample.val_points()),

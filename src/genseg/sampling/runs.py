@@ -18,14 +18,14 @@ from genseg.params.sample import OperatingPoint, Readout
 
 _POINT = re.compile(
     r"size=(?P<size>\d{4})/steps=(?P<num_inference_steps>\d{4})/cfg=(?P<guidance_scale>\d{2}\.\d{2})"
-    r"(,rule=(?P<sampler>\w+))?(,guided=(?P<low>\d\.\d{3})-(?P<high>\d\.\d{3}))?(,samples=(?P<ensemble_size>\d{2}))?"
+    r"(,rule=(?P<sampler>\w+))?(,guided=(?P<low>\d\.\d{3})-(?P<high>\d\.\d{3}))?(,samples=(?P<ensemble_size>\d{2})(?P<mirror>,mirrored)?)?"
 )
 
 
 def point_path(point: OperatingPoint) -> str:
     """Return the folder of an operating point. Numbers have a fixed width for sorting; `parse_point` is the inverse.
 
-    Sampler, guidance interval and ensemble size are appended to the last part if they are not the defaults, so no folder
+    Sampler, guidance interval and ensemble are appended to the last part if they are not the defaults, so no folder
     contains another. Raises UserError if guidance_scale has more than two decimals, or guidance_interval more than three.
     """
     path = f"size={point.size:04d}/steps={point.num_inference_steps:04d}/cfg={point.guidance_scale:05.2f}"
@@ -34,7 +34,7 @@ def point_path(point: OperatingPoint) -> str:
     if point.guidance_interval is not None:
         path += ",guided={:.3f}-{:.3f}".format(*point.guidance_interval)
     if point.ensemble_size > 1:
-        path += f",samples={point.ensemble_size:02d}"
+        path += f",samples={point.ensemble_size:02d}" + (",mirrored" if point.mirror else "")
     parsed = parse_point(path)
     if parsed.guidance_scale != point.guidance_scale:
         raise UserError(f"sample: guidance_scale {point.guidance_scale} must have at most two decimals, as in its folder name")
@@ -51,6 +51,8 @@ def parse_point(path: str) -> OperatingPoint:
     fields: dict[str, Any] = {name: value for name, value in match.groupdict().items() if value is not None}
     if "low" in fields:
         fields["guidance_interval"] = float(fields.pop("low")), float(fields.pop("high"))
+    if "mirror" in fields:
+        fields["mirror"] = True
     return OperatingPoint.model_validate(fields)
 
 
@@ -66,7 +68,7 @@ class Run(Section):
     phrases: Literal["test", "grid", "val", "permutable", "class_phrases"]
     """Set of phrases for which masks are predicted."""
     point: OperatingPoint | None = None
-    """Operating point: one unguided step for the discriminative control; None for a method without a network."""
+    """Operating point: unguided single steps for the discriminative control; None for a method without a network."""
     readout: Readout = "bilinear"
     """Conversion of soft maps to masks."""
 
@@ -82,6 +84,7 @@ def study_runs(params: Params) -> list[Run]:
     once = OperatingPoint(size=main.size, num_inference_steps=1, guidance_scale=1.0)
     gs: dict[str, Any] = {"method": "gs", "point": main, "readout": readout}
     discriminative: dict[str, Any] = {"method": "discriminative", "point": once, "readout": readout}
+    mirrored = discriminative | {"point": once.model_copy(update={"ensemble_size": 2, "mirror": True})}
     runs = {
         "main": [Run(name="main", role="main", phrases="test", **gs)],
         "controls": [
@@ -89,6 +92,11 @@ def study_runs(params: Params) -> list[Run]:
             Run(name="class_phrases", role="class_phrases", phrases="class_phrases", **gs),
             Run(name="discriminative", role="control", phrases="test", **discriminative),
             Run(name="discriminative_class_phrases", role="class_phrases", phrases="class_phrases", **discriminative),
+            *(
+                [Run(name="discriminative_mirrored", role="control", phrases="test", **mirrored)]
+                if params.sample.uses_mirror()
+                else []
+            ),
             Run(name="colour_threshold", role="control", method="colour_threshold", phrases="test"),
         ],
         "grid": [_point_run("grid", point, readout) for point in params.sample.test_subset_points()],
@@ -98,6 +106,8 @@ def study_runs(params: Params) -> list[Run]:
             for other in params.other_readouts()
         ],
     }
+    if params.sample.uses_mirror():
+        runs["controls"].append(Run(name="discriminative_mirrored", role="control", phrases="test", **mirrored))
     groups = {"main": "main", "controls": "controls", "grid": "grid", "val": "val", "readouts": "grid"}
     return [run for name, members in runs.items() if groups[name] in params.sample.runs for run in members]
 

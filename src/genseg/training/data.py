@@ -57,11 +57,14 @@ class MicroBatch:
     """Timesteps [B]."""
     drop: torch.Tensor | None
     """[B] bool, True for rows whose text is replaced by the learned null embeddings; None if there are none."""
+    self_estimated: torch.Tensor | None = None
+    """[B] bool, True for rows whose x_t is made from the network's own estimate of x_0; None if there are none."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the micro-batch with its tensors on `device`."""
         drop = None if self.drop is None else self.drop.to(device)
-        return MicroBatch(self.batch.to(device), self.noise.to(device), self.t.to(device), drop)
+        self_estimated = None if self.self_estimated is None else self.self_estimated.to(device)
+        return MicroBatch(self.batch.to(device), self.noise.to(device), self.t.to(device), drop, self_estimated)
 
 
 class PhraseData:
@@ -108,8 +111,19 @@ def micro_batches(data: PhraseData, train: Train, timesteps: int, seed: int, pos
     drop = torch.tensor([rng.random() < train.cond_drop_prob for _ in indices])
     t = draw_timesteps(train.batch, timesteps, train.terminal_timestep_prob, generator)
     noise = torch.randn((train.batch, *data.label_shape), generator=generator)
+    chosen = torch.rand(train.batch, generator=generator) < train.self_estimate_prob
+    self_estimated = chosen & (t < timesteps - 1) if train.self_estimate_prob else None
     cuts = [slice(low, min(low + train.micro_batch, positions.stop)) for low in positions[:: train.micro_batch]]
-    return [MicroBatch(data.batch(indices[cut], mirrored[cut]), noise[cut], t[cut], drop[cut]) for cut in cuts]
+    return [
+        MicroBatch(
+            data.batch(indices[cut], mirrored[cut]),
+            noise[cut],
+            t[cut],
+            drop[cut],
+            None if self_estimated is None else self_estimated[cut],
+        )
+        for cut in cuts
+    ]
 
 
 def draw_timesteps(count: int, timesteps: int, terminal_timestep_prob: float, generator: torch.Generator) -> torch.Tensor:

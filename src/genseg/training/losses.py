@@ -30,8 +30,13 @@ BANDS = ((0, 250), (250, 500), (500, 750), (750, 1000))
 
 @dataclass(frozen=True, eq=False)
 class DiffusionLoss:
-    """Eq. 7 for noise, v or x_0, plus `train.mask_loss_weight` times BCE + Dice of the estimate of x_0. `alphas_bar` [T] is
-    the noise schedule. `vae` encodes the labels; it is None if x_0 is the mask itself."""
+    """Eq. 7 for noise, v or x_0, averaged with BCE + Dice of the estimate of x_0: (Eq. 7 + w (BCE + Dice)) / (1 + w) with
+    w = `train.mask_loss_weight`, so that w does not change the scale of the gradient. `alphas_bar` [T] is the noise schedule. `vae` encodes the labels; it is None if x_0 is the mask itself.
+
+    Where `micro.self_estimated`, x_t is the noised estimate of x_0 that the network makes from the same noise at the last
+    timestep, as in sampling, and the target is still the true x_0 (self-aligned denoising of DDP, Ji et al. 2023,
+    arXiv 2303.17559). The network thereby learns to correct its own estimates.
+    """
 
     train: Train
     alphas_bar: Tensor
@@ -41,12 +46,31 @@ class DiffusionLoss:
         train, batch = self.train, micro.batch
         x_0 = encode_labels(batch.label, train.label_scale, self.vae)
         x_t = add_noise(x_0, micro.noise, self.alphas_bar, micro.t)
+        if micro.self_estimated is not None:
+            x_t = torch.where(micro.self_estimated[:, None, None, None], self._self_estimated_x_t(networks, micro), x_t)
         output = networks(x_t, batch.image, micro.t, batch.texts, micro.drop, train.size)
         target = training_target(train.prediction_type, x_0, micro.noise, self.alphas_bar, micro.t, train.label_scale)
         losses = diffusion_loss(output, target)
         if train.mask_loss_weight:
-            losses = losses + train.mask_loss_weight * _mask_loss(train, self.alphas_bar, output, x_t, batch, micro.t)
+            mask_losses = _mask_loss(train, self.alphas_bar, output, x_t, batch, micro.t)
+            losses = (losses + train.mask_loss_weight * mask_losses) / (1 + train.mask_loss_weight)
         return losses
+
+    @torch.no_grad()
+    def _self_estimated_x_t(self, networks: nn.Module, micro: MicroBatch) -> Tensor:
+        """Return x_t [B, K, h, w] made from the network's estimates; rows that are not `self_estimated` are the noise."""
+        assert micro.self_estimated is not None
+        # At least one row, because under FSDP every process must take part in a forward pass.
+        rows = micro.self_estimated.nonzero()[:, 0] if micro.self_estimated.any() else micro.t.new_zeros(1)
+        noise, texts = micro.noise[rows], [micro.batch.texts[row] for row in rows.tolist()]
+        last = torch.full_like(rows, len(self.alphas_bar) - 1)
+        output = networks(noise, micro.batch.image[rows], last, texts, None, self.train.size).float()
+        estimate = estimate_x_0(self.train.prediction_type, output, noise, self.alphas_bar, last, self.train.label_scale)
+        if self.train.label == "mask":
+            estimate = estimate.clamp(-self.train.label_scale, self.train.label_scale)
+        x_t = micro.noise.clone()
+        x_t[rows] = add_noise(estimate, noise, self.alphas_bar, micro.t[rows])
+        return x_t
 
 
 @dataclass(frozen=True, eq=False)

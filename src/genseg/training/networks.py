@@ -94,7 +94,7 @@ def sample_flops(networks: Networks, data: PhraseData, train: Train, span: Stage
     """Return the FLOPs of one training sample whose phrase is as long as the first one. The small adapter is not counted."""
     tokens = len(data.texts[data.rows["phrase"].iloc[0]].tokens) if train.text == "tokens" else 1
     forward = unet_flops(networks.unet.config, data.label_shape[-1], tokens, train.token_injection)
-    return training_flops(forward, recomputed=False) + span.teacher_passes * forward
+    return training_flops(forward, recomputed=False) + span.extra_passes * forward
 
 
 def make_training_scheduler(train: Train, betas: dict[str, Any]) -> DDIMScheduler:

@@ -23,17 +23,19 @@ class StageSpan:
     def end(self) -> int:
         return self.first + self.steps
 
-    @property
-    def teacher_passes(self) -> int:
-        """Forward passes of the teacher per sample: 2 (with and without the text) in distillation, otherwise 0."""
-        return 2 if self.stage is not None and self.stage.objective == "distill" else 0
+    extra_passes: float = 0.0
+    """Mean number of forward passes without gradient per sample, in addition to the one that is trained."""
 
 
 def stage_spans(train: Train, rows: int, kind: Kind) -> list[StageSpan]:
-    """Return the base training and the stages, in order. The control has a single span of the same total length."""
-    spans = [StageSpan(0, total_steps(train, rows))]
+    """Return the base training and the stages, in order. The control has a single span of the same total length.
+
+    The base training makes an estimate of x_0 for a part of its samples; in distillation, the teacher evaluates every sample
+    with and without the text.
+    """
+    spans = [StageSpan(0, total_steps(train, rows), None, train.self_estimate_prob * (1 - train.terminal_timestep_prob))]
     for stage in train.stages:
-        spans.append(StageSpan(spans[-1].end, stage.steps, stage))
+        spans.append(StageSpan(spans[-1].end, stage.steps, stage, 2.0 if stage.objective == "distill" else 0.0))
     return spans if kind == "gs" else [StageSpan(0, spans[-1].end)]
 
 

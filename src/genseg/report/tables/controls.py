@@ -11,7 +11,7 @@ _METHOD_COLUMNS = [Column("gs", "GS"), Column("discriminative", "Discriminative"
 def controls(params: Params, scores: StudyScores) -> Table:
     """Show how much of the AR of GS is due to the text, to colour alone, and to generation."""
     rows, skipped_notes = [], []
-    for run in (scores.main, scores.text_permuted, scores.colour_threshold, scores.discriminative):
+    for run in scores.controls():
         row = {"control": "none" if run is scores.main else run.name, **parts.measured_columns(params, run)}
         if run is not scores.main:
             row |= parts.difference_columns(scores.comparison(scores.main, run))
@@ -33,7 +33,8 @@ def controls(params: Params, scores: StudyScores) -> Table:
         f"Measured on {parts.describe_phrases(params, scores.main)}. {sentence(parts.describe_ceilings(scores.main))}",
         "none: GS itself. text_permuted: GS given another phrase of the same image (a derangement of phrases whose ground "
         "truths differ; images with no such pair are left out). colour_threshold: colour histograms of the training phrases' "
-        f"words, with a threshold chosen on val. discriminative: {parts.DISCRIMINATIVE}.",
+        f"words, with a threshold chosen on val. discriminative: {parts.DISCRIMINATIVE}. discriminative_mirrored: the mean of "
+        "its soft maps of the image and of the mirrored image, two evaluations.",
         "Δ: AR of GS minus AR of the control, overall and for things, on the phrases that both runs share, paired bootstrap "
         "over images.",
         *skipped_notes,
