@@ -56,7 +56,7 @@ case $command in
   score) manifest $results/scores; echo '{"ar": {"overall": 0.5}}' > $results/scores/main.json;;
   tables)
     manifest $results/figures; manifest $results/tables
-    touch $results/{tables/{index.html,table2.csv},figures/{examples,evolution}.png};;
+    touch $results/{tables/{index.html,table2.csv},figures/{examples,evolution,failures,narratives,readouts}.png};;
   *) manifest $results/$command;;
 esac
 """

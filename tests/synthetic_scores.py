@@ -23,7 +23,7 @@ from genseg.diffusion.guidance import count_evaluations
 from genseg.metrics.soft_maps import operating_points
 from genseg.params import OperatingPoint, Params, validate_params
 from genseg.report.page import manifest_paths
-from genseg.sampling.runs import point_path
+from genseg.sampling.runs import base_run, point_path, sample_times_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("results/made_up")
@@ -61,6 +61,8 @@ def build_study(root: Path) -> None:
     write_json(root / RESULTS / "refined" / "manifest.json", MANIFEST | {"refined": [entry]})
     times = {f"g4seg/{baseline.name}": timed(40 + index) for index, baseline in enumerate(study_baselines(params))}
     write_json(root / times_path(params, "refine"), times | {"crf/gs": timed(2, batch=1)})
+    for shard, seconds in enumerate((30, 90)):  # two shards of 60 masks
+        write_json(root / sample_times_path(params, base_run(params).name, shard, 2), timed(seconds))
 
 
 def timed(seconds: float, batch: int = 16) -> dict[str, Any]:
@@ -220,12 +222,16 @@ def _write_predictions(root: Path, params: Params) -> None:
     """Write the phrase table with its images, predictions without the first phrase, the evolution, and one refined mask."""
     frame, results = per_phrase(), root / params.results_dir
     masks = frame.assign(mask=[encode(np.eye(24, 32) > 0)] * len(frame))
-    write_phrases(phrase_table(root, frame), root / params.data_dir / "phrases.parquet")
+    table = phrase_table(root, frame)
+    write_phrases(table, root / params.data_dir / "phrases.parquet")
+    write_phrases(table.iloc[::4].assign(narrative_id="class"), root / params.data_dir / "class_phrases.parquet")
     write_predictions(masks.iloc[1:].assign(score=0.5), results / "predictions" / "main" / "predictions.parquet")
+    write_predictions(masks.assign(score=0.5), results / "predictions" / "discriminative" / "predictions.parquet")
 
     maps = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8), dtype=np.uint8)
     header = {"evolution": '{"timesteps": [999, 499, 19], "keys": [[0, "0", 0], [1, "0", 2]]}'}
-    save_file({"x0": maps, "xt": maps}, results / "predictions" / "evolution.safetensors", metadata=header)
+    tensors = {"x0": maps, "xt": maps, "unguided": maps[:, 0], "decoded": maps.repeat(4, axis=2).repeat(4, axis=3)[:, 0]}
+    save_file(tensors, results / "predictions" / "evolution.safetensors", metadata=header)
 
     refined = results / "refined" / "discrepancy" / "gs.parquet"
     write_predictions(masks.iloc[[2]].assign(score=0.0), refined)

@@ -7,27 +7,35 @@ import json
 import re
 import shutil
 import subprocess
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
 
 from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import read_manifest
+from genseg.artifacts.masks import encode
 from genseg.artifacts.phrases import read_phrases
 from genseg.baselines.registry import ATTENTION
 from genseg.cli import main
 from genseg.diffusion.guidance import count_evaluations
 from genseg.params import load_params, validate_params
-from genseg.report.figures.evolution import choose_timesteps
+from genseg.report.figures.evolution import Evolution, choose_timesteps
 from genseg.report.figures.examples import choose_examples
+from genseg.report.figures.failures import choose_failures
+from genseg.report.figures.narratives import choose_narratives, lay_out, split_caption
+from genseg.report.figures.readouts import read_out
 from genseg.report.page import manifest_paths
 from genseg.report.render import Column, Table, escape_tex, plural, to_markdown, to_tex
+from genseg.report.tables.failures import find_failures
 from genseg.report.tables.parts import comparability_note
 from genseg.report.tables.shares import implied_share, largest_agreement, shares
 from synthetic_scores import NASTY_CLASS, RESULTS, ROOT, SPLITS, build_study, per_phrase, timed
@@ -43,6 +51,7 @@ NAMES = [
     "protocols",
     "shares",
     "breakdown",
+    "failures",
     "comparisons",
     "miou",
     "refinement",
@@ -395,13 +404,25 @@ def test_refinement_costs_have_a_dash_where_a_time_is_missing(report: Path) -> N
     assert "work/made\\_up/tables/refinement\\_costs.md" in table_text(report, "refinement_controls")
 
 
+def test_sampling_costs_add_up_shards_beside_the_published_time(report: Path) -> None:
+    """The paper's section 4.5: 50 seconds for a batch of 16, about 3 seconds each."""
+    published, measured = pd.read_csv(report / "work/made_up/tables/sampling_costs.csv").to_dict("records")
+    assert (published["source"], published["device"], published["batch"]) == ("published", "A100", 16)
+    assert (published["seconds_per_16"], published["seconds_per_mask"]) == (50, 3.12)
+    assert (measured["source"], measured["masks"], measured["seconds_per_mask"]) == ("measured", 120, 1.0)
+    assert measured["ms_per_evaluation"] == pytest.approx(1000 / measured["evaluations"])
+    assert "sampling\\_costs.md" in table_text(report, "evaluations")
+
+
 def test_tables_and_page_do_not_depend_on_times(report_copy: Path) -> None:
     folder = report_copy / RESULTS / "tables"
     before = {path: path.read_bytes() for path in folder.iterdir()}
     costs = report_copy / "work/made_up/tables/refinement_costs.csv"
     write_json(report_copy / "work/made_up/times/refine.json", {"g4seg/gs": timed(99)})
+    shutil.rmtree(report_copy / "work/made_up/times/sample")
     assert main(["tables"]) == 0
     assert pd.read_csv(costs)["seconds"].dropna().unique().tolist() == [99], "an up-to-date phase also writes the costs"
+    assert pd.read_csv(costs.with_name("sampling_costs.csv"))["source"].tolist() == ["published"]
     (report_copy / "work/made_up/times/refine.json").unlink()
     (folder / "manifest.json").unlink()
     assert main(["tables"]) == 0
@@ -497,6 +518,101 @@ def test_examples_are_chosen_at_equidistant_quantiles() -> None:
     assert len(choose_examples(frame.head(3), 6)) == 3
     shuffled = frame.sample(frac=1, random_state=1)
     assert choose_examples(shuffled.assign(iou=0.5), 4).equals(choose_examples(frame.assign(iou=0.5), 4))
+
+
+def test_narratives_are_chosen_at_quantiles_of_their_mean_iou() -> None:
+    """Image i has i + 1 phrases; those with more than seven have no colour for each phrase."""
+    rows = [(image, "n", phrase, image / 10) for image in range(10) for phrase in range(image + 1)]
+    frame = pd.DataFrame(rows, columns=["image_id", "narrative_id", "phrase_id", "iou"])
+    chosen = choose_narratives(frame, 4)
+    assert chosen["image_id"].tolist() == [6, 4, 2, 0]
+    assert choose_narratives(frame.sample(frac=1, random_state=1), 4).equals(chosen)
+    assert choose_narratives(frame[frame["image_id"] > 7], 4)["image_id"].tolist() == [9, 8]
+
+
+def test_caption_is_split_into_words_of_its_phrases() -> None:
+    caption = "A cat near the cat, beside A (red) mat."
+    words = split_caption(caption, ["a cat", "the cat", "a (red) mat"])
+    assert [word for word, _ in words] == ["A", "cat", "near", "the", "cat", ",", "beside", "A", "(red)", "mat", "."]
+    assert [number for _, number in words] == [0, 0, None, 1, 1, None, None, 2, 2, 2, None]
+    assert split_caption("Two cats", ["cat"]) == [("Two", None), ("cats", None), ("[cat]", 0)]
+    assert split_caption(None, ["cat", "red mat"]) == [("cat", 0), ("red", 1), ("mat", 1)]
+
+
+@pytest.mark.parametrize("width", [8.0, 13.0, 30.0])
+def test_caption_lines_have_all_words_and_fit(width: float) -> None:
+    words = split_caption("On the left a large red star, near some water.", ["a large red star", "some water"])
+    lines = lay_out(words, width, len)
+    assert [(word, part) for line in lines for _, text, part in line for word in text.split()] == words
+    for line in lines:
+        assert all(x + len(text) <= width for x, text, _ in line)
+        assert all(a[0] + len(a[1]) <= b[0] for a, b in pairwise(line)), "parts do not overlap"
+        assert line[0][0] == 0
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_each_failure_has_the_kind_of_its_definition(seed: int) -> None:
+    """The oracle decodes every mask, and applies the three definitions to all failures, one at a time."""
+    rng = np.random.default_rng(seed)
+    boxes = [np.pad(np.ones((2, 3), bool), ((y, 4 - y), (x, 5 - x))) for y in range(5) for x in range(6)]
+    masks = [np.zeros((6, 8), bool), *boxes, *(a | b for a, b in zip(boxes[::3], boxes[::-3], strict=True))]
+    frame = per_phrase(24).assign(height=6, width=8, tags=None, phrase=[f"phrase {index}" for index in range(24)])
+    truths, predicted = ([masks[index] for index in rng.integers(0, len(masks), 24)] for _ in range(2))
+    phrases = frame.assign(mask=[encode(mask) for mask in truths])
+    classes = phrases.iloc[::4].assign(mask=encode(masks[5]), phrase="class")
+    predictions = frame.assign(mask=[encode(mask) for mask in predicted]).iloc[2:]
+
+    failed = find_failures(frame, phrases, classes, predictions).set_index(["image_id", "phrase_id"])
+    assert failed["iou"].is_monotonic_increasing
+    for index, row in frame.iterrows():
+        prediction = predicted[index] if index >= 2 else masks[0]
+        others = [truth for truth, image in zip(truths, frame["image_id"], strict=True) if image == row["image_id"]]
+        others = [other for other in [*others, masks[5]] if not np.array_equal(other, truths[index])]
+        own, best = iou(prediction, truths[index]), max((iou(prediction, other) for other in others), default=0.0)
+        kinds = {
+            "wrong object": best > own and best >= 0.1,
+            "boundary": own >= best and own >= 0.1,
+            "missing": not prediction.any() or max(own, best) < 0.1,
+        }
+        assert sum(kinds.values()) == 1, "the definitions are exclusive and exhaustive"
+        key = (row["image_id"], row["phrase_id"])
+        assert (key in failed.index) == (own < 0.5)
+        if own < 0.5:
+            assert kinds[failed.loc[key, "kind"]]
+            assert failed.loc[key, ["iou", "other_iou"]].tolist() == pytest.approx([own, best])
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return np.count_nonzero(a & b) / max(np.count_nonzero(a | b), 1)
+
+
+def test_failures_are_counted_by_kind_and_split(report: Path) -> None:
+    frame = table(report, "failures").set_index("kind")
+    assert frame.loc[["wrong object", "boundary", "missing"], SPLITS].sum().equals(frame.loc["all failures", SPLITS])
+    assert frame.loc["all phrases", SPLITS].tolist() == [40, 20, 20, 40, 0]
+    assert frame.loc["all failures", "overall"] == 40, "a diagonal line predicts no box"
+
+
+def test_gallery_has_the_lowest_failures_of_each_kind_from_different_images() -> None:
+    frame = per_phrase(40).assign(kind=["boundary", "missing"] * 20)
+    chosen = choose_failures(frame.sample(frac=1, random_state=0), 3)
+    assert {kind: len(rows) for kind, rows in chosen.items()} == {"wrong object": 0, "boundary": 3, "missing": 3}
+    for kind in ("boundary", "missing"):
+        best = frame[frame["kind"] == kind].groupby("image_id")["iou"].min().nsmallest(3)
+        assert chosen[kind]["iou"].tolist() == best.tolist()
+
+
+def test_readouts_of_a_record() -> None:
+    x0 = np.array([[[[0, 0], [0, 0]], [[0, 255], [51, 204]]]], np.uint8)
+    record = Evolution([999, 0], [(0, "0", 0)], x0, x0, unguided=x0[:, 0], decoded=np.full((1, 4, 4), 255, np.uint8))
+    pictures = read_out(record, 0, 8, 8)
+    assert np.allclose(pictures["nearest"], np.kron([[0, 1], [0.2, 0.8]], np.ones((4, 4)))), "the last estimate is read"
+    assert pictures["bilinear"][0, [0, 7]].tolist() == [0, 1]
+    assert pictures["VAE decoding"].shape == (8, 8)
+    assert pictures["VAE decoding"].min() == 1
+    assert pictures["bilinear, no CFG"].max() == 0
+    assert "VAE decoding" not in read_out(replace(record, decoded=None), 0, 8, 8)
 
 
 def test_evolution_shows_the_timesteps_of_the_paper_and_the_last() -> None:
@@ -595,7 +711,9 @@ def test_inconsistent_figure_inputs_are_named(report_copy: Path, capsys: pytest.
     assert "evolution.safetensors: not a readable record" in error_of(capsys)
     maps = np.zeros((1, 3, 8, 8), np.uint8)
     save_file(
-        {"x0": maps, "xt": maps}, evolution, metadata={"evolution": '{"timesteps": [999, 499, 19], "keys": [[77, "0", 0]]}'}
+        {"x0": maps, "xt": maps, "unguided": maps[:, 0]},
+        evolution,
+        metadata={"evolution": '{"timesteps": [999, 499, 19], "keys": [[77, "0", 0]]}'},
     )
     assert "phrase (77, '0', 0) of the evolution figure is not in the phrase table" in error_of(capsys)
     evolution.write_bytes(good)

@@ -7,23 +7,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from genseg.artifacts import masks
+from genseg.artifacts.files import read_json
 from genseg.artifacts.masks import decode
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import read_maps, read_predictions
-from genseg.artifacts.resample import bilinear
+from genseg.artifacts.resample import bilinear, nearest
 from genseg.baselines.colour import fit_colours, predict_colours
 from genseg.cli import main
-from genseg.diffusion.pipeline import GSPipeline
+from genseg.diffusion.pipeline import GSPipeline, load_pipeline
+from genseg.models.vae import decode_latents, encode_images
 from genseg.params import load_params
-from genseg.sampling.readout import nearest, quantise, read_mask
-from genseg.sampling.runs import permute_texts, study_runs
+from genseg.report.figures.evolution import read_evolution
+from genseg.sampling.readout import VaeReadout, quantise, read_mask
+from genseg.sampling.runs import permute_texts, sample_times_path, study_runs
 from genseg.sampling.shard import shard_blocks
 from test_training import variant
 
@@ -112,6 +116,51 @@ def test_stored_maps_give_the_stored_masks(finished_study):
     for row, soft in zip(frame.itertuples(), maps, strict=True):
         assert np.array_equal(decode(row.mask, 64, 64), bilinear(soft[None], 64, 64)[0] >= 0.5)
         assert 0 <= row.score <= 1
+
+
+def test_record_of_labels_agrees_with_the_runs_of_the_grid(finished_study):
+    """Its phrases are sampled again in another batch, so maps may differ by rounding."""
+    folder = finished_study / "results/smoke/predictions"
+    record = read_evolution(folder / "evolution.safetensors")
+    base = folder / BASE / "predictions.parquet"
+    rows = {key: row for row, key in enumerate(read_predictions(base)[KEY].itertuples(index=False, name=None))}
+    order = [rows[key] for key in record.keys]
+    for maps, path in ((record.x0[:, -1], base), (record.unguided, Path(str(base).replace("cfg=07.50", "cfg=01.00")))):
+        assert np.abs(maps / 255 - read_maps(path)[order]).max() <= 1.01 / 255
+    assert record.decoded.shape == (len(order), 64, 64)
+
+
+def test_record_has_a_thing_and_a_stuff_of_each_image(finished_study):
+    phrases = read_phrases(finished_study / "data/smoke/phrases.parquet").set_index(KEY)
+    keys = read_evolution(finished_study / "results/smoke/predictions/evolution.safetensors").keys
+    images = sorted(
+        set(read_predictions(finished_study / "results/smoke/predictions" / BASE / "predictions.parquet")["image_id"])
+    )
+    expected = []
+    for image_id in images:
+        of_image = phrases.loc[[key for key in phrases.index if key[0] == image_id]].sort_index()
+        kinds = [of_image[of_image["is_thing"] == is_thing].index for is_thing in (True, False)]
+        expected += sorted(index[0] for index in kinds if len(index))
+    assert keys == expected[: len(keys)]
+    assert len(keys) == 4
+
+
+def test_vae_readout_of_plain_labels_is_the_round_trip_of_black_and_white(finished_study):
+    vae = load_pipeline(finished_study / "results/smoke/model/gs").vae
+    for label in (-1.0, 1.0):
+        picture = VaeReadout(vae, 64)(np.full((1, 16, 16), label, np.float32))[0]
+        plain = decode_latents(vae, encode_images(vae, torch.full((1, 3, 64, 64), label)))[0]
+        luminance = (0.299 * plain[0] + 0.587 * plain[1] + 0.114 * plain[2] + 1) / 2
+        assert np.allclose(picture, luminance.numpy(), atol=1e-5)
+
+
+def test_times_of_all_sampled_masks_are_recorded(finished_study, monkeypatch):
+    monkeypatch.chdir(finished_study)
+    params = load_params("params/smoke.yaml")
+    for run in study_runs(params):
+        times = read_json(sample_times_path(params, run.name, 0, 1))
+        assert times["masks"] == len(read_predictions(f"results/smoke/predictions/{run.name}/predictions.parquet"))
+        assert times["seconds"] >= 0
 
 
 def test_message_names_a_missing_part(study_copy, monkeypatch, capsys):

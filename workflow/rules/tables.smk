@@ -13,6 +13,9 @@ rule tables:
         report(update(f"{RESULTS}/tables/table2.csv"), caption="../report/table2.rst", category="Tables"),
         report(update(f"{RESULTS}/figures/examples.png"), caption="../report/examples.rst", category="Figures"),
         report(update(f"{RESULTS}/figures/evolution.png"), caption="../report/evolution.rst", category="Figures"),
+        report(update(f"{RESULTS}/figures/failures.png"), caption="../report/failures.rst", category="Figures"),
+        report(update(f"{RESULTS}/figures/narratives.png"), caption="../report/narratives.rst", category="Figures"),
+        report(update(f"{RESULTS}/figures/readouts.png"), caption="../report/readouts.rst", category="Figures"),
     log:
         STUDY.log("tables"),
     benchmark:

@@ -1,7 +1,7 @@
-"""Area reduction and bilinear interpolation of maps without torch: masks to label latents and back.
+"""Area reduction and interpolation of maps without torch: masks to label latents and back.
 
-Both are separable, `out = R x C^T`, with sparse matrices R and C that are cached by size. The result for a map does not depend
-on the other maps of the batch or on the number of threads.
+Area reduction and bilinear interpolation are separable, `out = R x C^T`, with sparse matrices R and C that are cached by size.
+The result for a map does not depend on the other maps of the batch or on the number of threads.
 """
 
 from functools import lru_cache
@@ -30,6 +30,13 @@ def bilinear(maps: Map | Mask, height: int, width: int) -> Map:
     Equal to `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`, so down-sampling is not antialiased.
     """
     return separable(maps, bilinear_matrix(maps.shape[-2], height), bilinear_matrix(maps.shape[-1], width))
+
+
+def nearest(maps: Map, height: int, width: int) -> Map:
+    """Up-sample maps [..., h, w] to [..., height, width] by nearest neighbours, with pixel centres at half-integers."""
+    rows = ((np.arange(height) + 0.5) * maps.shape[-2] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * maps.shape[-1] / width).astype(int)
+    return maps[..., rows[:, None], columns[None, :]]
 
 
 def separable(maps: Map | Mask, rows: sparse.csr_array, columns: sparse.csr_array) -> Map:

@@ -94,9 +94,7 @@ class Sample(Section):
 
     runs: Annotated[list[RunGroup], Field(min_length=1)] = ["main", "controls", "grid", "val"]
     """Groups of runs to sample. Baselines, refinement and tables need all four."""
-    main: OperatingPoint = OperatingPoint(
-        size=128, num_inference_steps=1, guidance_scale=1.0, ensemble_size=2, mirror=True
-    )
+    main: OperatingPoint = OperatingPoint(size=128, num_inference_steps=1, guidance_scale=1.0, ensemble_size=2, mirror=True)
     """Operating point of the main row, which is sampled on all of test."""
     base: OperatingPoint = OperatingPoint(size=128, num_inference_steps=20, guidance_scale=7.5)
     """Operating point of the base row of Tables 3-5."""

@@ -1,4 +1,4 @@
-"""Evolution of labels over the timesteps (Fig. 5): x_t and the estimates of x_0 for a few phrases at the base point."""
+"""Labels of a few phrases at the base point: x_t and the estimates of x_0 over the timesteps (Fig. 5), and for Fig. 4."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,11 @@ from genseg.artifacts.parquet import KEY
 from genseg.diffusion.pipeline import GSPipeline
 from genseg.latents import Texts, image_store
 from genseg.params import Params, canonical_json, digest
+from genseg.sampling.readout import VaeReadout
 from genseg.sampling.runs import base_run, run_rows
 
 PHRASES = 4
-"""Number of recorded phrases, which are of different images where possible."""
+"""Number of recorded phrases: by image id, the first thing and the first stuff of an image, then other phrases."""
 
 
 def evolution_path(folder: Path) -> Path:
@@ -42,22 +43,32 @@ def has_evolution(path: Path, key: str) -> bool:
 
 
 def write_evolution(path: Path, params: Params, pipeline: GSPipeline, texts: Texts, phrases: pd.DataFrame, key: str) -> None:
-    """Write `xt` and `x0` [K, T, h, w] uint8 (0 to 255), and as metadata timesteps [T], the keys of K phrases, and `key`."""
+    """Write maps of K phrases as uint8 (0 to 255), and as metadata timesteps [T], the keys of the phrases, and `key`.
+
+    `xt` and `x0` are soft maps [K, T, h, w] of the noisy label and of its estimate, and `unguided` [K, h, w] of x_0 with w = 1.
+    `decoded` [K, H, W] is the VAE decoding of the raw x_0; VAE labels, whose maps are decoded already, do not have it.
+    """
     base = params.sample.base
     rows = run_rows(params, base_run(params), phrases, phrases.iloc[:0]).sort_values(KEY)
-    rows = pd.concat([rows.drop_duplicates("image_id"), rows]).drop_duplicates(KEY).head(PHRASES)
+    rows = pd.concat([rows.drop_duplicates(["image_id", "is_thing"]), rows]).drop_duplicates(KEY).head(PHRASES)
     images = LatentStore(image_store(params, base.size))
     latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(pipeline.device)
     keys = list(zip(*(rows[name] for name in KEY), strict=True))
+    texts_of_rows = [texts[text] for text in rows["text"]]
     states: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def observe(t: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
-        states.append((t, pipeline.soft_labels(x_t), pipeline.soft_labels(x_0)))
+        states.append((t, x_t, x_0))
 
-    pipeline.label_maps(latents, [texts[text] for text in rows["text"]], keys, base, params.seed, observe=observe)
+    pipeline.label_maps(latents, texts_of_rows, keys, base, params.seed, observe=observe)
+    without_guidance = base.model_copy(update={"guidance_scale": 1.0})
+    unguided = pipeline.label_maps(latents, texts_of_rows, keys, without_guidance, params.seed)
 
-    def as_uint8(maps: list[torch.Tensor]) -> NDArray[np.uint8]:
-        return np.rint(torch.stack(maps, dim=1).cpu().numpy() * 255).astype(np.uint8)  # (K, T, h, w)
+    def as_uint8(maps: NDArray[np.float32]) -> NDArray[np.uint8]:
+        return np.rint(maps * 255).astype(np.uint8)
+
+    def soft(labels: list[torch.Tensor]) -> NDArray[np.uint8]:
+        return as_uint8(torch.stack([pipeline.soft_labels(label) for label in labels], dim=1).cpu().numpy())  # (K, T, h, w)
 
     facts = {
         "timesteps": [t for t, _, _ in states],
@@ -65,6 +76,10 @@ def write_evolution(path: Path, params: Params, pipeline: GSPipeline, texts: Tex
         "key": key,
     }
     metadata = {"evolution": canonical_json(facts)}  # a single entry, because safetensors does not fix the order of entries
-    tensors = {"xt": as_uint8([x_t for _, x_t, _ in states]), "x0": as_uint8([x_0 for _, _, x_0 in states])}
+    tensors = {"xt": soft([x_t for _, x_t, _ in states]), "x0": soft([x_0 for _, _, x_0 in states])}
+    tensors["unguided"] = as_uint8(unguided.cpu().numpy())
+    if pipeline.config.label == "mask":
+        labels = (states[-1][2][:, 0] / pipeline.config.label_scale).cpu().numpy()  # raw: neither softened nor rounded
+        tensors["decoded"] = as_uint8(VaeReadout(pipeline.vae, base.size)(labels))
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

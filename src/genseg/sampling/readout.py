@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 
 from genseg.artifacts.masks import Mask
-from genseg.artifacts.resample import bilinear
+from genseg.artifacts.resample import bilinear, nearest
 from genseg.models.vae import decode_latents, encode_images
 
 
@@ -17,15 +17,8 @@ def quantise(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     return (np.rint(np.clip(maps, 0, 1) * 255) / 255).astype(np.float32)
 
 
-def nearest(maps: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Up-sample maps [..., h, w] to [..., height, width] by nearest neighbours, with pixel centres at half-integers."""
-    rows = ((np.arange(height) + 0.5) * maps.shape[-2] / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * maps.shape[-1] / width).astype(int)
-    return maps[..., rows[:, None], columns[None, :]]
-
-
 class VaeReadout:
-    """VAE decoding of 1-channel maps: interpolate between the latents of a black and a white image, decode the result, and
+    """VAE decoding of 1-channel labels: extrapolate from the latents of a black and a white image, decode the result, and
     return its luminance."""
 
     def __init__(self, vae: AutoencoderKL, size: int) -> None:
@@ -33,9 +26,9 @@ class VaeReadout:
         white: Any = torch.ones(1, 3, size, size, device=vae.device)
         self.black, self.white = encode_images(vae, -white), encode_images(vae, white)
 
-    def __call__(self, maps: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the luminance [N, H, W] in [0, 1] at image size of maps [N, h, w] in [0, 1]."""
-        weights = torch.from_numpy(maps)[:, None].to(self.black)
+    def __call__(self, labels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the luminance [N, H, W] in [0, 1] at image size of labels x_0 / b [N, h, w], about -1 (black) to 1 (white)."""
+        weights = (torch.from_numpy(labels)[:, None].to(self.black) + 1) / 2
         pictures = decode_latents(self.vae, self.black + weights * (self.white - self.black)).float()
         red, green, blue = pictures.unbind(1)
         return ((0.299 * red + 0.587 * green + 0.114 * blue + 1) / 2).cpu().numpy()

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
+from genseg.artifacts.manifest import times_path
 from genseg.artifacts.phrases import grid_phrases, is_background, val_phrases
 from genseg.artifacts.seeds import derive_seed
 from genseg.diffusion.guidance import count_evaluations
@@ -119,6 +120,11 @@ def _point_run(group: Literal["grid", "val"], point: OperatingPoint, readout: Re
 def predictions_path(params: Params, run: Run) -> Path:
     """Return the path of the gathered predictions of a run."""
     return params.results_dir / "predictions" / run.name / "predictions.parquet"
+
+
+def sample_times_path(params: Params, name: str, shard: int, shards: int) -> Path:
+    """Return the file of the measured seconds of one shard of the run `name`."""
+    return times_path(params, f"sample/{name}/{shard}-of-{shards}")
 
 
 def base_run(params: Params) -> Run:

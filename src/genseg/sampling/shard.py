@@ -32,7 +32,7 @@ from genseg.params.sample import OperatingPoint
 from genseg.phases import code_hash
 from genseg.sampling.evolution import evolution_key, evolution_path, has_evolution, write_evolution
 from genseg.sampling.readout import VaeReadout, quantise, read_mask
-from genseg.sampling.runs import Run, base_run, predictions_path, run_rows, study_runs
+from genseg.sampling.runs import Run, base_run, predictions_path, run_rows, sample_times_path, study_runs
 
 Maps = NDArray[np.float32]
 PROGRESS_SECONDS = 10
@@ -89,6 +89,8 @@ def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
     class_phrases = read_phrases(params.data_dir / "class_phrases.parquet")
     sampler = Sampler(params, device)
     for run in missing:
+        if run.point is not None:
+            sampler.pipeline(run.method)  # before the clock starts
         start_time = time.monotonic()
         rows = run_rows(params, run, phrases, class_phrases)
         blocks = shard_blocks(rows, params.sample.batch, shard, shards)
@@ -101,7 +103,10 @@ def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
             frame, maps = sampler.predict(run, run.point, blocks, (shard, shards))
             write_maps(maps, part)
         write_predictions(frame, part, key=keys[run], shard=f"{shard}/{shards}")
-        rate = len(frame) / max(time.monotonic() - start_time, 1e-9)
+        seconds = time.monotonic() - start_time
+        times = {"seconds": round(seconds, 3), "masks": len(frame), "device": describe(device), "batch": params.sample.batch}
+        write_json(sample_times_path(params, run.name, shard, shards), times)
+        rate = len(frame) / max(seconds, 1e-9)
         cost = "no network" if run.evaluations is None else f"evaluations per mask: {run.evaluations}"
         print(f"sample: {run.name}: {len(frame)} masks, {cost}, {rate:.1f} masks/s", flush=True)
 
@@ -149,7 +154,7 @@ class Sampler:
         """Return the predictions of the blocks and their soft maps [N, h, w], in key order. `shard`: (number, count)."""
         frames, maps = [], []
         for rows, soft in self._soft_maps(run, point, blocks, shard):
-            pictures = VaeReadout(self.pipeline(run.method).vae, point.size)(soft) if run.readout == "vae" else soft
+            pictures = VaeReadout(self.pipeline(run.method).vae, point.size)(2 * soft - 1) if run.readout == "vae" else soft
             predictions = []
             shapes = rows[["height", "width"]].to_numpy()
             for key, (height, width), picture in zip(rows[KEY].itertuples(index=False), shapes, pictures, strict=True):

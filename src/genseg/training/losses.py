@@ -31,7 +31,8 @@ BANDS = ((0, 250), (250, 500), (500, 750), (750, 1000))
 @dataclass(frozen=True, eq=False)
 class DiffusionLoss:
     """Eq. 7 for noise, v or x_0, averaged with BCE + Dice of the estimate of x_0: (Eq. 7 + w (BCE + Dice)) / (1 + w) with
-    w = `train.mask_loss_weight`, so that w does not change the scale of the gradient. `alphas_bar` [T] is the noise schedule. `vae` encodes the labels; it is None if x_0 is the mask itself.
+    w = `train.mask_loss_weight`, so that w does not change the scale of the gradient. `alphas_bar` [T] is the noise
+    schedule. `vae` encodes the labels; it is None if x_0 is the mask itself.
 
     Where `micro.self_estimated`, x_t is the noised estimate of x_0 that the network makes from the same noise at the last
     timestep, as in sampling, and the target is still the true x_0 (self-aligned denoising of DDP, Ji et al. 2023,

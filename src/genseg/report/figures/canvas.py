@@ -24,6 +24,8 @@ FONT = 7.0  # font size in points
 LINE = 1.25 * FONT / 72  # height of a line of text in inches
 GAP = 0.05  # space between pictures in inches
 TRUTH_COLOUR, PREDICTION_COLOUR = "#009E73", "#E69F00"
+PALETTE = ("#E69F00", "#56B4E9", "#D55E00", "#F0E442", "#009E73", "#CC79A7", "#0072B2")
+"""Colours that colour-blind readers can tell apart (Okabe and Ito 2008). Black text is readable on all but the last."""
 
 _STYLE = {
     "font.size": FONT,
@@ -96,9 +98,29 @@ def drawn_aspect(row: pd.Series) -> float:
 
 def overlay(image: NDArray[np.uint8], mask: Mask | None, colour: str) -> NDArray[np.uint8]:
     """Return an image [H, W, 3] in dark grey, tinted with `colour` where the mask [H, W] is set; None: no tint."""
-    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
-    picture = np.repeat(np.rint(10 + 0.5 * grey).astype(np.uint8)[..., None], 3, axis=2)
+    picture = _darken(image)
     if mask is not None:
         tint = 255 * np.array(matplotlib.colors.to_rgb(colour), np.float32)
         picture[mask] = np.rint(0.45 * image[mask] + 0.55 * tint).astype(np.uint8)
     return picture
+
+
+def overlay_all(image: NDArray[np.uint8], masks: list[tuple[Mask, str]]) -> NDArray[np.uint8]:
+    """Return an image [H, W, 3] in dark grey in which each mask [H, W] has its colour; smaller masks are above larger ones."""
+    picture = _darken(image)
+    shade = picture[..., :1].astype(np.float32) / 137.5  # 137.5 is the grey of a white pixel
+    for mask, colour in sorted(masks, key=lambda pair: -np.count_nonzero(pair[0])):
+        tint = 255 * np.array(matplotlib.colors.to_rgb(colour), np.float32)
+        picture[mask] = np.rint((0.65 + 0.35 * shade[mask]).clip(max=1) * tint).astype(np.uint8)
+    return picture
+
+
+def _darken(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return np.repeat(np.rint(10 + 0.5 * grey).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def outline(axes: Axes, mask: Mask, colour: str = "white", style: str = "dashed") -> None:
+    """Draw the outline of a mask [H, W] on its picture; a mask without an outline draws nothing."""
+    if mask.any() and not mask.all():
+        axes.contour(mask.astype(float), levels=[0.5], colors=[colour], linewidths=0.7, linestyles=style)

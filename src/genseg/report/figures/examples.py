@@ -1,4 +1,4 @@
-"""Figure of example phrases, chosen by IoU."""
+"""Strips of phrases with their pictures, and the figure of example phrases, chosen by IoU."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,13 @@ _PER_STRIP = 6
 
 
 @dataclass(frozen=True)
-class _Strip:
-    """Examples drawn side by side at equal height, in inches. Each has the columns `iou` and `prediction`."""
+class Strip:
+    """Examples drawn side by side at equal height, in inches: rows of the phrase table with `prediction` and `note`."""
 
     examples: list[pd.Series]
     picture_height: float
+    pictures: tuple[str, ...] = ("image", "ground truth", "prediction")
+    heading: str = ""
 
     @property
     def widths(self) -> list[float]:
@@ -36,13 +38,20 @@ class _Strip:
         return [canvas.wrap(row["phrase"], width, 3) for row, width in widths]
 
     @property
+    def notes(self) -> list[list[str]]:
+        return [canvas.wrap(row["note"], width, 4) for row, width in zip(self.examples, self.widths, strict=True)]
+
+    @property
     def width(self) -> float:
         return _LABEL + sum(self.widths) + canvas.GAP * (len(self.examples) - 1)
 
     @property
     def height(self) -> float:
-        caption_lines = max(map(len, self.captions))
-        return caption_lines * canvas.LINE + 3 * self.picture_height + 4 * canvas.GAP + 1.3 * canvas.LINE
+        heading = 1.5 * canvas.LINE if self.heading else 0.0
+        if not self.examples:
+            return heading
+        lines = max(map(len, self.captions)) + max(map(len, self.notes)) + 0.3
+        return heading + lines * canvas.LINE + len(self.pictures) * (self.picture_height + canvas.GAP) + canvas.GAP
 
 
 def choose_examples(per_phrase: pd.DataFrame, count: int) -> pd.DataFrame:
@@ -64,46 +73,62 @@ def draw_examples(chosen: pd.DataFrame, phrases: pd.DataFrame, predictions: pd.D
     if rows["phrase"].isna().any():
         key = tuple(rows.loc[rows["phrase"].isna(), KEY].iloc[0])
         raise UserError(f"phrase {key} has a score but no row in the phrase table; score again with this study's phrase table")
-    examples = [row for _, row in rows.iterrows()]
+    examples = [row for _, row in rows.assign(note=[f"IoU {iou:.2f}" for iou in rows["iou"]]).iterrows()]
 
     # Divide the examples into strips and lay them out.
     count = -(-len(examples) // _PER_STRIP)
     parts = [[examples[index] for index in part] for part in np.array_split(np.arange(len(examples)), count)]
-    fitting_heights = [
-        (canvas.WIDTH - _LABEL - canvas.GAP * (len(part) - 1)) / sum(map(canvas.drawn_aspect, part)) for part in parts
-    ]
-    max_height = 1.15 * min(_MAX_HEIGHT, *fitting_heights)
-    strips = [_Strip(part, min(max_height, height)) for part, height in zip(parts, fitting_heights, strict=True)]
-    total_height = sum(strip.height for strip in strips) + _STRIP_GAP * (count - 1)
-
-    with canvas.open_figure(max(strip.width for strip in strips), total_height, path, dpi) as figure:
-        top = total_height
-        for strip in strips:
-            _draw_strip(figure, strip, top)
-            top -= strip.height + _STRIP_GAP
+    heights = [fitting_height(part) for part in parts]
+    max_height = 1.15 * min(_MAX_HEIGHT, *heights)
+    strips = [Strip(part, min(max_height, height)) for part, height in zip(parts, heights, strict=True)]
+    draw_strips(strips, max(strip.width for strip in strips), path, dpi)
     return (
         f"Test phrases at {len(examples)} equidistant quantiles of the main row's IoU, best to worst: image, ground truth, and "
         "prediction of GS with the outline of the ground truth (dashed)."
     )
 
 
-def _draw_strip(figure: Figure, strip: _Strip, top: float) -> None:
+def fitting_height(examples: list[pd.Series]) -> float:
+    """Return the height in inches of the pictures of a strip that is as wide as the page."""
+    return (canvas.WIDTH - _LABEL - canvas.GAP * (len(examples) - 1)) / sum(map(canvas.drawn_aspect, examples))
+
+
+def draw_strips(strips: list[Strip], width: float, path: Path, dpi: int) -> None:
+    """Draw strips below each other in a figure of `width` inches."""
+    top = sum(strip.height for strip in strips) + _STRIP_GAP * (len(strips) - 1)
+    with canvas.open_figure(width, top, path, dpi) as figure:
+        for strip in strips:
+            _draw_strip(figure, strip, top)
+            top -= strip.height + _STRIP_GAP
+
+
+def _draw_strip(figure: Figure, strip: Strip, top: float) -> None:
+    if strip.heading:
+        canvas.add_text(figure, 0.03, top - 0.03, strip.heading, ha="left", va="top", weight="bold")
+        top -= 1.5 * canvas.LINE
+    if not strip.examples:
+        return
     height = strip.picture_height
     y = top - max(map(len, strip.captions)) * canvas.LINE - 1.5 * canvas.GAP
-    bottoms = [y - index * (height + canvas.GAP) - height for index in range(3)]
-    for bottom, name in zip(bottoms, ("image", "ground truth", "prediction"), strict=True):
+    bottoms = {name: y - index * (height + canvas.GAP) - height for index, name in enumerate(strip.pictures)}
+    for name, bottom in bottoms.items():
         canvas.add_text(figure, 0.08, bottom + height / 2, name, rotation=90)
     x = _LABEL
-    for row, width, caption in zip(strip.examples, strip.widths, strip.captions, strict=True):
+    for row, width, caption, note in zip(strip.examples, strip.widths, strip.captions, strip.notes, strict=True):
         canvas.add_text(figure, x + width / 2, y + 1.2 * canvas.GAP, "\n".join(caption), va="baseline")
         image, truth = canvas.load_phrase_image(row), row_mask(row)
         prediction = None if pd.isna(row["prediction"]) else decode(row["prediction"], *truth.shape)
-        truth_picture = canvas.overlay(image, truth, canvas.TRUTH_COLOUR)
-        pictures = [image, truth_picture, canvas.overlay(image, prediction, canvas.PREDICTION_COLOUR)]
-        boxes = [canvas.add_picture(figure, x, bottoms[index], width, height, pictures[index]) for index in range(3)]
-        if prediction is None:
-            boxes[2].text(0.5, 0.5, "no prediction", transform=boxes[2].transAxes, ha="center", va="center", color="white")
-        if truth.any() and not truth.all():
-            boxes[2].contour(truth.astype(float), levels=[0.5], colors=["white"], linewidths=0.7, linestyles="dashed")
-        canvas.add_text(figure, x + width / 2, y - 3 * height - 3 * canvas.GAP, f"IoU {row['iou']:.2f}", va="top")
+        pictures = {
+            "image": image,
+            "ground truth": canvas.overlay(image, truth, canvas.TRUTH_COLOUR),
+            "prediction": canvas.overlay(image, prediction, canvas.PREDICTION_COLOUR),
+        }
+        for name, bottom in bottoms.items():
+            axes = canvas.add_picture(figure, x, bottom, width, height, pictures[name])
+            if name == "prediction":
+                canvas.outline(axes, truth)
+                if prediction is None:
+                    axes.text(0.5, 0.5, "no prediction", transform=axes.transAxes, ha="center", va="center", color="white")
+        note_top = min(bottoms.values()) - canvas.GAP
+        canvas.add_text(figure, x + width / 2, note_top, "\n".join(note), va="top")
         x += width + canvas.GAP

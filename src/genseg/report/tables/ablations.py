@@ -7,6 +7,7 @@ from genseg.params import OperatingPoint, Params
 from genseg.report.render import Column, Table, difference_text, plural, sentence, to_points
 from genseg.report.scores import SPLITS, ScoredRun, StudyScores
 from genseg.report.tables import parts
+from genseg.report.tables.refinement import costs_dir
 
 PUBLISHED_BASE = OperatingPoint(size=1024, num_inference_steps=50, guidance_scale=7.5)
 """Sampling settings of the paper's base row in Tables 3-5 (section 4.2 of the paper)."""
@@ -103,7 +104,8 @@ def evaluations(params: Params, scores: StudyScores) -> Table:
         f"with the threshold that reaches it. Test: {parts.describe_phrases(params, scores.base())}, a fixed part. "
         f"{_choice_note(params, scores)}",
         "Δ: difference in overall AR from base, paired bootstrap over images. ECE: expected calibration error of the "
-        f"soft maps' pixels in points, with 15 bins. {parts.EVALUATION_NOTE} A mean of k samples takes k times as many.",
+        f"soft maps' pixels in points, with 15 bins. {parts.EVALUATION_NOTE} A mean of k samples takes k times as many. "
+        f"Measured seconds: {costs_dir(params) / 'sampling_costs.md'}.",
         *_calibration_notes(scores),
     ]
     return Table("evaluations", caption, frame, columns, notes, small=True)
@@ -181,5 +183,7 @@ def readouts(params: Params, scores: StudyScores) -> Table:
         f"{sentence(parts.describe_ceilings(base_run))}",
         f"Eval.: U-Net evaluations per mask. {parts.EVALUATION_NOTE} B. IoU: mean boundary IoU. Δ: difference in overall AR "
         "from the first row, paired bootstrap over images.",
+        "All rows read the same stored maps, which are softened, bounded and of 8 bits. VAE decoding of the raw x_0 keeps more "
+        "of the residual noise: figure readouts.png.",
     ]
     return Table("readouts", caption, frame, columns, notes)
