@@ -171,33 +171,37 @@ def test_embedded_scenes_are_read_by_the_png_reader(tmp_path: Path, monkeypatch:
     assert all(Path(name).exists() for name in frame["file_name"])
 
 
-def real_params(name: str, tmp_path: Path) -> str:
-    """Copy a shipped params file and set its input paths to the real data."""
-    text = (REPOSITORY / f"params/{name}.yaml").read_text()
-    text = text.replace(f"data/inputs/{name}", str(REAL / name)).replace("data/classes/", f"{REPOSITORY}/data/classes/")
-    (tmp_path / "params.yaml").write_text(text)
-    return str(tmp_path / "params.yaml")
-
-
-@pytest.mark.skipif(not (REAL / "coco_narrated").is_dir(), reason="the real photos are not present")
-def test_coco_narrated_is_assembled_without_skips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not (REAL / "coco_panoptic").is_dir(), reason="the real photos are not present")
+def test_coco_photos_are_assembled_from_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "--params", real_params("coco_narrated", tmp_path)]) == 0
-    report = json.loads(Path("data/coco_narrated/report.json").read_text())
-    statistics = report["statistics"]
-    assert (
-        statistics["images"],
-        statistics["narratives_train"] + statistics["narratives_test"],
-        statistics["grounded_phrases"],
-    ) == (81, 333, 499)
-    assert report["skipped"] == []
-    frame = read_phrases("data/coco_narrated/phrases.parquet")
-    assert len(frame) == 499
-    assert set(frame["split"]) == {"train", "val", "test"}
-    assert frame["mask"].map(len).min() > 0
-    classes = read_phrases("data/coco_narrated/class_phrases.parquet")
-    assert classes[classes["split"] == "test"]["image_id"].nunique() == 20
-    assert set(classes.groupby("image_id").size()) == {80}
+    text = (REPOSITORY / "params/coco_photos.yaml").read_text().replace("data/inputs", str(REAL))
+    (tmp_path / "params.yaml").write_text(text)
+    assert main(["data"]) == 0
+    report = json.loads(Path("data/coco_photos/report.json").read_text())
+    frame = read_phrases("data/coco_photos/phrases.parquet").assign(
+        folder=lambda rows: rows["file_name"].str.split("/").str[-3]
+    )
+
+    # The expected phrases are those of the files, except for the train image that is a test image of the other folder.
+    listed = {}
+    for path in sorted(REAL.glob("coco_*/annotations/png_coco_*2017.json")):
+        grounded = [
+            (int(row["image_id"]), part["utterance"])
+            for row in json.loads(path.read_text())
+            for part in row["segments"]
+            if part["segment_ids"]
+        ]
+        listed[path.parts[-3], "train" if "train" in path.name else "test"] = sorted(grounded)
+    in_test = {image for (_, split), rows in listed.items() for image, _ in rows if split == "test"}
+    for (folder, split), rows in listed.items():
+        expected = [row for row in rows if split == "test" or row[0] not in in_test]
+        read = frame[(frame["folder"] == folder) & (frame["split"].replace("val", "train") == split)]
+        assert sorted(zip(read["image_id"], read["phrase"], strict=True)) == expected
+    assert [(item["reason"], item["count"]) for item in report["skipped"]] == [("image in both splits", 1)]
+    assert report["statistics"]["images"] == 81 + 53 - 1
+
+    classes = read_phrases("data/coco_photos/class_phrases.parquet")
+    assert set(classes.groupby("image_id").size()) == {133}
     assert all(row_mask(row).any() for _, row in frame.sample(40, random_state=0).iterrows())
 
 

@@ -46,7 +46,9 @@ def test_segment_ids_are_matched_within_their_image(tmp_path: Path) -> None:
         tmp_path / "annotations/panoptic_val2017.json",
         lambda document: document["annotations"].append({"image_id": 99, "file_name": "x.png", "segments_info": []}),
     )
-    source = coco_panoptic.open_source(study_params(**png_params(tmp_path)).data.png, 0.5)
+    png = study_params(**png_params(tmp_path)).data.png
+    assert png is not None
+    source = coco_panoptic.open_source([png], 0.5)
     phrases = {job.image_id: source.read(job).phrases[0] for job in source.jobs}
     assert phrases[1]["is_thing"] is True
     assert phrases[2]["is_thing"] is False
@@ -113,6 +115,44 @@ def test_phrase_table_columns_have_expected_values(tmp_path: Path, monkeypatch: 
     assert row["file_name"] == str(tmp_path / "png/val2017/000000000012.jpg")
     assert row_mask(row)[10:].all()
     assert row_mask(row).sum() == 32
+
+
+def test_several_folders_are_one_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image 12 of test is a train image of the second folder, and image 11 is a test image of both."""
+    small_png(tmp_path / "png")
+    ids = np.full((6, 8), 5)
+    ids[:3] = 9
+    image = (ids, [(5, 200), (9, 17)])
+    other = [narrative(number, part("a lawn", 5)) for number in (12, 13, 14)]
+    write_png(tmp_path / "more", "train2017", dict.fromkeys((12, 13, 14), image), other)
+    write_png(tmp_path / "more", "val2017", dict.fromkeys((11, 15), image), [narrative(11, part("a lawn", 5))])
+    lawn = {"id": 200, "name": "lawn", "isthing": 0}
+    for split in ("train2017", "val2017"):
+        edit_json(tmp_path / f"more/annotations/panoptic_{split}.json", lambda document: document["categories"].append(lawn))
+    data = png_params(tmp_path / "png")
+    data["png"]["more"] = [{key: png_params(tmp_path / "more")["png"][key] for key in ("images", "annotations", "narratives")}]
+    monkeypatch.chdir(tmp_path)
+    assemble(study_params(**data))
+    frame = read_phrases("data/t/phrases.parquet")
+    folders = frame["file_name"].str.split("/").str[-3].groupby(frame["image_id"]).agg(set)
+    assert folders.to_dict() == {number: {"png"} for number in (1, 2, 3, 4, 11, 12)} | {13: {"more"}, 14: {"more"}}
+    splits = frame.groupby("image_id")["split"].agg(set)
+    assert splits[11] == splits[12] == {"test"}
+    assert sorted(map(min, splits[[13, 14]])) == ["train", "val"]  # half of the train images of every folder
+    assert row_mask(frame[frame["image_id"] == 13].iloc[0]).sum() == 24
+    classes = read_phrases("data/t/class_phrases.parquet")
+    assert set(classes.loc[classes["split"] == "test", "image_id"]) == {11, 12, 15}
+    assert set(classes.groupby("image_id")["class_id"].agg(tuple)) == {(1, 17, 184, 200)}
+    source = open_source(study_params(**data).data, tmp_path)
+    assert sorted((skip.reason, skip.narratives) for skip in source.skips) == [
+        ("image in both splits", 1),
+        ("image in several sources", 1),
+    ]
+    edit_json(
+        tmp_path / "more/annotations/panoptic_val2017.json", lambda document: document["categories"][1].update(name="dog")
+    )
+    with pytest.raises(UserError, match="category 17 is 'dog' in this file but 'cat' elsewhere"):
+        open_source(study_params(**data).data, tmp_path)
 
 
 def test_class_phrases_contain_every_class_for_val_and_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ def test_omitted_steps_are_the_budget_minus_the_stages(tmp_path_factory, steps, 
         assert sweep.variants["staged"].train.steps * batch == left
 
 
-@pytest.mark.parametrize("params", ["params.yaml", "params/camvid.yaml", "params/coco_narrated.yaml"])
+@pytest.mark.parametrize("params", ["params.yaml", "params/camvid.yaml", "params/coco_photos.yaml"])
 def test_shipped_sweep_is_valid_for_every_trained_study(params):
     study = load_params(ROOT / params)
     sweep = load_sweep(ROOT / "sweeps/objectives.yaml", study)

@@ -21,7 +21,7 @@ from genseg.data.report import SkipSummary, skip_line, write_report
 from genseg.data.scenes import write_scenes
 from genseg.errors import UserError
 from genseg.params import Params
-from genseg.params.data import Data, Png
+from genseg.params.data import Data, PngFolders
 
 _MIN_PARALLEL_IMAGES = 5000
 """Minimum number of images for which worker processes are started."""
@@ -103,22 +103,27 @@ def open_source(data: Data, directory: Path, workers: int = 1) -> Source:
         root = directory / "scenes"
         write_scenes(data.scenes, root, workers)
         annotations = str(root / "annotations")
-        return coco_panoptic.open_source(
-            Png(images=str(root), annotations=annotations, narratives=annotations), data.val_fraction
-        )
+        folders = PngFolders(images=str(root), annotations=annotations, narratives=annotations)
+        return coco_panoptic.open_source([folders], data.val_fraction)
     assert data.png is not None
     if data.png.download:
         download.fetch_png(data.png)
-    return coco_panoptic.open_source(data.png, data.val_fraction)
+    return coco_panoptic.open_source([data.png, *data.png.more], data.val_fraction)
 
 
 def _check_inputs_outside(data: Data, directory: Path) -> None:
     """Raise UserError if an input is below the study's data directory, which Snakemake and DVC delete before a rerun."""
     inputs = getattr(data, data.source).model_dump(mode="json") if data.source != "scenes" else {}
-    values = [item for value in inputs.values() for item in (value.values() if isinstance(value, dict) else [value])]
-    for value in values:
+    for value in _leaves(inputs):
         if isinstance(value, str) and Path(value).absolute().is_relative_to(directory.absolute()):
             raise UserError(f"{value}: {directory} is cleared before a rerun; move the inputs elsewhere, e.g. to data/inputs/")
+
+
+def _leaves(document: Any) -> list[Any]:
+    """Return the values in nested mappings and lists."""
+    if isinstance(document, dict | list):
+        return [leaf for value in (document.values() if isinstance(document, dict) else document) for leaf in _leaves(value)]
+    return [document]
 
 
 def _read_images(source: Source, workers: int) -> Iterator[ImageRows]:

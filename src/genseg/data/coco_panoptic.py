@@ -9,7 +9,7 @@ Conventions that the formats leave open:
 * A phrase is *grounded* if it is marked as a noun and has segments. A noun without segments is counted but not evaluated.
 * `phrase_id` is the position in the narrative's `segments`. `narrative_id` is `<image_id>-<k>`, where k is the position among
   the narratives of the image (annotator ids are not unique).
-* An image in both splits is used for test only.
+* An image in both splits is used for test only. Of several sources with the same image, the first one is used.
 * Optional `tags` (a list of strings) of a narrative or of one of its segments are copied to the phrase table.
 
 In the code, a *part* is an element of a narrative's `segments`, and a *segment* is a segment of the panoptic PNG.
@@ -17,6 +17,7 @@ In the code, a *part* is an element of a narrative's `segments`, and a *segment*
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -32,7 +33,7 @@ from genseg.artifacts.phrases import choose_images
 from genseg.data import ImageRows, SemanticClass, Skip, Source
 from genseg.data.images import BadImage, open_image, read_labels
 from genseg.errors import UserError
-from genseg.params.data import Png
+from genseg.params.data import PngFolders
 
 COCO_SPLITS = {"train": "train2017", "test": "val2017"}
 """COCO's split name in file and folder names, by the study's split. The study's val is a part of COCO's train."""
@@ -55,55 +56,72 @@ class Job:
 
 
 # ---------------------------------------------------------------------------------------------------- top-level files
-def open_source(png: Png, val_fraction: float) -> Source:
-    """Read the four JSON files and pair narratives with annotations. PNGs are not decoded yet.
+def open_source(sources: Sequence[PngFolders], val_fraction: float) -> Source:
+    """Read the four JSON files of each source and pair narratives with annotations. PNGs are not decoded yet.
 
-    Raises UserError if a JSON file or folder is missing or malformed, or an unzip tool has lost PNGs.
+    Raises UserError if a JSON file or folder is missing or malformed, an unzip tool has lost PNGs, or a category id has several
+    meanings.
     """
     source = Source([], [], partial(read_image, {}), [])
     categories: dict[int, SemanticClass] = {}
-    test_images: set[int] = set()
+    splits: dict[int, str] = {}  # the split of every image that was read; all test images are read before those of train
     for split in ("test", "train"):
-        # 1. Read the annotations and narratives of the split.
-        annotation_file = Path(png.annotations) / f"panoptic_{COCO_SPLITS[split]}.json"
-        narrative_file = Path(png.narratives) / f"png_coco_{COCO_SPLITS[split]}.json"
-        document = read_document(annotation_file, "data.png.annotations")
-        _merge_categories(categories, document["categories"], annotation_file)
-        folder = annotation_file.with_suffix("")
-        _check_folders(folder, Path(png.images) / COCO_SPLITS[split], len(document["annotations"]))
-        narratives = _read_narratives(narrative_file, source)
-        files, annotations = _index_by_image(document, annotation_file)
-
-        # 2. Select the images. Test images without a narrative have class phrases (mIoU); such train images are not used.
-        val = choose_images(np.array(sorted(narratives)), val_fraction, 0, "val") if split == "train" else set()
-        image_ids = narratives.keys() | annotations.keys() if split == "test" else narratives.keys()
-
-        # 3. Create one job per image.
-        for image_id in sorted(image_ids):
-            rows = narratives.get(image_id, [])
-            place = f"{narrative_file}: row {rows[0][0]}: image {image_id}" if rows else f"{annotation_file}: image {image_id}"
-            counts = _count_grounded(rows)
-            if image_id not in annotations or image_id not in files:
-                source.skips.append(Skip("image", "unknown image id", f"{place} is not listed in {annotation_file}", *counts))
-            elif len(annotations[image_id]) > 1:
-                message = f"{place} has several annotations in {annotation_file}"
-                source.skips.append(Skip("image", "duplicate annotation", message, *counts))
-            elif image_id in test_images:
-                source.skips.append(Skip("image", "image in both splits", f"{place} is also a test image", *counts))
-            else:
-                name, segments = annotations[image_id][0]
-                study_split = "val" if image_id in val else split
-                image, mask = f"{png.images}/{COCO_SPLITS[split]}/{files[image_id]}", str(folder / name)
-                job = Job(image_id, study_split, image, mask, segments, rows, str(narrative_file), str(annotation_file))
-                source.jobs.append(job)
-        source.counts["images without a narrative"] += len(annotations.keys() - narratives.keys())
-        if split == "test":
-            test_images = set(image_ids)
-        source.inputs += [annotation_file, narrative_file]
+        for png in sources:
+            splits |= _add_split(source, png, split, categories, splits, val_fraction)
     source.jobs.sort(key=lambda job: job.image_id)
     source.classes = [categories[key] for key in sorted(categories)]
     source.read = partial(read_image, categories)
     return source
+
+
+def _add_split(
+    source: Source,
+    png: PngFolders,
+    split: str,
+    categories: dict[int, SemanticClass],
+    splits: dict[int, str],
+    val_fraction: float,
+) -> dict[int, str]:
+    """Add the jobs of one split of one source, except for images in `splits`. Return its other images with their split."""
+    # 1. Read the annotations and narratives.
+    annotation_file = Path(png.annotations) / f"panoptic_{COCO_SPLITS[split]}.json"
+    narrative_file = Path(png.narratives) / f"png_coco_{COCO_SPLITS[split]}.json"
+    document = read_document(annotation_file, "data.png.annotations")
+    _merge_categories(categories, document["categories"], annotation_file)
+    folder = annotation_file.with_suffix("")
+    _check_folders(folder, Path(png.images) / COCO_SPLITS[split], len(document["annotations"]))
+    narratives = _read_narratives(narrative_file, source)
+    files, annotations = _index_by_image(document, annotation_file)
+
+    # 2. Select the images. Test images without a narrative have class phrases (mIoU); such train images are not used.
+    new_images = np.array(sorted(narratives.keys() - splits.keys()))
+    val = choose_images(new_images, val_fraction, 0, "val") if split == "train" else set()
+    image_ids = narratives.keys() | annotations.keys() if split == "test" else narratives.keys()
+
+    # 3. Create one job per image.
+    for image_id in sorted(image_ids):
+        rows = narratives.get(image_id, [])
+        place = f"{narrative_file}: row {rows[0][0]}: image {image_id}" if rows else f"{annotation_file}: image {image_id}"
+        counts = _count_grounded(rows)
+        if image_id not in annotations or image_id not in files:
+            source.skips.append(Skip("image", "unknown image id", f"{place} is not listed in {annotation_file}", *counts))
+        elif len(annotations[image_id]) > 1:
+            message = f"{place} has several annotations in {annotation_file}"
+            source.skips.append(Skip("image", "duplicate annotation", message, *counts))
+        elif splits.get(image_id) == split:
+            message = f"{place} is also in an earlier source"
+            source.skips.append(Skip("image", "image in several sources", message, *counts))
+        elif image_id in splits:
+            source.skips.append(Skip("image", "image in both splits", f"{place} is also a test image", *counts))
+        else:
+            name, segments = annotations[image_id][0]
+            study_split = "val" if image_id in val else split
+            image, mask = f"{png.images}/{COCO_SPLITS[split]}/{files[image_id]}", str(folder / name)
+            job = Job(image_id, study_split, image, mask, segments, rows, str(narrative_file), str(annotation_file))
+            source.jobs.append(job)
+    source.counts["images without a narrative"] += len(annotations.keys() - narratives.keys())
+    source.inputs += [annotation_file, narrative_file]
+    return dict.fromkeys(image_ids - splits.keys(), split)
 
 
 def read_document(path: Path, param: str) -> dict[str, list[Any]]:
@@ -121,7 +139,7 @@ def read_document(path: Path, param: str) -> dict[str, list[Any]]:
 
 
 def _merge_categories(categories: dict[int, SemanticClass], records: list[Any], path: Path) -> None:
-    """Add the categories of one file. A category that occurs in both splits must be the same in both."""
+    """Add the categories of one file. A category that occurs in several files must be the same in all of them."""
     for row, record in enumerate(records):
         try:
             item = SemanticClass(int(record["id"]), str(record["name"]), bool(record["isthing"]))
@@ -129,7 +147,7 @@ def _merge_categories(categories: dict[int, SemanticClass], records: list[Any], 
             raise UserError(f"{path}: categories[{row}] lacks id, name or isthing; fetch the file again") from None
         other = categories.setdefault(item.id, item)
         if other != item:
-            raise UserError(f"{path}: category {item.id} is {item.name!r} in this file but {other.name!r} in the other split")
+            raise UserError(f"{path}: category {item.id} is {item.name!r} in this file but {other.name!r} elsewhere")
 
 
 def _check_folders(folder: Path, images: Path, expected: int) -> None:

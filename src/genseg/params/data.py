@@ -53,8 +53,8 @@ class Scenes(Section):
         return value
 
 
-class Png(Section):
-    """COCO panoptic annotations and Panoptic Narrative Grounding in their published layout."""
+class PngFolders(Section):
+    """Folders of COCO panoptic annotations and Panoptic Narrative Grounding."""
 
     images: str
     """Folder with train2017/ and val2017/."""
@@ -62,8 +62,15 @@ class Png(Section):
     """Folder of panoptic_{train,val}2017.json and of the PNG folders with the same names."""
     narratives: str
     """Folder of png_coco_{train,val}2017.json."""
+
+
+class Png(PngFolders):
+    """COCO panoptic annotations and Panoptic Narrative Grounding in their published layout."""
+
     download: bool = False
     """Whether missing files are downloaded from the sources in data/sources.csv."""
+    more: list[PngFolders] = []
+    """Further folders in the same layout, which belong to the same data set; an image in several of them is used once."""
 
 
 class IndexMasks(Section):

@@ -21,7 +21,7 @@ PUBLISHED = {
 """Published tables by file name without suffix, and the columns of each file; AR is in points, as printed in the paper."""
 SOURCES = {  # `data.source` in words
     "scenes": "generated scenes",
-    "png": "COCO panoptic with narratives, in the files of the PNG benchmark",
+    "png": "COCO panoptic with narratives, in the format of the PNG benchmark",
     "index_masks": "images with index masks, class names as phrases",
     "coco_object": "COCO-Object, class names as phrases",
 }
