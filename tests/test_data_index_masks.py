@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data_folders import save_photo, study_params
+from genseg.artifacts import masks
 from genseg.artifacts.phrases import read_phrases, row_mask
 from genseg.data import Source, index_masks
 from genseg.data.assemble import assemble, open_source
@@ -113,6 +114,22 @@ def test_voc_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(rows.loc[0, "tags"]) == ["background"]
 
 
+def test_class_file_lists_pixel_values(tmp_path: Path) -> None:
+    """Several values are one class, and the id of a class is its line number."""
+    data = folder(tmp_path)
+    (tmp_path / "classes.txt").write_text("ground # stuff 20-22 7\ncar # thing 1 0\nroad\n")
+    Image.fromarray(np.array([[20, 22, 7, 1, 0, 2, 3, 21]] * 6, np.uint8)).save(tmp_path / "masks/val/b_1.png")
+    source = opened(data)
+    assert [(item.id, item.name, item.is_thing) for item in source.classes] == [
+        (0, "ground", False),
+        (1, "car", True),
+        (2, "road", False),
+    ]
+    rows = next(source.read(job) for job in source.jobs if job.split == "test")
+    pixels = {number: np.flatnonzero(masks.decode(mask, 6, 8)[0]).tolist() for number, mask in (rows.class_masks or {}).items()}
+    assert pixels == {0: [0, 1, 2, 7], 1: [3, 4], 2: [5]}
+
+
 def test_ignored_class_keeps_the_other_class_ids(tmp_path: Path) -> None:
     """ADE's layout: index 0 is `other`, which is in the class file but ignored."""
     data = folder(tmp_path, ignore=[0, 3])
@@ -195,6 +212,10 @@ def test_image_in_both_splits_is_used_for_test_only(tmp_path: Path) -> None:
         ("sky\n\nroad\n", "line 2: expected a class name"),
         ("sky # vegetable\n", "line 1: expected the mark thing or stuff, got 'vegetable'"),
         ("sky\nsky\n", "line 2: duplicate class 'sky'"),
+        ("sky # stuff 0-1 x7\n", "line 1: expected a pixel value or a range such as 91-181, got 'x7'"),
+        ("sky # 0-2\ncar # thing 2\n", "line 2: pixel value 2 also belongs to another line"),
+        ("sky # 1\ncar\n", "line 2: pixel value 1 also belongs to another line"),
+        ("sky # 0 3\n", "line 1: pixel value 3 also belongs to another line or to data.index_masks.ignore"),
         ("", "no class names"),
     ],
 )

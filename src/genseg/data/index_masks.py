@@ -1,8 +1,8 @@
-"""Folders of images and index masks, and a class file -> phrases (layouts of CamVid, VOC, PASCAL Context and ADE).
+"""Folders of images and index masks, and a class file -> phrases (layouts of CamVid, VOC, PASCAL Context, ADE, COCO-Stuff).
 
-A mask is a PNG of mode L, P (the palette is ignored), 1 or 16-bit grey. Its pixel values are line numbers of the class file,
-counted from 0. The name of a mask is the stem of its image followed by `mask_suffix`. Every class in an image becomes a
-phrase; there are no instances, so no phrase is plural.
+A mask is a PNG of mode L, P (the palette is ignored), 1 or 16-bit grey. The id of a class is its line number in the class file,
+counted from 0. It is also its pixel value, unless the line lists other values. The name of a mask is the stem of its image
+followed by `mask_suffix`. Every class in an image becomes a phrase; there are no instances, so no phrase is plural.
 """
 
 from collections import defaultdict
@@ -23,6 +23,7 @@ from genseg.errors import UserError
 from genseg.params.data import IndexMasks
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_IGNORED = -1
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ def open_source(index_masks: IndexMasks, val_fraction: float, templates: list[st
 
     Raises UserError if a folder or the class file is missing or malformed, or two images have the same id.
     """
-    classes, unmarked = read_classes(Path(index_masks.classes), index_masks.ignore, index_masks.background)
-    read = partial(read_image, classes, templates, frozenset(index_masks.ignore), index_masks.classes)
+    classes, values, unmarked = read_classes(Path(index_masks.classes), index_masks.ignore, index_masks.background)
+    values |= dict.fromkeys(index_masks.ignore, _IGNORED)
+    read = partial(read_image, classes, templates, values, index_masks.classes)
     source = Source(classes, [], read, [Path(index_masks.classes)])
     if unmarked:
         source.counts["classes without a mark `# thing` or `# stuff`, treated as stuff"] += unmarked
@@ -63,38 +65,59 @@ def open_source(index_masks: IndexMasks, val_fraction: float, templates: list[st
     return source
 
 
-def read_classes(path: Path, ignore: list[int], background: int | None) -> tuple[list[SemanticClass], int]:
+def read_classes(path: Path, ignore: list[int], background: int | None) -> tuple[list[SemanticClass], dict[int, int], int]:
     """Read the classes of a class file in index order, without the ignored indices.
 
-    A line is a name, optionally followed by `# thing` or `# stuff`. A class without a mark is stuff, because index masks do
-    not distinguish instances.
+    A line is a name, optionally followed by `#`, the mark `thing` or `stuff`, and pixel values, such as `person # thing 0` or
+    `background # 91-181`. A class without a mark is stuff, because index masks do not distinguish instances. A class without
+    pixel values has its line number as its value.
 
-    Returns the classes, and the number of classes without a mark. Raises UserError if the file is missing, a line between names
-    is empty, a mark is unknown, a name occurs twice, or `background` is not a line of the file.
+    Returns the classes, the class ids by pixel value, and the number of classes without a mark. Raises UserError if the file is
+    missing, a line between names is empty, a mark or value is malformed, a name or value occurs twice, or `background` is not a
+    line of the file.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the class names ({error}); set data.index_masks.classes") from None
     classes: list[SemanticClass] = []
+    values: dict[int, int] = {}
     unmarked = 0
     for index, line in enumerate(lines):
-        name, _, mark = (part.strip() for part in line.partition("#"))
+        place = f"{path}: line {index + 1}"
+        name, _, comment = (part.strip() for part in line.partition("#"))
         if not name:
-            raise UserError(f"{path}: line {index + 1}: expected a class name, got an empty line; every index needs a name")
-        if mark not in ("", "thing", "stuff"):
-            raise UserError(f"{path}: line {index + 1}: expected the mark thing or stuff, got {mark!r}")
+            raise UserError(f"{place}: expected a class name, got an empty line; every index needs a name")
+        mark, own_values = _parse_comment(place, comment)
         if index in ignore:
             continue
         if any(item.name == name for item in classes):
-            raise UserError(f"{path}: line {index + 1}: duplicate class {name!r}")
+            raise UserError(f"{place}: duplicate class {name!r}")
+        for value in own_values or [index]:
+            if values.setdefault(value, index) != index or value in ignore:
+                raise UserError(f"{place}: pixel value {value} also belongs to another line or to data.index_masks.ignore")
         unmarked += not mark and index != background
         classes.append(SemanticClass(index, name, mark == "thing", index == background))
     if background is not None and not any(item.background for item in classes):
         raise UserError(f"{path}: data.index_masks.background is {background}, which is not a line of the file or is ignored")
     if all(item.background for item in classes):
         raise UserError(f"{path}: no class names; write one name per line, in index order")
-    return classes, unmarked
+    return classes, values, unmarked
+
+
+def _parse_comment(place: str, comment: str) -> tuple[str, list[int]]:
+    """Return the mark (empty if there is none) and the pixel values in the comment of a line, such as `thing 0` or `91-181`."""
+    words = comment.split()
+    mark = words.pop(0) if words and not words[0][0].isdigit() else ""
+    if mark not in ("", "thing", "stuff"):
+        raise UserError(f"{place}: expected the mark thing or stuff, got {mark!r}")
+    values: list[int] = []
+    for word in words:
+        first, _, last = word.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            raise UserError(f"{place}: expected a pixel value or a range such as 91-181, got {word!r}")
+        values += range(int(first), int(last or first) + 1)
+    return mark, values
 
 
 def image_ids(keys: list[tuple[str, str]]) -> dict[tuple[str, str], int]:
@@ -179,22 +202,24 @@ def read_indices(path: str | Path) -> NDArray[np.int64]:
 
 
 def read_image(
-    classes: list[SemanticClass], templates: list[str], ignore: frozenset[int], class_file: str, job: Job
+    classes: list[SemanticClass], templates: list[str], values: dict[int, int], class_file: str, job: Job
 ) -> ImageRows:
-    """Decode the mask of an image, and create a phrase for every class in it."""
+    """Decode the mask of an image, and create a phrase for every class in it. `values` are the class ids by pixel value."""
     rows = ImageRows(job.image_id, job.split, job.image)
     try:
-        indices = read_labels(job.image, job.mask, "mask", read_indices)
-        unknown = sorted(set(np.unique(indices).tolist()) - {item.id for item in classes} - ignore)
+        pixels = read_labels(job.image, job.mask, "mask", read_indices)
+        unknown = sorted(set(np.unique(pixels).tolist()) - values.keys())
         if unknown:
             remedy = "name it there or add it to data.index_masks.ignore"
-            message = f"{job.mask}: index {unknown[0]} is not a line of {class_file}; {remedy}"
+            message = f"{job.mask}: pixel value {unknown[0]} has no line in {class_file}; {remedy}"
             raise BadImage("unknown class index", message)
     except BadImage as error:
         rows.skips.append(Skip("image", error.reason, str(error), 1))
         return rows
-    rows.height, rows.width = indices.shape
-    rows.class_masks = masks_by_class(indices, classes)
+    ids = np.full(max(values) + 1, _IGNORED)
+    ids[list(values)] = list(values.values())
+    rows.height, rows.width = pixels.shape
+    rows.class_masks = masks_by_class(ids[pixels], classes)
     rows.phrases = class_rows(rows, classes, templates, {}, set())
     rows.counts.update(images=1, narratives=1, segments=len(rows.phrases))
     return rows

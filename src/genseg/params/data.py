@@ -85,7 +85,7 @@ class IndexMasks(Section):
     mask_suffix: str = ".png"
     """Suffix of a mask's file name after the image's stem, such as _labelTrainIds.png."""
     classes: str
-    """Text file of class names in index order, one per line; `# thing` or `# stuff` may follow a name."""
+    """Text file of class names in index order, one per line; `# thing` or `# stuff` and pixel values may follow a name."""
     ignore: list[int] = [255]
     """Pixel values that belong to no class, such as 255 (VOC) or 11 (CamVid)."""
     background: int | None = None
