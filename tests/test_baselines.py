@@ -28,17 +28,17 @@ from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import maps_path, read_maps, read_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.baselines import attention as att
-from genseg.baselines.attend import METHODS, ImageAttention
+from genseg.baselines.attend import METHODS, ImageAttention, recordings
 from genseg.baselines.inexact import KINDS, _hull, find_amount, inexact_masks
 from genseg.baselines.inversion import ddim_step, noise_of, null_text_inversion
-from genseg.baselines.make import threshold_ious
-from genseg.baselines.registry import RUNS, study_baselines
+from genseg.baselines.make import make_baselines, threshold_ious
+from genseg.baselines.registry import RUNS, own_baselines, study_baselines
 from genseg.cli import main
 from genseg.diffusion.objectives import training_target
 from genseg.errors import UserError
 from genseg.models.miniature import build_miniature, learn_tokenizer
 from genseg.models.text_to_image import TextToImage
-from genseg.params import load_params
+from genseg.params import load_params, validate_params
 from genseg.params.backbone import BackboneShape
 from genseg.params.baselines import Inversion
 from genseg.sampling.runs import study_runs
@@ -441,6 +441,18 @@ def test_every_baseline_predicts_every_phrase(project, monkeypatch):
                 soft = bilinear(read_maps(entry[which]), 64, 64)
                 thresholded = soft >= entry["threshold"]
                 assert np.mean(thresholded == np.stack([masks.decode(code, 64, 64) for code in frame["mask"]])) > 0.95
+
+
+def test_study_without_runs_has_only_the_listed_baselines():
+    document = yaml.safe_load((PROJECT / "params/smoke.yaml").read_text())
+    document["baselines"] |= {"attention": ["diffseg", "diffpng_cross"], "inexact": {"box": 0.5}}
+    document["sample"]["runs"] = []
+    params = validate_params(document)
+    assert [baseline.name for baseline in own_baselines(params)] == ["diffpng_cross", "diffseg", "inexact_box"]
+    assert set(recordings(params.baselines)) == {"diffpng_cross", "diffseg"}
+    document["baselines"] |= {"attention": [], "inexact": {}}
+    with pytest.raises(UserError, match=r"no baseline to refine; import one with `genseg import`"):
+        make_baselines(validate_params(document))
 
 
 def test_study_samples_the_runs_that_serve_as_baselines(project):

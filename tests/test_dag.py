@@ -50,6 +50,7 @@ CHANGES = [
     ("sample.operating_points", [{"num_inference_steps": 3, "guidance_scale": 1.5}], {MAIN} | GATHER),
     ("sample.select_fraction", 0.375, NEW_SIZE),
     ("sample.runs", ["main", "val"], {MAIN, "sample", "score"}),  # no controls, no tables
+    ("sample.runs", [], BASELINES),  # no GS
     ("resources.sample.shards", 3, SAMPLE),
     ("baselines.diffseg.tau", 0.375, BASELINES),
     ("refine.alpha", 0.375, REFINE),  # no sampling

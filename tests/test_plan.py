@@ -60,9 +60,12 @@ def test_shipped_params_are_planned_without_data(clone, path, capsys):
     for row in planned["memory"]["generators"].values():
         assert row["total"] == row["weights"] + row["activations"]
         assert row["weights"] == row["parameters"] * (4 if row["precision"] == "fp32" else 2)
-    whole = load_params(path).sample.has_all_runs()
-    assert list(planned["memory"]["generators"]) == (["baselines", "refine"] if whole else [])
-    assert whole == any(row["phase"] == "refine" for row in planned["phases"])
+    params = load_params(path)
+    phases = {row["phase"] for row in planned["phases"]}
+    expected = {"baselines": bool(params.baselines.attention), "refine": True} if params.sample.has_tables() else {}
+    assert list(planned["memory"]["generators"]) == [phase for phase, is_planned in expected.items() if is_planned]
+    assert ("refine" in phases) == params.sample.has_tables()
+    assert ({"latents", "train", "sample"} <= phases) == bool(planned["memory"]["training"]) == bool(params.sample.runs)
     if path.name == "paper.yaml":
         check_paper(planned)
         check_paper_refinement(planned, load_params(path))

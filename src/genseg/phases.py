@@ -78,7 +78,7 @@ PHASES = {
         not_called=("diffusion.sampling",),
     ),
     "baselines": Phase(
-        keys=("seed", "baselines"),
+        keys=("seed", "baselines", "sample.runs"),
         modules=("baselines.make",),
         inputs=("results/{study}/backbone", "data/imported"),
         outs=("results/{study}/baselines",),
@@ -92,7 +92,7 @@ PHASES = {
         manifests=("results/{study}/predictions/manifest.json",),
     ),
     "refine": Phase(
-        keys=("seed", "baselines.inexact", "refine", "score.background_threshold"),
+        keys=("seed", "baselines.attention", "baselines.inexact", "sample.runs", "refine", "score.background_threshold"),
         modules=("refine.study",),
         inputs=("results/{study}/predictions", "results/{study}/baselines"),
         outs=("results/{study}/refined",),
@@ -113,6 +113,9 @@ PHASES = {
         manifests=("results/{study}/tables/manifest.json",),
     ),
 }
+
+GS_PHASES = ("latents", "train", "sample")
+"""Phases that a study without runs (`sample.runs: []`) does not have."""
 
 
 # --------------------------------------------------------------------------------------------------------------- code

@@ -24,7 +24,7 @@ rule refine_shard:
     input:
         f"{DATA}/manifest.json",
         f"{RESULTS}/backbone/manifest.json",
-        f"{RESULTS}/predictions/manifest.json",
+        STUDY.predictions(),
         f"{RESULTS}/baselines/manifest.json",
         f"{RESULTS}/refined/network.json",
     output:

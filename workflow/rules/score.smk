@@ -1,7 +1,7 @@
 rule score:
     input:
         f"{DATA}/manifest.json",
-        f"{RESULTS}/predictions/manifest.json",
+        STUDY.predictions(),
         STUDY.refinement(),
     output:
         f"{RESULTS}/scores/manifest.json",

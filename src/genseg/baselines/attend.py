@@ -127,16 +127,17 @@ class Recording:
 
 
 def recordings(params: Baselines) -> dict[str, Recording]:
-    """Return the recording of each of `METHODS`; methods with equal recordings share one."""
+    """Return the recording of each method in `baselines.attention`; methods with equal recordings share one."""
     inversion = params.diffpng.inversion
     timesteps = () if inversion is not None else tuple(params.diffpng.timesteps)
     diffpng = Recording(timesteps, noisy=True, self_attention=True, inversion=inversion)
-    return {
+    by_method = {
         "cross_attention": Recording(tuple(params.cross_attention.timesteps), noisy=True, self_attention=True),
         "diffpng_cross": diffpng,
         "diffpng_cross_self": diffpng,
         "diffseg": Recording((params.diffseg.timestep,), noisy=False, self_attention=False),
     }
+    return {method: by_method[method] for method in params.attention}
 
 
 SEGMENT_PASSES = 1

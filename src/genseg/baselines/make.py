@@ -51,6 +51,9 @@ def make_baselines(params: Params, names: Sequence[str] = ()) -> None:
     """
     # 1. Find the baselines to make.
     baselines = [*own_baselines(params), *imported_baselines(params)]
+    if not baselines:
+        remedy = "import one with `genseg import`, or list some in baselines.attention or baselines.inexact"
+        raise UserError(f"study {params.study}: no baseline to refine; {remedy}")
     chosen = [find_baseline(params, name, baselines) for name in names] or [b for b in baselines if b.family != "run"]
     for baseline in chosen:
         if baseline.family == "run":
@@ -63,19 +66,20 @@ def make_baselines(params: Params, names: Sequence[str] = ()) -> None:
     phrases = read_phrases(params.data_dir / "phrases.parquet")
     classes = read_phrases(params.data_dir / "class_phrases.parquet")
     test = phrases[phrases["split"] == "test"]
-    classes = classes[(classes["split"] == "test") & ~is_background(classes)]
+    classes = classes[classes["split"] == "test"]
+    foreground = classes[~is_background(classes)]
 
     # 3. Make the baselines.
     for baseline, key in missing.items():
         if baseline.family == "inexact":
-            _make_inexact(params, baseline, key, test, classes)
+            _make_inexact(params, baseline, key, test, foreground)
         if baseline.family == "imported":
             _copy_imported(params, baseline, key, test, classes)
     attention = {baseline: key for baseline, key in missing.items() if baseline.family == "attention"}
     device = choose_device(params.device, params.resources.baselines.threads)
     if attention:
         print(f"baseline: device {describe(device)}", flush=True)
-        _make_attention(params, attention, phrases, classes, device)
+        _make_attention(params, attention, phrases, foreground, device)
 
     # 4. Write the manifest.
     if not names:
@@ -93,7 +97,7 @@ def baseline_key(params: Params, baseline: Baseline) -> str:
     if baseline.family == "inexact":
         return digest([*facts, settings.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
     other_sections = {method.section for method in METHODS.values()} - {METHODS[baseline.name].section}
-    values = settings.model_dump(mode="json", exclude={"backbone", "revision", "inexact", *other_sections})
+    values = settings.model_dump(mode="json", exclude={"backbone", "revision", "attention", "inexact", *other_sections})
     return digest([*facts, values, chosen_backbone(params, settings).weights_hash])
 
 
@@ -154,7 +158,7 @@ def _copy_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFr
         frame = read_predictions(source)
         unknown = ~pd.MultiIndex.from_frame(frame[KEY]).isin(pd.MultiIndex.from_frame(rows[KEY]))
         if unknown.any():
-            example = tuple(frame[KEY].iloc[int(unknown.argmax())])
+            example = tuple(frame[KEY].iloc[int(unknown.argmax())].tolist())
             named = f"{example} (image_id, narrative_id, phrase_id)"
             remedy = f"the data have changed: run `genseg import {baseline.name}` again, or remove the file"
             raise UserError(f"{source}: {named} is not a phrase of test ({unknown.sum()} such rows); {remedy}")

@@ -82,9 +82,10 @@ def study_baselines(params: Params) -> list[Baseline]:
 
 
 def own_baselines(params: Params) -> list[Baseline]:
-    """Return the baselines that this program makes; of the inexact ones, only those with a target in `baselines.inexact`."""
+    """Return the baselines that this program makes: attention-based methods, runs if there are any, and inexact masks."""
+    attention = [baseline for baseline in ATTENTION if baseline.name in params.baselines.attention]
     inexact = [Baseline(INEXACT + kind, "inexact", INEXACT_LABELS[kind]) for kind in params.baselines.inexact]
-    return [*ATTENTION, *RUNS, *inexact]
+    return [*attention, *(RUNS if params.sample.runs else ()), *inexact]
 
 
 def imported_baselines(params: Params) -> list[Baseline]:
@@ -103,8 +104,8 @@ def import_paths(params: Params, name: str) -> tuple[Path, Path]:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name) or name.endswith(CLASSES):
         raise UserError(f"{name}: use letters, digits and . _ + -, starting with a letter or digit and not ending in {CLASSES}")
-    reserved = {text.lower() for baseline in own_baselines(params) for text in (baseline.name, baseline.label)}
-    reserved |= {INEXACT + kind for kind in INEXACT_LABELS}
+    reserved = {text.lower() for baseline in (*ATTENTION, *RUNS) for text in (baseline.name, baseline.label)}
+    reserved |= {text.lower() for kind, label in INEXACT_LABELS.items() for text in (INEXACT + kind, label)}
     if name.lower() in reserved:
         raise UserError(f"{name}: this is the name of one of the study's own baselines; choose another name")
     return params.imported_dir / f"{name}.parquet", params.imported_dir / f"{name}{CLASSES}.parquet"

@@ -9,7 +9,7 @@ from typing import Any
 from genseg.artifacts.files import write_text
 from genseg.errors import UserError
 from genseg.params import Params, canonical_json, digest, read_document, validate_params
-from genseg.phases import PHASES, code_hash
+from genseg.phases import GS_PHASES, PHASES, code_hash
 
 
 def open_study(config: dict[str, Any], files: list[str | Path]) -> "Study":
@@ -115,19 +115,38 @@ class Study:
 
     def models(self) -> list[str]:
         """Return the manifests of the models that are sampled."""
-        names = ["gs", "discriminative"] if "controls" in self.values.sample.runs else ["gs"]
+        runs = self.values.sample.runs
+        names = ["gs", "discriminative"] if "controls" in runs else ["gs"] if runs else []
         return [f"{self.results}/model/{name}/manifest.json" for name in names]
 
+    def predictions(self) -> list[str]:
+        """Return the manifest of the predictions; none if the study has no runs."""
+        return [f"{self.results}/predictions/manifest.json"] if self.values.sample.runs else []
+
+    def results_of_gs(self) -> list[tuple[str, str, str]]:
+        """Return (file, caption, category) of the results in Snakemake's report that a study without runs does not have."""
+        results = [
+            ("tables/table2.csv", "../report/table2.rst", "Tables"),
+            ("figures/examples.png", "../report/examples.rst", "Figures"),
+            ("figures/evolution.png", "../report/evolution.rst", "Figures"),
+            ("figures/failures.png", "../report/failures.rst", "Figures"),
+            ("figures/narratives.png", "../report/narratives.rst", "Figures"),
+            ("figures/readouts.png", "../report/readouts.rst", "Figures"),
+        ]
+        return results if self.values.sample.runs else []
+
     def refinement(self) -> list[str]:
-        """Return the manifests of baselines and refinement; none if `sample.runs` lacks a group, because they need all."""
-        folders = ("baselines", "refined") if self.values.sample.has_all_runs() else ()
+        """Return the manifests of baselines and refinement; none if the study does not have them."""
+        folders = ("baselines", "refined") if self.values.sample.has_tables() else ()
         return [f"{self.results}/{folder}/manifest.json" for folder in folders]
 
     def manifests(self) -> list[str]:
         """Return the manifests of all phases that the study's `sample.runs` allow."""
         manifests = [path.format(study=self.values.study) for phase in PHASES.values() for path in phase.manifests]
         optional = {*PHASES["train"].manifests}
-        if not self.values.sample.has_all_runs():
+        if not self.values.sample.runs:
+            optional |= {path for phase in GS_PHASES for path in PHASES[phase].manifests}
+        if not self.values.sample.has_tables():
             optional |= {path for phase in ("baselines", "refine", "tables") for path in PHASES[phase].manifests}
         unused = {path.format(study=self.values.study) for path in optional} - set(self.models())
         return [path for path in manifests if path not in unused]

@@ -74,7 +74,7 @@ def score_refinement(params: Params, phrases: pd.DataFrame, manifest: dict[str, 
         "background_threshold": params.score.background_threshold if part.classes.has_background else None,
         "rows": [row for row, _ in rows],
         "means": means,
-        "gain": _gain(pd.concat(gains, ignore_index=True), part.table, params.score.bootstrap, params.seed),
+        "gain": _gain(gains, part.table, params.score.bootstrap, params.seed),
     }
     write_json(out, summary)
     for mean in means:
@@ -168,11 +168,16 @@ def complexity(mask: NDArray[np.bool_]) -> float:
     return sides**2 / area if area else float("nan")
 
 
-def _gain(pairs: pd.DataFrame, table: pd.DataFrame, replicates: int, seed: int) -> list[dict[str, Any]]:
-    """Mean gain in IoU over all phrases and baselines, in bins of coarse IoU and of the ground truth's complexity."""
+def _gain(gains: Sequence[pd.DataFrame], table: pd.DataFrame, replicates: int, seed: int) -> list[dict[str, Any]]:
+    """Mean gain in IoU over all phrases and baselines, in bins of coarse IoU and of the ground truth's complexity.
+
+    Empty if no baseline has masks of phrases (`gains`).
+    """
+    if not gains:
+        return []
     masks = (decode(*row) for row in zip(table["mask"], table["height"], table["width"], strict=True))
     shapes = table.assign(complexity=[complexity(mask) for mask in masks])
-    pairs = pairs.merge(shapes[[*KEY, "complexity"]], on=KEY)
+    pairs = pd.concat(gains, ignore_index=True).merge(shapes[[*KEY, "complexity"]], on=KEY)
     edges = {
         "iou": np.array([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         "complexity": np.quantile(shapes["complexity"].dropna(), np.linspace(0, 1, 5)) if len(shapes) else np.zeros(5),

@@ -31,7 +31,9 @@ def score_study(params: Params) -> Path:
       every protocol in `score.extra_protocols`;
     * `comparisons.json`: paired differences between runs;
     * `operating_points.json` and `.csv`: the operating points on val;
-    * `baselines/<name>.json` and `refinement.json`, if the study samples all runs.
+    * `baselines/<name>.json` and `refinement.json`, if the study has tables.
+
+    A study without runs has the last two only.
 
     Scores of runs that no longer exist are removed. Raises UserError if an artifact is missing or broken, or does not match
     the others.
@@ -40,13 +42,15 @@ def score_study(params: Params) -> Path:
     manifest_path = folder / "manifest.json"
 
     # 1. List inputs.
-    runs = [Run.model_validate(run) for run in _read_manifest(params, "predictions", "sample")["runs"]]
-    inputs = {params.data_dir / "phrases.parquet", params.results_dir / "predictions" / "manifest.json"}
+    runs, inputs = [], {params.data_dir / "phrases.parquet"}
+    if params.sample.runs:
+        runs = [Run.model_validate(run) for run in _read_manifest(params, "predictions", "sample")["runs"]]
+        inputs.add(params.results_dir / "predictions" / "manifest.json")
     inputs |= set(with_maps(predictions_path(params, run) for run in runs))
     if any(run.role == "class_phrases" for run in runs):
         inputs |= {params.data_dir / "class_phrases.parquet", params.data_dir / "classes.json"}
     baselines = refined = None
-    if params.sample.has_all_runs():
+    if params.sample.has_tables():
         baselines, refined = _read_manifest(params, "baselines", "baseline"), _read_manifest(params, "refined", "refine")
         files = [*baselines["outputs"], *refined["outputs"]]
         inputs |= {Path(file) for file in files if file.endswith((".parquet", ".safetensors"))}
@@ -62,8 +66,9 @@ def score_study(params: Params) -> Path:
     outputs = [path for scored in scored_runs for path in scored.outputs]
 
     # 3. Compare runs and operating points.
-    write_json(folder / "comparisons.json", compare_runs(params, scored_runs, pixel_counts))
-    outputs.append(folder / "comparisons.json")
+    if runs:
+        write_json(folder / "comparisons.json", compare_runs(params, scored_runs, pixel_counts))
+        outputs.append(folder / "comparisons.json")
     outputs += _write_operating_points(params, scored_runs)
 
     # 4. Score the baselines and the refined masks.

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from genseg.params.base import Fraction, Section, StableDiffusion, Timestep
 from genseg.params.sample import GuidanceScale
 
+Attention = Literal["cross_attention", "diffpng_cross", "diffpng_cross_self", "diffseg"]
 Inexact = Literal["box", "dilated", "eroded", "shifted", "scribble"]
 
 
@@ -67,6 +68,8 @@ class Baselines(StableDiffusion):
     """Number of val images, chosen by a hash, on which thresholds are selected."""
     thresholds: Annotated[list[Fraction], Field(min_length=1)] = [round(0.05 * step, 2) for step in range(1, 20)]
     """Candidate thresholds of min-max scaled maps."""
+    attention: list[Attention] = ["cross_attention", "diffpng_cross", "diffpng_cross_self", "diffseg"]
+    """Attention-based methods."""
     cross_attention: CrossAttention = CrossAttention()
     diffpng: DiffPng = DiffPng()
     diffseg: DiffSeg = DiffSeg()

@@ -92,8 +92,9 @@ def _default_points(fields: dict[str, Any]) -> list[OperatingPoint]:
 class Sample(Section):
     """Predictions of the trained models."""
 
-    runs: Annotated[list[RunGroup], Field(min_length=1)] = ["main", "controls", "grid", "val"]
-    """Groups of runs to sample. Baselines, refinement and tables need all four."""
+    runs: list[RunGroup] = ["main", "controls", "grid", "val"]
+    """Groups of runs to sample; []: GS is not trained, and only baselines are refined. Baselines, refinement and tables need
+    all four groups or none."""
     main: OperatingPoint = OperatingPoint(size=128, num_inference_steps=1, guidance_scale=1.0, ensemble_size=2, mirror=True)
     """Operating point of the main row, which is sampled on all of test."""
     base: OperatingPoint = OperatingPoint(size=128, num_inference_steps=20, guidance_scale=7.5)
@@ -165,6 +166,6 @@ class Sample(Section):
         """Return the image sizes of the runs that are sampled, ascending."""
         return self.sizes() if "grid" in self.runs else [self.main.size]
 
-    def has_all_runs(self) -> bool:
-        """Return whether the runs include everything that tables need."""
-        return set(self.runs) == set(get_args(RunGroup))
+    def has_tables(self) -> bool:
+        """Return whether the study has baselines, refinement and tables: it samples all groups of runs, or none."""
+        return not self.runs or set(self.runs) == set(get_args(RunGroup))

@@ -51,24 +51,28 @@ def make_plan(params: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]
     refine_generator = generator.find_generator(params.refine.backbone, "refine.backbone", backbone)
 
     # 2. Plan the study's own networks.
-    memory = plan_memory(params, networks, GPUS[gpu], gpus) | {"generators": {}}
+    memory: dict[str, Any] = {"training": [], "sampling": None, "measured_rss": {}, "generators": {}}
     artifacts, phases = Artifacts(), Phases(params, GPUS[gpu], gpus, mfu)
-    _add_artifacts(artifacts, params, networks, counts)
-    _add_model_phases(phases, params, networks, counts)
+    _add_data_artifacts(artifacts, params, counts)
+    if params.sample.runs:
+        memory |= plan_memory(params, networks, GPUS[gpu], gpus)
+        _add_artifacts(artifacts, params, networks, counts)
+        _add_model_phases(phases, params, networks, counts)
 
-    # 3. Plan baselines, sampling and refinement, in this order. Only studies with all runs have baselines and refinement.
-    is_whole = params.sample.has_all_runs()
-    if is_whole:
-        attention = generator.attention_bytes(params.baselines, baseline_generator, counts.attended["most_texts"])
+    # 3. Plan baselines, sampling and refinement, in this order.
+    has_tables = params.sample.has_tables()
+    if has_tables:
+        if params.baselines.attention:
+            attention = generator.attention_bytes(params.baselines, baseline_generator, counts.attended["most_texts"])
+            row = generator.generator_memory(baseline_generator, params.baselines, attention, GPUS[gpu])
+            memory["generators"]["baselines"] = row
+            generator.add_baseline_phases(phases, params, counts, baseline_generator)
         refinement = generator.refinement_bytes(params.refine, refine_generator)
-        memory["generators"] = {
-            "baselines": generator.generator_memory(baseline_generator, params.baselines, attention, GPUS[gpu]),
-            "refine": generator.generator_memory(refine_generator, params.refine, refinement, GPUS[gpu]),
-        }
+        memory["generators"]["refine"] = generator.generator_memory(refine_generator, params.refine, refinement, GPUS[gpu])
         generator.add_artifacts(artifacts, params, counts, networks, baseline_generator)
-        generator.add_baseline_phases(phases, params, counts, baseline_generator)
-    _add_sample_phases(phases, params, networks, counts)
-    if is_whole:
+    if params.sample.runs:
+        _add_sample_phases(phases, params, networks, counts)
+    if has_tables:
         generator.add_refine_phases(phases, params, counts, refine_generator)
     assumptions = {"study": params.study, "backbone": origin, "gpu": gpu, "gpus": gpus, "mfu": mfu, "counts": vars(counts)}
     results = {"parameters": networks.components, "memory": memory, "artifacts": artifacts.rows, "phases": phases.rows}
@@ -182,9 +186,8 @@ def _training_memory(params: Params, networks: Networks, gpu: Gpu, gpus: int) ->
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
-def _add_artifacts(artifacts: Artifacts, params: Params, networks: Networks, counts: Counts) -> None:
-    """Add the artifacts of data assembly, latents, training and sampling."""
-    # 1. Add images and tables.
+def _add_data_artifacts(artifacts: Artifacts, params: Params, counts: Counts) -> None:
+    """Add the images and the tables of data assembly."""
     if params.data.png is not None and params.data.source == "png" and SOURCES.exists():
         png = params.data.png
         folders = {"images": png.images, "annotations": png.annotations, "narratives": png.narratives}
@@ -195,7 +198,10 @@ def _add_artifacts(artifacts: Artifacts, params: Params, networks: Networks, cou
     rows = counts.train + counts.val + counts.rows["test"] + counts.rows["class_phrases"]
     artifacts.add("phrase tables", counts.row_bytes * rows, "estimate", *(params.data_dir / name for name in TABLES))
 
-    # 2. Add latents.
+
+def _add_artifacts(artifacts: Artifacts, params: Params, networks: Networks, counts: Counts) -> None:
+    """Add the artifacts of latents, training and sampling."""
+    # 1. Add latents.
     element, shard = BYTES[params.latents.precision], params.latents.shard_rows
     for size, images in counts.image_latents.items():
         side = networks.latent(size)
@@ -207,7 +213,7 @@ def _add_artifacts(artifacts: Artifacts, params: Params, networks: Networks, cou
     basis = "exact except headers" if counts.exact else counts.basis
     artifacts.add("text embeddings", text, basis, *text_store(params).glob("shard-*.safetensors"))
 
-    # 3. Add models and checkpoints.
+    # 2. Add models and checkpoints.
     tensors = [module.state_dict() for module in networks.modules.values()]
     shapes = [{name: (tuple(tensor.shape), 4) for name, tensor in state.items()} for state in tensors]
     weights = sum(safetensors_bytes(shape, {"format": "pt"}) for shape in shapes)
@@ -223,7 +229,7 @@ def _add_artifacts(artifacts: Artifacts, params: Params, networks: Networks, cou
             teachers = sorted(work.glob(f"{kind}-*/teacher-*.pt"))
             artifacts.add(f"{kind}: teachers", 4 * networks.trained * stages, "exact except headers", *teachers)
 
-    # 4. Add predictions.
+    # 3. Add predictions.
     runs = study_runs(params)
     maps, map_paths = 0, []
     for run in runs:

@@ -28,7 +28,13 @@ COCO_IMAGES = {"train": 118_287, "test": 5_000}
 PANOPTIC_CLASSES = 133
 COCO_CLASSES = 80
 COCO_CLASSES_PER_IMAGE = 3.5  # mean number of categories per image; Lin et al. 2014, section 5
-CAMVID_IMAGES = {"train": 367, "test": 101}  # usual split of CamVid; `params/camvid.yaml` uses its val part as test
+MASKED_IMAGES = {
+    "camvid": {"train": 367, "test": 101},
+    "voc": {"train": 1464, "test": 1449},
+    "pascal_context": {"train": 4998, "test": 5105},
+    "coco_object": COCO_IMAGES,
+}
+"""Published numbers of images with index masks by the name of the class file; the published val part is the study's test."""
 SCENES_DRAWN = 24  # scenes sampled per split to estimate the counts of the embedded data set
 ROW_BYTES = {"scenes": 85, "png": 400, "coco_object": 400, "index_masks": 400}
 """Estimated compressed bytes of a table row by data source; most of them encode the mask."""
@@ -206,8 +212,8 @@ def _estimate_data(data: Data) -> _Estimate:
         source, images = "counted images", dict[str, int]()
         for split, path in paths.items():
             images[split] = len(path.read_text().split()) if folders.lists else len(list(path.iterdir()))
-    elif "camvid" in folders.classes:
-        source, images = "published counts of CamVid", CAMVID_IMAGES
+    elif (name := Path(folders.classes).stem) in MASKED_IMAGES:
+        source, images = f"published counts of {name}", MASKED_IMAGES[name]
     else:
         raise UserError(f"{folders.images['train']}: not found, so the number of images is unknown; add the data first")
     phrases = {split: float(classes * count) for split, count in images.items()}

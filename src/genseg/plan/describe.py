@@ -16,9 +16,11 @@ def describe_plan(plan: dict[str, Any]) -> str:
         f"counts: {counts['source']}",
         _table("phrases", ["part", "phrases"], [[name, f"{count:,}"] for name, count in phrases.items()]),
         _table("parameters", ["component", "parameters"], [[k, f"{v:,}"] for k, v in plan["parameters"].items()]),
-        _training_table(memory, gpu),
-        f"sampling: weights {_bytes(sampling['weights'])}, activations {_bytes(sampling['activations'])}: {_fits(sampling)}",
     ]
+    if sampling:
+        parts.append(_training_table(memory, gpu))
+        weights, activations = _bytes(sampling["weights"]), _bytes(sampling["activations"])
+        parts.append(f"sampling: weights {weights}, activations {activations}: {_fits(sampling)}")
     if memory["generators"]:
         parts.append(_generators_table(memory["generators"], gpu))
     if memory["measured_rss"]:

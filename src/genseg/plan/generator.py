@@ -13,7 +13,7 @@ from genseg.artifacts.files import read_json
 from genseg.artifacts.manifest import times_path
 from genseg.baselines.attend import METHODS, SEGMENT_PASSES, attention_grids, recorded_layers, recordings
 from genseg.baselines.attention import Grid, aggregate, anchor_indices, divergence, nearest_grid
-from genseg.baselines.registry import baselines_dir, study_baselines
+from genseg.baselines.registry import Baseline, baselines_dir, study_baselines
 from genseg.errors import UserError
 from genseg.models import sdxl, stable_diffusion
 from genseg.models.attention_control import AttentionControl, AttentionStore
@@ -198,23 +198,26 @@ def add_artifacts(
     """Add predictions and soft maps of the attention baselines (`baseline_generator`) and of refinement."""
     # 1. Add the baselines.
     settings, grids = params.baselines, baseline_generator.grids(params.baselines.size)
-    sides = {
+    sides_of_maps = {
         "cross_attention": max(grids)[0],
         "diffpng_cross": nearest_grid(grids, settings.diffpng.cross_side)[0],
         "diffpng_cross_self": nearest_grid(grids, settings.diffpng.self_side)[0],
     }
-    assert sides.keys() == {name for name, method in METHODS.items() if method.choose_threshold}
-    folder, all_baselines = baselines_dir(params), study_baselines(params)
+    assert sides_of_maps.keys() == {name for name, method in METHODS.items() if method.choose_threshold}
+    sides = {name: side for name, side in sides_of_maps.items() if name in set[str](settings.attention)}
+    folder, all_baselines = baselines_dir(params), _planned_baselines(params)
     phrases = [counts.rows["test"], counts.rows["class_phrases"]]
     predictions = counts.row_bytes * sum(phrases) * sum(baseline.family != "run" for baseline in all_baselines)
     artifacts.add("baselines: predictions", predictions, "estimate", *folder.glob("*.parquet"))
     maps = sum(maps_bytes(count, side) for side in sides.values() for count in phrases)
-    artifacts.add("baselines: soft maps", maps, counts.basis, *folder.glob("*.safetensors"))
+    if maps:
+        artifacts.add("baselines: soft maps", maps, counts.basis, *folder.glob("*.safetensors"))
 
     # 2. Add refined predictions, and soft maps of class phrases if the coarse prediction has soft maps.
     refine, class_phrases, main = params.refine, counts.refined["class_phrases"], params.sample.main.size
-    sides["gs"] = main if params.train.label == "vae" else study_generator.latent(main)
-    sides["discriminative"] = study_generator.latent(main)
+    if params.sample.runs:
+        sides["gs"] = main if params.train.label == "vae" else study_generator.latent(main)
+        sides["discriminative"] = study_generator.latent(main)
     maps = 0
     prediction_paths: list[Path] = []
     for baseline in all_baselines:
@@ -227,9 +230,15 @@ def add_artifacts(
     figure_paths = [discrepancy_path(params, baseline.name).with_suffix(".safetensors") for baseline in all_baselines]
     other_paths = {*figure_paths, *network_dir(params).glob("*")}
     map_paths = set(refined_dir(params).glob("*/*.safetensors")) - other_paths
-    artifacts.add("refined: soft maps", maps, counts.basis, *map_paths)
+    if maps:
+        artifacts.add("refined: soft maps", maps, counts.basis, *map_paths)
     figure_maps = len(figure_paths) * maps_bytes(refine.pictures, refine.feature_size)
     artifacts.add("refined: maps for the figure", figure_maps, "upper bound", *figure_paths)
+
+
+def _planned_baselines(params: Params) -> list[Baseline]:
+    """Return the baselines of the study; if there are none yet, one imported method."""
+    return study_baselines(params) or [Baseline("imported", "imported", "imported")]
 
 
 # ------------------------------------------------------------------------------------------------------------- phases
@@ -278,7 +287,7 @@ def add_refine_phases(phases: Phases, params: Params, counts: Counts, generator:
 
     # 2. Group the refiners.
     groups: dict[str, list[tuple[str, str]]] = {"G4Seg": [], "controls": [], "sensitivity": []}
-    baselines = study_baselines(params)
+    baselines = _planned_baselines(params)
     for baseline in baselines:
         for refiner in refiners(params, baseline.name):
             group = "controls" if refiner in refine.controls else "sensitivity"

@@ -43,7 +43,7 @@ def refined_tables(
 
     The class phrases of the background class, whose `phrase_id` is `background`, are left out.
     """
-    images = refined_images(params, phrases)
+    images = refined_images(params, class_phrases)  # includes images without phrases, which mIoU counts
     if background is not None:
         class_phrases = class_phrases[class_phrases["phrase_id"] != background]
     tables = {False: phrases, True: class_phrases}

@@ -114,8 +114,10 @@ def gather_refined(params: Params) -> None:
 
     # 3. Write the times and the manifest.
     write_json(times_path(params, "refine"), times)
-    manifests = [params.results_dir / "predictions" / "manifest.json", baselines_dir(params) / "manifest.json"]
-    images = sorted(int(image) for image in inputs.tables[False]["image_id"].unique())
+    manifests = [baselines_dir(params) / "manifest.json"]
+    if params.sample.runs:
+        manifests.append(params.results_dir / "predictions" / "manifest.json")
+    images = sorted(int(image) for image in inputs.tables[True]["image_id"].unique())
     facts: dict[str, Any] = {"weights": keys.weights, "images": images, "refined": entries}
     write_manifest(folder / "manifest.json", "refine", params, manifests, outputs, **facts)
     print(f"refine: {len(entries)} refined predictions of {len(baselines)} baselines", flush=True)

@@ -8,9 +8,9 @@ import pandas as pd
 from genseg.artifacts.manifest import read_manifest
 from genseg.diffusion.guidance import count_evaluations
 from genseg.params import Params, digest
-from genseg.phases import PHASES
+from genseg.phases import GS_PHASES, PHASES
 from genseg.report.render import DASH, Column, Table, plural, sentence, to_html, to_points
-from genseg.report.scores import StudyScores
+from genseg.report.scores import RefinementScores, StudyScores
 from genseg.report.tables.parts import comparability_note, describe_phrases, describe_study
 
 _STYLE = """
@@ -60,26 +60,31 @@ _PAGE = """<!DOCTYPE html>
 
 
 def manifest_paths(params: Params) -> dict[str, Path]:
-    """Return phase -> manifest for every phase except `tables`. The phase `train` has one entry per model."""
+    """Return phase -> manifest for every phase of the study except `tables`. The phase `train` has one entry per model."""
     paths = {}
     for phase, declared in PHASES.items():
-        for manifest in declared.manifests if phase != "tables" else ():
+        if phase == "tables" or (phase in GS_PHASES and not params.sample.runs):
+            continue
+        for manifest in declared.manifests:
             path = Path(manifest.format(study=params.study))
             paths[phase if len(declared.manifests) == 1 else f"{phase} {path.parent.name}"] = path
     return paths
 
 
-def build_page(params: Params, scores: StudyScores, tables: dict[str, list[Table]], figures: dict[str, str]) -> str:
+def build_page(params: Params, scores: RefinementScores, tables: dict[str, list[Table]], figures: dict[str, str]) -> str:
     """Return the HTML of the page. Raises UserError if a phase's manifest is missing.
 
     Args:
         tables: heading of a section -> its tables.
         figures: file name of a PNG in `../figures/` -> its caption.
     """
-    lead = f"Measured on {describe_phrases(params, scores.main)}. {comparability_note(params)}"
+    heading, cards, lead = "G4Seg refinement", [], f"Measured on {describe_study(params)}."
+    if isinstance(scores, StudyScores):
+        heading, cards = "GS label diffusion", [_cards(scores)]
+        lead = f"Measured on {describe_phrases(params, scores.main)}. {comparability_note(params)}"
     anchors = ["figures", *(table.name for section in tables.values() for table in section), "provenance"]
     links = " · ".join(f'<a href="#{name}">{name}</a>' for name in anchors)
-    body = [f'<p class="lead">{html.escape(lead)}</p>', _cards(scores), f"<nav>{links}</nav>"]
+    body = [f'<p class="lead">{html.escape(lead)}</p>', *cards, f"<nav>{links}</nav>"]
 
     body.append('<h2 id="figures">Figures</h2>')
     for name, caption in figures.items():
@@ -90,7 +95,7 @@ def build_page(params: Params, scores: StudyScores, tables: dict[str, list[Table
         body.append(f"<h2>{heading}</h2>")
         body += [to_html(table, [f"{table.name}.{suffix}" for suffix in ("csv", "tex", "md")]) for table in section]
     body += ["<h2>Provenance</h2>", to_html(_provenance(params), ["manifest.json"])]
-    title = html.escape(f"GS label diffusion: study {params.study}")
+    title = html.escape(f"{heading}: study {params.study}")
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
 
 

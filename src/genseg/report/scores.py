@@ -48,8 +48,16 @@ class ScoredRun:
 
 
 @dataclass(frozen=True)
-class StudyScores:
+class RefinementScores:
+    """The scores that a study without runs (`sample.runs: []`) has."""
+
     folder: Path
+    refinement: dict[str, Any]
+    """Baselines before and after refinement (`metrics.refinement.score_refinement`)."""
+
+
+@dataclass(frozen=True)
+class StudyScores(RefinementScores):
     main: ScoredRun
     text_permuted: ScoredRun
     discriminative: ScoredRun
@@ -69,8 +77,6 @@ class StudyScores:
     GS, the discriminative control, and the baselines made without ground truth."""
     baselines: list[ScoredRun]
     """The baselines that are not sampled runs."""
-    refinement: dict[str, Any]
-    """Baselines before and after refinement (`metrics.refinement.score_refinement`)."""
     comparisons: dict[str, dict[str, Any]]
     """"A - B" or "A - B (quantity)" -> paired difference of two runs."""
 
@@ -111,9 +117,15 @@ class StudyScores:
         return self.comparisons[key]
 
 
+def read_refinement_scores(params: Params) -> RefinementScores:
+    """Read `results/<study>/scores` of a study without runs. Raises UserError if the file is missing."""
+    folder = params.results_dir / "scores"
+    return RefinementScores(folder, _read_object(folder / "refinement.json"))
+
+
 def read_study_scores(params: Params) -> StudyScores:
     """Read `results/<study>/scores`. Raises UserError if a required run was not scored, or a file lacks a field."""
-    if not params.sample.has_all_runs():
+    if not params.sample.has_tables():
         raise UserError(f"study {params.study}: tables need main, controls, grid and val in sample.runs; add the missing ones")
     folder = params.results_dir / "scores"
 

@@ -21,6 +21,7 @@ from genseg.report.figures.readouts import draw_readouts
 from genseg.report.figures.refined import draw_refined, load_refined
 from genseg.report.figures.reliability import draw_reliability
 from genseg.report.page import build_page, manifest_paths
+from genseg.report.refinement import write_refinement_report
 from genseg.report.render import write_table
 from genseg.report.scores import StudyScores, read_study_scores
 from genseg.report.tables.ablations import ablations, evaluations, readouts
@@ -41,6 +42,9 @@ def write_report(params: Params) -> None:
 
     Raises UserError if an input is missing or broken, or the inputs disagree.
     """
+    if not params.sample.runs:
+        write_refinement_report(params)
+        return
     results = params.results_dir
     folder, figures = results / "tables", results / "figures"
 
@@ -127,11 +131,12 @@ def _draw_figures(
     captions["evaluations.png"] = draw_evaluations(points, folder / "evaluations.png", dpi)
     if refined := load_refined(params.results_dir / "refined", phrases):
         captions["refined.png"] = draw_refined(refined, folder / "refined.png", dpi)
-    captions["gain.png"] = draw_gain(scores.refinement, folder / "gain.png", dpi)
+    if scores.refinement["gain"]:
+        captions["gain.png"] = draw_gain(scores.refinement, folder / "gain.png", dpi)
     if ensembles := scores.ensembles():
         # Calibration of the first ensemble and of its single sample.
         curves = {str(cell): scores.cells[cell].summary["calibration"] for cell in ensembles[0]}
         captions["reliability.png"] = draw_reliability(curves, folder / "reliability.png", dpi)
-    for name in {"refined.png", "reliability.png"} - captions.keys():
+    for name in {"gain.png", "refined.png", "reliability.png"} - captions.keys():
         (folder / name).unlink(missing_ok=True)
     return captions

@@ -9,7 +9,7 @@ from genseg.artifacts.files import read_json
 from genseg.artifacts.manifest import times_path
 from genseg.params import Params
 from genseg.report.render import Column, Table, difference_text, plural, to_points
-from genseg.report.scores import StudyScores
+from genseg.report.scores import RefinementScores
 from genseg.report.tables.parts import SHORT_LABELS, build_frame, describe_study
 
 G4SEG = "g4seg"
@@ -41,7 +41,7 @@ _BOUNDARY_DELTA = Column("boundary_iou_delta", "B. IoU Δ", "signed")
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
-def refinement_tables(params: Params, scores: StudyScores) -> list[Table]:
+def refinement_tables(params: Params, scores: RefinementScores) -> list[Table]:
     """Build `refinement`, and `refinement_controls` and `refinement_sensitivity` if the study has them."""
     refiners = list(dict.fromkeys(row["refiner"] for row in scores.refinement["rows"]))
     tables = [refinement(params, scores)]
@@ -52,7 +52,7 @@ def refinement_tables(params: Params, scores: StudyScores) -> list[Table]:
     return tables
 
 
-def refinement(params: Params, scores: StudyScores) -> Table:
+def refinement(params: Params, scores: RefinementScores) -> Table:
     """Compare every coarse mask before and after G4Seg (ours), with the means."""
     g4seg_rows = [row for row in scores.refinement["rows"] if row["refiner"] == G4SEG]
     passes = ", ".join(str(count) for count in sorted({row["passes"] for row in g4seg_rows}))
@@ -86,7 +86,7 @@ def refinement(params: Params, scores: StudyScores) -> Table:
     return Table("refinement", caption, frame, columns, notes, group_by="kind", small=True)
 
 
-def refinement_controls(params: Params, scores: StudyScores, controls: list[str]) -> Table:
+def refinement_controls(params: Params, scores: RefinementScores, controls: list[str]) -> Table:
     """Compare the controls of G4Seg. The CSV has every row; only the means are printed."""
     frame = _build_frame([{"control": name, **row} for name in controls for row in _refiner_rows(scores, name)])
     means = [mean for mean in scores.refinement["means"] if mean["refiner"] == G4SEG]
@@ -111,7 +111,7 @@ def refinement_controls(params: Params, scores: StudyScores, controls: list[str]
     return Table("refinement_controls", caption, frame, columns, notes, group_by="control", printed=printed, small=True)
 
 
-def refinement_sensitivity(params: Params, scores: StudyScores, variants: list[str]) -> Table:
+def refinement_sensitivity(params: Params, scores: RefinementScores, variants: list[str]) -> Table:
     """Compare G4Seg with variants in which one constant is changed."""
     all_rows, refine = scores.refinement["rows"], params.refine
     baselines = list(dict.fromkeys(row["baseline"] for row in all_rows if row["refiner"] in variants))
@@ -138,7 +138,7 @@ def costs_dir(params: Params) -> Path:
     return params.work_dir / "tables"
 
 
-def refinement_costs(params: Params, scores: StudyScores) -> Table:
+def refinement_costs(params: Params, scores: RefinementScores) -> Table:
     """Compare each refiner's measured seconds per image, if there are any, and its gain."""
     # 1. Build one row per refiner and baseline, then one mean row per refiner.
     path = times_path(params, "refine")
@@ -202,7 +202,7 @@ def _mean_cost(refiner: Any, members: pd.DataFrame) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
-def _refiner_rows(scores: StudyScores, refiner: str) -> list[dict[str, Any]]:
+def _refiner_rows(scores: RefinementScores, refiner: str) -> list[dict[str, Any]]:
     """Return a refiner's rows: one per baseline, then the mean over all and the mean over those made without ground truth."""
     rows = [_row(scores, row) for row in scores.refinement["rows"] if row["refiner"] == refiner]
     for mean in scores.refinement["means"]:
@@ -213,7 +213,7 @@ def _refiner_rows(scores: StudyScores, refiner: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(scores: StudyScores, row: dict[str, Any]) -> dict[str, Any]:
+def _row(scores: RefinementScores, row: dict[str, Any]) -> dict[str, Any]:
     """Return the columns of one row of `refinement.json`, in points. The mIoU difference and its interval have no prefix."""
     counts = scores.refinement["counts"]
     return {
@@ -248,18 +248,18 @@ def _build_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 # --------------------------------------------------------------------------------------------------- captions and notes
-def _describe_subset(params: Params, scores: StudyScores) -> str:
+def _describe_subset(params: Params, scores: RefinementScores) -> str:
     counts = scores.refinement["counts"]
     return f"{describe_study(params)}, {plural(counts['images'], 'image')} of test with {plural(counts['phrases'], 'phrase')}"
 
 
-def _protocol_note(params: Params, scores: StudyScores) -> str:
+def _protocol_note(params: Params, scores: RefinementScores) -> str:
     """Describe the images, the background rule, and what is refined and compared."""
     fraction, threshold = params.refine.test_fraction, scores.refinement["background_threshold"]
     subset = "all of test" if fraction == 1 else f"a fixed part of test ({fraction:g} of its images, chosen by hash)"
     rule = "none, because the data have no background class"
     if threshold is not None:
-        rule = f"threshold {threshold:g}, fixed before refinement"
+        rule = f"threshold {threshold:g} of soft maps, or the rule of the import, fixed before refinement"
     return (
         f"On {subset}. mIoU: class phrases “{params.data.class_template}”, one confusion matrix at native size; background "
         f"rule: {rule}. Each class is refined on its own, and each pixel takes the class with the highest refined P. "
