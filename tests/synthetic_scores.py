@@ -39,8 +39,19 @@ def build_study(root: Path) -> None:
     document = yaml.safe_load((ROOT / "params.yaml").read_text())
     document["study"] = "made_up"
     document["tables"]["dpi"] = 60
-    document["sample"]["main"]["num_inference_steps"] = 2
-    document["sample"]["operating_points"][0] = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    sample = document["sample"]
+    sample["main"] |= {"num_inference_steps": 2, "ensemble_size": 1, "mirror": False}
+    sample["base"]["num_inference_steps"] = 50
+    sample["grid"]["num_inference_steps"] = [30, 20]
+    sample["operating_points"] = [
+        {"num_inference_steps": 1, "guidance_scale": 1.0},
+        {"num_inference_steps": 1, "guidance_scale": 1.5},
+        {"num_inference_steps": 2, "guidance_scale": 1.5},
+        {"num_inference_steps": 4, "guidance_scale": 1.5},
+        {"num_inference_steps": 4, "guidance_scale": 1.5, "sampler": "dpmpp"},
+        {"num_inference_steps": 4, "guidance_scale": 1.5, "guidance_interval": [0.0, 0.5]},
+        {"num_inference_steps": 2, "guidance_scale": 1.0, "ensemble_size": 4, "mirror": True},
+    ]
     (root / "params.yaml").write_text(yaml.safe_dump(document))
     shutil.copytree(ROOT / "data" / "published", root / "data" / "published")
     params = validate_params(document)
@@ -87,10 +98,11 @@ def _write_scores(root: Path, params: Params) -> None:
     score("main", summary(run_entry("main", "main", main_point), 0.7, miou=classes))
     score("text_permuted", summary(run_entry("text_permuted", "control", main_point), 0.3, n=32))
     score("discriminative", summary(run_entry("discriminative", "control"), 0.65, miou=classes))
+    score("discriminative_mirrored", summary(run_entry("discriminative_mirrored", "control"), 0.66))
     score("colour_threshold", summary(run_entry("colour_threshold", "control"), 0.2))
     for name, overall in (("main", 0.7), ("discriminative", 0.65)):
         score_other_protocols(run_entry(name, "main"), overall)
-    pairs = ["main - text_permuted", "main - discriminative", "main - colour_threshold"]
+    pairs = [f"main - {name}" for name in ("text_permuted", "discriminative", "discriminative_mirrored", "colour_threshold")]
 
     # 2. The grid, starting with the base point.
     names = {cell: f"grid/{point_path(cell)}" for cell in params.sample.test_subset_points()}

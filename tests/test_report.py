@@ -207,9 +207,10 @@ def test_evaluations_have_every_operating_point_and_the_base_row(report: Path) -
 def test_controls_and_readouts_have_the_scored_values(report: Path) -> None:
     controls = table(report, "controls")
     assert list(controls.columns[:8]) == ["control", "protocol", "n", *SPLITS]
-    assert controls["control"].tolist() == ["none", "text_permuted", "colour_threshold", "discriminative"]
-    assert controls["things"].tolist() == pytest.approx([65.0, 25.0, 15.0, 60.0])
-    assert controls["n"].tolist() == [40, 32, 40, 40]
+    expected = ["none", "text_permuted", "colour_threshold", "discriminative", "discriminative_mirrored"]
+    assert controls["control"].tolist() == expected
+    assert controls["things"].tolist() == pytest.approx([65.0, 25.0, 15.0, 60.0, 61.0])
+    assert controls["n"].tolist() == [40, 32, 40, 40, 40]
     readouts = table(report, "readouts")
     assert readouts["readout"].tolist() == ["bilinear", "nearest", "VAE decoding", "bilinear, no CFG"]
     assert readouts["evaluations"].tolist() == [100, 100, 100, 50]
@@ -229,7 +230,7 @@ def test_split_without_phrases_is_null_in_csv_and_a_dash_in_print(report: Path) 
 def test_every_measured_row_names_the_scores_file_of_its_numbers(report: Path) -> None:
     frame = pd.concat([table(report, name) for name in ("table2", "table3", "table4", "table5", "controls", "readouts")])
     measured = frame[frame["source"] == "measured"]
-    assert len(measured) == 3 * (2 + len(ATTENTION)) + 3 * 3 + 4 + 4
+    assert len(measured) == 3 * (2 + len(ATTENTION)) + 3 * 3 + 5 + 4
     for _, row in measured.iterrows():
         content = json.loads((report / row["scores"]).read_text())
         assert row["overall"] == pytest.approx(100 * content["ar"]["overall"])
@@ -273,7 +274,7 @@ def test_scores_without_things_or_intervals_give_null_columns(report_copy: Path)
     assert main(["tables"]) == 0
     controls = table(report_copy, "controls")
     assert controls[["things", "ci_low", "difference_low", "difference_things", "difference_things_n"]].isna().all().all()
-    assert controls["difference"].notna().tolist() == [False, True, True, True]
+    assert controls["difference"].notna().tolist() == [False, True, True, True, True]
     assert "minus the base row: −1.2 points on the 10 phrases" in (report_copy / "results/made_up/tables/table4.md").read_text()
 
 
