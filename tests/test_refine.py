@@ -414,6 +414,9 @@ def test_each_variant_differs_from_g4seg_as_its_name_says(model, tables, refine)
     counts = [[(trace.result.mask != trace.coarse).sum() for trace in results[name][0]] for name in ("g4seg", "random")]
     assert counts[0] == counts[1]
     assert not results["g4seg"][1]["mask"].equals(results["random"][1]["mask"])
+    summarised = variants(refine)["as_summarised"]
+    assert (summarised.gate, summarised.cut_quantiles, summarised.upsampling) == (True, [], None)
+    assert (summarised.alpha, summarised.inject) == (refine.alpha, ["cross", "self"])
     assert "upsampling_only" in variants(refine)
     assert forward_passes(variants(refine)["upsampling_only"]) == 0
 

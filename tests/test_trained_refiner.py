@@ -10,8 +10,9 @@ from scipy import ndimage
 
 from genseg.artifacts.masks import decode, encode
 from genseg.artifacts.parquet import KEY
+from genseg.artifacts.resample import area_reduce
 from genseg.errors import UserError
-from genseg.refine.trained import CORRUPTIONS, Refiner, RefinerNet, corrupt, train_refiner
+from genseg.refine.trained import CORRUPTIONS, Refiner, RefinerNet, _batch, corrupt, train_refiner
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,6 +81,16 @@ def test_training_reduces_the_loss_and_improves_coarse_masks(study, trained):
 
     assert mean_iou([decode(mask, 40, 40) for mask in refined["mask"]]) > mean_iou(coarse) + 0.1
     assert refined["score"].tolist() == [0.5] * len(test)
+
+
+def test_training_sees_masks_that_are_reduced_from_native_size_as_in_refinement(study, monkeypatch):
+    monkeypatch.setattr("genseg.refine.trained.CORRUPTIONS", ("none",))
+    _, coarse, truth = _batch(study, 16, 8, np.random.default_rng(0))
+    assert coarse.equal(truth)
+    reduced = area_reduce(np.stack([decode(mask, 40, 40) for mask in study["mask"]]), 16, 16)
+    known = {each.tobytes() for each in (*reduced, *np.ascontiguousarray(reduced[..., ::-1]))}
+    assert all(mask.contiguous().numpy().tobytes() in known for mask in coarse[:, 0])
+    assert ((coarse > 0) & (coarse < 1)).any()
 
 
 def test_weights_are_reproducible_and_depend_on_the_seed(study, trained, tmp_path):

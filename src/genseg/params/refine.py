@@ -13,6 +13,7 @@ Control = Literal[
     "no_gate",
     "no_choice",
     "no_generation",
+    "as_summarised",
     "upsampling_only",
     "unconditioned",
     "random",
@@ -130,7 +131,16 @@ class Refine(StableDiffusion):
     """Side of the refined soft maps, which are stored if the coarse masks have soft maps; 0: none are stored."""
     test_fraction: PositiveFraction = 0.07
     """Fraction of test, chosen by a hash of the image id, whose masks are refined."""
-    controls: list[Control] = ["alpha_zero", "no_generation", "upsampling_only", "random", "crf", "g4seg_crf", "trained"]
+    controls: list[Control] = [
+        "as_summarised",
+        "alpha_zero",
+        "no_generation",
+        "upsampling_only",
+        "random",
+        "crf",
+        "g4seg_crf",
+        "trained",
+    ]
     """Controls for all baselines."""
     sensitivity: Sensitivity = Sensitivity()
     crf: Crf = Crf()

@@ -62,6 +62,7 @@ def variants(refine: Refine) -> dict[str, Refine]:
         "no_gate" if refine.gate else "gate": {"gate": not refine.gate},
         "no_choice": {"cut_quantiles": []},
         "no_generation": {"generation": 0.0, "cut_quantiles": []},
+        "as_summarised": {"gate": True, "cut_quantiles": [], "upsampling": None},
         "upsampling_only": {"iterations": 0},
         "unconditioned": {"reference": "unconditioned"},
         RANDOM: {},

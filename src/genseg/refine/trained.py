@@ -134,13 +134,17 @@ def train_refiner(
 
 
 def _batch(train: pd.DataFrame, size: int, batch: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample images [B, 3, S, S] in [-1, 1], coarse masks [B, 1, S, S] and true masks [B, 1, S, S] in {0, 1}."""
+    """Sample images [B, 3, S, S] in [-1, 1], coarse masks and true masks, both [B, 1, S, S] in [0, 1].
+
+    Masks are corrupted at native size and then reduced, as coarse masks are in `Refiner`.
+    """
     samples = []
     for index in rng.integers(len(train), size=batch):
         row = train.iloc[index]
-        truth = area_reduce(row_mask(row), size, size) >= 0.5
+        truth = row_mask(row)
         coarse = corrupt(truth, CORRUPTIONS[rng.integers(len(CORRUPTIONS))], rng)
-        sample = np.dstack([_resize(load_image(row["file_name"]), size), coarse, truth]).astype(np.float32)  # (S, S, 5)
+        maps = area_reduce(np.stack([coarse, truth]), size, size)
+        sample = np.dstack([_resize(load_image(row["file_name"]), size), *maps]).astype(np.float32)  # (S, S, 5)
         samples.append(sample[:, ::-1] if rng.random() < 0.5 else sample)
     joined = np.stack(samples)
     return _tensor(joined[..., :3]) / 127.5 - 1, _tensor(joined[..., 3:4]), _tensor(joined[..., 4:])

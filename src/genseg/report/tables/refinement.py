@@ -20,6 +20,7 @@ CONTROLS = {  # how each control differs from G4Seg
     "no_gate": "updates not weighted by the discrepancy",
     "no_choice": "cuts the evidence at 0 instead of where the generated image suggests",
     "no_generation": "generates nothing: uses the original's features only (F_g := F_o) and cuts at 0",
+    "as_summarised": "only the paper's mechanism: gated by the discrepancy, no choice of the cut, bilinear read-out",
     "upsampling_only": "no iteration, only the edge-aware read-out",
     "unconditioned": "compares with an image generated without a mask instead of with the original",
     "random": "the changes of G4Seg, redistributed at random within the same area",
