@@ -26,7 +26,7 @@ from genseg.params import load_params
 from genseg.plan.cost import largest_unit
 from genseg.plan.counts import SCENES_DRAWN
 from genseg.plan.rows import safetensors_bytes
-from genseg.refine.layout import MADE_WITH_G4SEG, forward_passes
+from genseg.refine.layout import RANDOM, evidence_passes, forward_passes
 from genseg.sampling.runs import Run
 from test_training import variant
 
@@ -100,8 +100,9 @@ def check_paper_refinement(planned, params):
     assert 0.05e9 < activations < 0.15e9, "remaining activations of the forward pass"
     total = next(row for row in planned["phases"] if row["phase"] == "refine" and "masks for each" in row["what"])
     g4seg = next(row for row in planned["phases"] if "G4Seg, " in row["what"])
-    masks = planned["counts"]["refined"]["phrases"] + planned["counts"]["refined"]["class_phrases"]
-    assert g4seg["evaluations"] == len(study_baselines(params)) * masks * forward_passes(params.refine)
+    phrases, class_phrases = (planned["counts"]["refined"][name] for name in ("phrases", "class_phrases"))
+    shared = params.resources.refine.shards * class_phrases * evidence_passes(params.refine)
+    assert g4seg["evaluations"] == len(study_baselines(params)) * phrases * forward_passes(params.refine) + shared
     assert g4seg["flops"] == pytest.approx(g4seg["evaluations"] * 0.804e12, rel=0.03)
     assert total["evaluations"] > g4seg["evaluations"]
 
@@ -112,7 +113,7 @@ def test_finished_study_has_the_planned_bytes_parameters_and_evaluations(finishe
     assert planned["counts"]["exact"]
     exact = [row for row in planned["artifacts"] if row["basis"] == "exact" and row["measured"] is not None]
     assert {row["artifact"] for row in exact} >= {"image latents 64", "image latents 48", "gs: weights", "soft label maps"}
-    assert {row["artifact"] for row in exact} >= {"baselines: soft maps", "refined: soft maps"}
+    assert {row["artifact"] for row in exact} >= {"baselines: soft maps"}
     assert [row["artifact"] for row in exact if row["bytes"] != row["measured"]] == []
     for row in planned["artifacts"]:
         if row["basis"] == "exact except headers":
@@ -131,9 +132,11 @@ def test_finished_study_has_the_planned_bytes_parameters_and_evaluations(finishe
 
     rows, refined = [row for row in planned["phases"] if row["phase"] == "refine"], 0
     for entry in read_manifest("results/smoke/refined/manifest.json")["refined"]:
-        if entry["refiner"] not in MADE_WITH_G4SEG:
+        if entry["refiner"] != RANDOM:
             for path in (entry["predictions"], entry["class_predictions"]):
                 refined += int(read_metadata(path)["evaluations"]) * len(read_predictions(path))
+    refine, shards = load_params("params/smoke.yaml").refine, load_params("params/smoke.yaml").resources.refine.shards
+    refined += shards * planned["counts"]["refined"]["class_phrases"] * evidence_passes(refine)
     assert rows[1]["evaluations"] == refined == sum(row["evaluations"] for row in rows[2:])
     assert all(row["measured_seconds"] for row in rows)
     assert next(row for row in planned["phases"] if row["phase"] == "baselines")["measured_seconds"]

@@ -24,11 +24,11 @@ from genseg.models.miniature import build_miniature, learn_tokenizer
 from genseg.models.text_to_image import TextToImage
 from genseg.params import Params, load_params
 from genseg.params.backbone import BackboneShape
+from genseg.refine.crf import refine_masks
 from genseg.refine.g4seg import refine_predictions
 from genseg.refine.g4seg_steps import (
     MIN_PROBABILITY,
     PhraseBlock,
-    box_mean,
     choose_cuts,
     confident,
     confusion_area,
@@ -37,7 +37,6 @@ from genseg.refine.g4seg_steps import (
     evidence,
     first_probability,
     generate,
-    guided_filter,
     hypothesis,
     read_out,
     set_distance,
@@ -60,7 +59,7 @@ def study() -> Params:
 
 @pytest.fixture(scope="module")
 def refine(study):
-    return study.refine.model_copy(update={"size": 32, "feature_size": 16, "maps": SIDE})
+    return study.refine.model_copy(update={"size": 32, "feature_size": 16, "maps": SIDE, "readout": "bilinear"})
 
 
 @pytest.fixture(scope="module")
@@ -263,44 +262,6 @@ def test_correspondence_is_one_minus_the_mean_cosine():
     assert (features[0][0, 3] @ features[0][0, 7]).item() == pytest.approx(cosine.item(), abs=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- up-sampling
-def test_box_mean_equals_brute_force():
-    values = np.random.default_rng(0).random((7, 9, 2))
-    mean = box_mean(values, 2)
-    for y in range(7):
-        for x in range(9):
-            window = values[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3]
-            np.testing.assert_allclose(mean[y, x], window.mean((0, 1)))
-
-
-def test_guided_filter_keeps_linear_functions_of_the_guide_and_smooths_where_the_guide_is_flat():
-    rng = np.random.default_rng(0)
-    guide = rng.random((20, 24, 3))
-    linear = guide @ np.array([0.2, -0.5, 0.9]) + 0.1
-    np.testing.assert_allclose(guided_filter(guide, linear[..., None], 3, 1e-9)[..., 0], linear, atol=1e-4)
-    noise = rng.random((20, 24, 1))
-    flat = guided_filter(np.full((20, 24, 3), 0.5), noise, 3, 1e-3)
-    np.testing.assert_allclose(flat, box_mean(box_mean(noise, 3), 3), atol=1e-8)
-
-
-def test_guided_filter_equals_linear_regressions_in_windows():
-    rng = np.random.default_rng(1)
-    guide, maps = rng.random((6, 7, 3)), rng.random((6, 7))
-    lines = np.zeros((6, 7, 4))
-    for y in range(6):
-        for x in range(7):
-            window = (slice(max(0, y - 1), y + 2), slice(max(0, x - 1), x + 2))
-            colours, p = guide[window].reshape(-1, 3), maps[window].ravel()
-            centred = colours - colours.mean(0)
-            a = np.linalg.solve(
-                centred.T @ centred / len(colours) + 0.01 * np.eye(3), centred.T @ (p - p.mean()) / len(colours)
-            )
-            lines[y, x] = [*a, p.mean() - a @ colours.mean(0)]
-    averaged = box_mean(lines, 1)
-    expected = (averaged[..., :3] * guide).sum(-1) + averaged[..., 3]
-    np.testing.assert_allclose(guided_filter(guide, maps[..., None], 1, 0.01)[..., 0], expected, atol=1e-8)
-
-
 # ------------------------------------------------------------------------------------------------ whole refiner
 def test_pixels_outside_the_confusion_area_are_unchanged(model, tables, refine):
     phrases, coarse = tables
@@ -399,12 +360,12 @@ def test_chosen_cut_minimises_the_error_of_the_predicted_noise(model, tables, re
 def test_each_variant_differs_from_g4seg_as_its_name_says(model, tables, refine):
     phrases, coarse = tables
     results = {}
-    for name in ("g4seg", "alpha_zero", "gate", "no_generation", "upsampling_only", "unconditioned", "random", "beta=0.75"):
+    for name in ("g4seg", "alpha_zero", "gate", "no_generation", "unconditioned", "random", "beta=0.75"):
         traces = []
         frame, _ = refine_predictions(phrases, coarse, model, refine, 0, name, observe=traces.append)
         results[name] = (traces, frame)
         assert len(traces[0].updates) == variants(refine)[name].iterations
-        assert bool(traces[0].generated) == (variants(refine)[name].generation > 0 and name != "upsampling_only")
+        assert bool(traces[0].generated) == (variants(refine)[name].generation > 0)
     ours = results["g4seg"][0][0].updates[0]
     for name in ("alpha_zero", "no_generation", "unconditioned"):
         assert not torch.equal(results[name][0][0].updates[0].discrepancy, ours.discrepancy), name
@@ -415,24 +376,37 @@ def test_each_variant_differs_from_g4seg_as_its_name_says(model, tables, refine)
     assert counts[0] == counts[1]
     assert not results["g4seg"][1]["mask"].equals(results["random"][1]["mask"])
     summarised = variants(refine)["as_summarised"]
-    assert (summarised.gate, summarised.cut_quantiles, summarised.upsampling) == (True, [], None)
+    assert (summarised.gate, summarised.cut_quantiles, summarised.readout) == (True, [], "bilinear")
+    assert summarised.evidence_timesteps == []
     assert (summarised.alpha, summarised.inject) == (refine.alpha, ["cross", "self"])
-    assert "upsampling_only" in variants(refine)
-    assert forward_passes(variants(refine)["upsampling_only"]) == 0
 
 
-def test_read_out_without_upsampling_is_bilinear(refine):
+def test_bilinear_read_out_cuts_p_inside_the_confusion_area(refine):
     rng = np.random.default_rng(0)
     coarse, picture = rng.random((20, 24)) > 0.5, rng.integers(0, 256, (20, 24, 3), np.uint8)
     after = rng.random((4, 4)).astype(np.float32)
-    plain = refine.model_copy(update={"upsampling": None})
-    result = read_out(coarse, picture, after, after, np.ones((4, 4), bool), plain)
+    result = read_out(coarse, picture, after, after, np.ones((4, 4), bool), refine)
     expected = torch.nn.functional.interpolate(torch.from_numpy(after)[None, None], (20, 24), mode="bilinear")[0, 0] >= 0.5
     assert np.array_equal(result.mask, expected.numpy())
     assert result.area.all()
     assert not result.change.any()
-    outside = read_out(coarse, picture, after, after, np.zeros((4, 4), bool), plain)
+    outside = read_out(coarse, picture, after, after, np.zeros((4, 4), bool), refine)
     assert np.array_equal(outside.mask, coarse)
+
+
+def test_crf_read_out_of_an_unchanged_p_is_the_crf_control_and_keeps_thin_things(refine):
+    rng = np.random.default_rng(0)
+    coarse = np.zeros((20, 24), bool)
+    coarse[:, 11] = True  # thinner than a cell
+    picture = np.where(coarse[..., None], 220, 30).astype(np.uint8).repeat(3, -1)
+    p = area_reduce(coarse, 4, 4)
+    refine = refine.model_copy(update={"readout": "crf"})
+    result = read_out(coarse, picture, p, p, np.ones((4, 4), bool), refine)
+    assert np.array_equal(result.mask, refine_masks(coarse[None], picture, refine.crf, False)[0])
+    assert np.array_equal(result.mask, coarse)
+    larger = p + 0.9 * (rng.random((4, 4)) > 0.5)
+    moved = read_out(coarse, picture, p, larger.clip(0, 1).astype(np.float32), np.ones((4, 4), bool), refine)
+    assert (moved.mask & ~coarse).any()
 
 
 # ------------------------------------------------------------------------------------------------------ command

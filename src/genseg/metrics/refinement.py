@@ -1,7 +1,6 @@
 """Compare coarse and refined masks: AR, boundary IoU and mIoU before and after refinement, on the same images.
 
-Coarse class phrases are labelled by the baseline's own background rule. After refinement a pixel belongs to the class with the
-highest probability; with a background class, only if that is at least 0.5.
+Coarse class phrases are labelled by the study's background rule; refined ones are disjoint masks.
 """
 
 from collections.abc import Sequence
@@ -28,7 +27,6 @@ Statistics = dict[str, tuple[float, Floats]]
 """Quantity -> its value over all images, and its values [replicates] over images drawn with replacement."""
 
 PROTOCOL = "native"
-REFINED_THRESHOLD = 0.5  # probability from which a refined pixel is foreground, the same as in `refine`
 QUANTITIES = ("ar", "boundary_iou", "miou")
 
 
@@ -51,7 +49,7 @@ def score_refinement(params: Params, phrases: pd.DataFrame, manifest: dict[str, 
         if name not in coarse:
             coarse[name] = part.measure(entry["coarse"], entry["coarse_classes"])
         coarse_ious, before = coarse[name]
-        refined_ious, after = part.measure(entry["predictions"], entry["class_predictions"], REFINED_THRESHOLD)
+        refined_ious, after = part.measure(entry["predictions"], entry["class_predictions"])
         difference = {key: (after[key][0] - before[key][0], after[key][1] - before[key][1]) for key in QUANTITIES}
         row = {key: entry[key] for key in ("refiner", "baseline", "label", "real", "passes")}
         for key in QUANTITIES:
@@ -93,13 +91,10 @@ class RefinedPart:
         self.table = phrases[(phrases["split"] == "test") & phrases["image_id"].isin(images)]
         self.classes = ClassPhrases(params, images)
 
-    def measure(
-        self, path: str | None, class_path: str | None, threshold: float | None = None
-    ) -> tuple[pd.DataFrame | None, Statistics]:
+    def measure(self, path: str | None, class_path: str | None) -> tuple[pd.DataFrame | None, Statistics]:
         """Return the per-phrase table (None without `path`) and each of `QUANTITIES` (NaN without the file that it needs).
 
-        The files are predictions for phrases and for class phrases. `threshold` is the background threshold of the latter,
-        by default that of the params.
+        The files are predictions for phrases and for class phrases.
         """
         score, seed = self.params.score, self.params.seed
         statistics = dict.fromkeys(QUANTITIES, (float("nan"), np.full(score.bootstrap, np.nan)))
@@ -115,7 +110,7 @@ class RefinedPart:
             for column, name in enumerate(("ar", "boundary_iou")):
                 statistics[name] = float(total[column] / total[2]), resampled[:, column] / resampled[:, 2]
         if class_path is not None:
-            counts = self.classes.count(Path(class_path), threshold).counts
+            counts = self.classes.count(Path(class_path)).counts
             statistics["miou"] = float(mean_iou(counts.sum(0))), mean_iou(resampled_sums(counts, score.bootstrap, seed))
         return per_phrase, statistics
 

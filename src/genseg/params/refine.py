@@ -14,22 +14,11 @@ Control = Literal[
     "no_choice",
     "no_generation",
     "as_summarised",
-    "upsampling_only",
     "unconditioned",
     "random",
     "crf",
-    "g4seg_crf",
     "trained",
 ]
-
-
-class Upsampling(Section):
-    """Guided filter (He, Sun and Tang, 2013) with the image as guide."""
-
-    radius: PositiveFloat = 0.125
-    """Radius of the windows, as a fraction of the image's longer side."""
-    epsilon: PositiveFloat = 1e-4
-    """Ridge of the regressions: colour variance (intensities in [0, 1]) below which a window counts as flat."""
 
 
 class Sensitivity(Section):
@@ -52,8 +41,9 @@ class Sensitivity(Section):
 
 
 class Crf(Section):
-    """Dense-CRF control (Krähenbühl and Koltun, 2011). One of ten settings is selected on val by `genseg refine --tune-crf`.
+    """Dense CRF (Krähenbühl and Koltun, 2011), the read-out of G4Seg and a control.
 
+    One of ten settings is selected on val by `genseg refine --tune-crf`.
     CLIP-ES uses gaussian_weight 3, bilateral_sxy 67, bilateral_srgb 3 and confidence 0.9.
     """
 
@@ -116,7 +106,7 @@ class Refine(StableDiffusion):
     num_neighbours: PositiveInt = 20
     """k: number of nearest cells of a region over which a distance is averaged."""
     temperature: PositiveFloat = 0.15
-    """T of Q = sigmoid((d_b - d_f) / T)."""
+    """T of Q = sigmoid((d_b - d_f) / T), and of the alignment softmax(-D / T) of class evidence."""
     spatial_weight: NonNegativeFloat = 1.0
     """Weight of the squared spatial distance between cells, in image sides, that is added to feature distance."""
     confidence_thresholds: tuple[Fraction, Fraction] = (0.2, 0.8)
@@ -125,20 +115,22 @@ class Refine(StableDiffusion):
     """Half-width of the confusion area around the mask's boundary, as a fraction of the image side."""
     gate: bool = False
     """Whether updates are weighted by the discrepancy g."""
-    upsampling: Upsampling | None = Upsampling()
-    """Guided filter that up-samples the refined map; null: bilinear interpolation."""
+    evidence_timesteps: list[Timestep] = [300, 700, 900]
+    """Timesteps at which the classes of an image compete; []: class phrases are refined one at a time, like other phrases."""
+    evidence_noises: PositiveInt = 4
+    """Noises at each of these timesteps, over which the errors of the predicted noise are averaged."""
+    readout: Literal["crf", "bilinear"] = "crf"
+    """Read-out at native size: dense CRF with the constants of the CRF control, or bilinear interpolation."""
     maps: NonNegativeInt = 128
-    """Side of the refined soft maps, which are stored if the coarse masks have soft maps; 0: none are stored."""
+    """Side of the refined soft maps of a single file with soft maps (`--predictions`); 0: none are stored."""
     test_fraction: PositiveFraction = 0.07
     """Fraction of test, chosen by a hash of the image id, whose masks are refined."""
     controls: list[Control] = [
         "as_summarised",
         "alpha_zero",
         "no_generation",
-        "upsampling_only",
         "random",
         "crf",
-        "g4seg_crf",
         "trained",
     ]
     """Controls for all baselines."""

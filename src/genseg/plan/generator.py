@@ -26,11 +26,9 @@ from genseg.plan.counts import Counts
 from genseg.plan.rows import BYTES, Artifacts, Phases, maps_bytes, memory_row
 from genseg.refine.layout import (
     G4SEG,
-    MADE_WITH_G4SEG,
     RANDOM,
     discrepancy_path,
-    network_dir,
-    refined_dir,
+    evidence_passes,
     refined_path,
     refiner_passes,
     refiners,
@@ -213,25 +211,16 @@ def add_artifacts(
     if maps:
         artifacts.add("baselines: soft maps", maps, counts.basis, *folder.glob("*.safetensors"))
 
-    # 2. Add refined predictions, and soft maps of class phrases if the coarse prediction has soft maps.
-    refine, class_phrases, main = params.refine, counts.refined["class_phrases"], params.sample.main.size
-    if params.sample.runs:
-        sides["gs"] = main if params.train.label == "vae" else study_generator.latent(main)
-        sides["discriminative"] = study_generator.latent(main)
-    maps = 0
+    # 2. Add refined predictions.
+    refine = params.refine
     prediction_paths: list[Path] = []
     for baseline in all_baselines:
         for refiner in refiners(params, baseline.name):
             prediction_paths += [refined_path(params, refiner, baseline.name, classes) for classes in (False, True)]
-            if baseline.name in sides and not refiner.endswith("crf"):
-                maps += maps_bytes(class_phrases, refine.maps or sides[baseline.name])
-    predictions = counts.row_bytes * (class_phrases + counts.refined["phrases"]) * (len(prediction_paths) // 2)
+    masks = counts.refined["class_phrases"] + counts.refined["phrases"]
+    predictions = counts.row_bytes * masks * (len(prediction_paths) // 2)
     artifacts.add("refined: predictions", predictions, "estimate", *prediction_paths)
     figure_paths = [discrepancy_path(params, baseline.name).with_suffix(".safetensors") for baseline in all_baselines]
-    other_paths = {*figure_paths, *network_dir(params).glob("*")}
-    map_paths = set(refined_dir(params).glob("*/*.safetensors")) - other_paths
-    if maps:
-        artifacts.add("refined: soft maps", maps, counts.basis, *map_paths)
     figure_maps = len(figure_paths) * maps_bytes(refine.pictures, refine.feature_size)
     artifacts.add("refined: maps for the figure", figure_maps, "upper bound", *figure_paths)
 
@@ -274,7 +263,8 @@ def add_baseline_phases(phases: Phases, params: Params, counts: Counts, generato
 
 def add_refine_phases(phases: Phases, params: Params, counts: Counts, generator: Generator) -> None:
     """Add evaluations, operations and hours of refinement. They are upper bounds: empty and full masks are not refined."""
-    refine, masks = params.refine, counts.refined["phrases"] + counts.refined["class_phrases"]
+    refine, counted = params.refine, [counts.refined["phrases"], counts.refined["class_phrases"]]
+    masks = sum(counted)
 
     # 1. Add the training of the trained control.
     if "trained" in refine.controls:
@@ -300,8 +290,11 @@ def add_refine_phases(phases: Phases, params: Params, counts: Counts, generator:
     times = read_json(path) if path.exists() else {}
     rows = []
     for group, pairs in groups.items():
-        passes = [refiner_passes(refine, refiner) for refiner, _ in pairs if refiner not in MADE_WITH_G4SEG]
-        evaluations = masks * sum(passes)
+        names = [refiner for refiner, _ in pairs if refiner != RANDOM]
+        passes = [refiner_passes(refine, name) for name in names]
+        evaluations = sum(count * refiner_passes(refine, name, bool(k)) for k, count in enumerate(counted) for name in names)
+        if group == "G4Seg":  # every shard computes the class evidence once
+            evaluations += params.resources.refine.shards * counted[True] * evidence_passes(refine)
         flops = evaluations * generator.evaluation_flops(refine.size) + sum(count > 0 for count in passes) * encoding
         keys = [f"{refiner}/{baseline}" for refiner, baseline in pairs if refiner != RANDOM]
         seconds = sum(times[key]["seconds"] for key in keys) if keys and all(key in times for key in keys) else None

@@ -1,6 +1,6 @@
 """Coarse masks that a study refines: masks of the phrases, and for the class phrases the labelling of each image."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,10 +14,9 @@ from genseg.artifacts import masks
 from genseg.artifacts.masks import Mask
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.predictions import maps_shape
 from genseg.artifacts.resample import Map, bilinear
 from genseg.baselines.registry import Baseline
-from genseg.interchange.labels import Background, class_list, paint
+from genseg.interchange.labels import NO_CLASS, Background, Labels, class_list, paint
 from genseg.params import Params
 from genseg.refine.inputs import read_coarse, read_maps_rows
 from genseg.refine.layout import coarse_paths, refined_tables
@@ -44,9 +43,7 @@ class CoarsePredictions:
 
     def hard_masks(self, rows: NDArray[np.int64]) -> Mask:
         """Return the masks [n, H, W] of n rows of `predictions`, all of one image."""
-        group = self.predictions.iloc[rows]
-        height, width = self._sizes[group["image_id"].iloc[0]]
-        return np.stack([masks.decode(code, height, width) for code in group["mask"]])
+        return np.stack([masks.decode(code, *self.size(rows)) for code in self.predictions["mask"].iloc[rows]])
 
     def binary_maps(self, rows: NDArray[np.int64]) -> Map:
         """Return `hard_masks` as maps of 0 and 1, one scale for all classes, so that argmax can compare their refined maps."""
@@ -56,6 +53,15 @@ class CoarsePredictions:
         """Yield (rows of `predictions`, height, width) of each image."""
         for image_id, rows in self.predictions.groupby("image_id", sort=True).indices.items():
             yield np.asarray(rows, np.int64), *self._sizes[image_id]
+
+    def labels(self, rows: NDArray[np.int64]) -> Labels:
+        """Return the coarse labels [H, W] of an image's rows: positions among the rows, `NO_CLASS` for uncovered pixels."""
+        layers = self.hard_masks(rows)
+        return np.where(layers.any(0), layers.argmax(0), NO_CLASS)
+
+    def size(self, rows: NDArray[np.int64]) -> tuple[int, int]:
+        """Return (height, width) of the image of these rows."""
+        return self._sizes[self.predictions["image_id"].iloc[rows[0]]]
 
     @cached_property
     def _sizes(self) -> dict[Any, tuple[int, int]]:
@@ -98,41 +104,29 @@ class RefinementInputs:
 
     def labelling(self, coarse: CoarsePredictions) -> pd.DataFrame:
         """Return the predictions with each mask replaced by the pixels that its class wins."""
-        labelled = coarse.predictions.copy()
-        for rows, height, width in coarse.images():
-            group = coarse.predictions.iloc[rows]
+
+        def label(rows: NDArray[np.int64]) -> Labels:
             if coarse.maps_file is not None:
-                winner = self.rule.winner(bilinear(coarse.soft_maps(rows), height, width))
-            else:
-                winner = paint(list(coarse.hard_masks(rows)), list(group["score"]), height, width)
-            labelled.loc[group.index, "mask"] = [masks.encode(winner == index) for index in range(len(rows))]
+                return self.rule.winner(bilinear(coarse.soft_maps(rows), *coarse.size(rows)))
+            return paint(list(coarse.hard_masks(rows)), list(coarse.predictions["score"].iloc[rows]), *coarse.size(rows))
+
+        return self.label_images(coarse, label)
+
+    def label_images(self, coarse: CoarsePredictions, label: Callable[[NDArray[np.int64]], Labels]) -> pd.DataFrame:
+        """Return the predictions with masks from `label`, which returns the label map [H, W] for an image's rows.
+
+        A label is the position of a class among the rows; other values are background.
+        """
+        labelled = coarse.predictions.copy()
+        for rows, _, _ in coarse.images():
+            winner = label(rows)
+            labelled.loc[labelled.index[rows], "mask"] = [masks.encode(winner == index) for index in range(len(rows))]
         return labelled
 
-    def maps_side(self, coarse: CoarsePredictions) -> int:
-        """Return the side of the refined soft maps: `refine.maps`, else that of the coarse maps, else `refine.feature_size`.
+    def label_maps(self, coarse: CoarsePredictions, soft: Map) -> pd.DataFrame:
+        """Return the labelling of class masks that were refined one at a time, from their probabilities [N, h, w].
 
-        Never 0: if the coarse masks have soft maps, the refined ones need them too, so that mIoU is computed in the same way.
+        A pixel belongs to the class with the highest one; with a background class, only if that is at least 0.5.
         """
-        shape = maps_shape(coarse.maps_file) if coarse.maps_file is not None else None
-        return self.params.refine.maps or (shape[2] if shape else self.params.refine.feature_size)
-
-    def make_disjoint(
-        self, coarse: CoarsePredictions, refined: pd.DataFrame, soft: Map | None
-    ) -> tuple[pd.DataFrame, Map | None]:
-        """Make refined class masks disjoint if the coarse predictions have no soft maps.
-
-        A pixel belongs to the class with the highest refined probability, if any refined mask covers it or, without a
-        background class, any coarse mask did; the soft maps are then dropped. Other predictions are returned unchanged:
-        masks of phrases may overlap, and soft maps of classes are compared by argmax when they are scored.
-        """
-        if coarse.maps_file is not None or soft is None:
-            return refined, soft
-        disjoint = refined.copy()
-        overlapping = replace(coarse, predictions=refined)
-        for rows, height, width in overlapping.images():
-            covered = overlapping.hard_masks(rows).any(0)
-            if self.rule.kind == "none":
-                covered |= coarse.hard_masks(rows).any(0)
-            winner = np.where(covered, bilinear(soft[rows], height, width).argmax(0), -1)
-            disjoint.loc[refined.index[rows], "mask"] = [masks.encode(winner == index) for index in range(len(rows))]
-        return disjoint, None
+        rule = self.rule if self.rule.kind == "none" else Background("threshold", 0.5)
+        return self.label_images(coarse, lambda rows: rule.winner(bilinear(soft[rows], *coarse.size(rows))))

@@ -10,7 +10,7 @@ are these steps:
     5. Discrepancy         distances D = 1 - F_o F_g^T, confusion area U, discrepancy g, margin d_b - d_f
     6. Choice of the cut   threshold of the margin under whose mask the generated image is nearest to z_0
     7. Update              P^{k+1} = P^k + (1 - beta) g 1_U (Q - P^k)
-    8. Read-out            mask at native size from P^K, by edge-aware up-sampling
+    8. Read-out            mask at native size from P^K and the coarse mask, by a dense CRF
 
 `refine_block` runs all of them, `run_iterations` repeats steps 2 to 7. A block has B phrases; the feature grid has N = h * w
 cells; P [N] is the foreground probability and D [N, N] are the distances between two sets of features.
@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import uniform_filter1d
 
 from genseg.artifacts import masks
 from genseg.artifacts.masks import Mask
@@ -39,9 +38,9 @@ from genseg.models.attention_control import MaskInjection, attention_control
 from genseg.models.text_to_image import TextToImage
 from genseg.models.vae import image_tensor
 from genseg.params.refine import Refine
+from genseg.refine.crf import Kernels, binary_crf
 from genseg.refine.inputs import load_picture
 
-Array = NDArray[np.floating[Any]]
 MIN_PROBABILITY = 0.05
 """P^0 is clipped to [MIN_PROBABILITY, 1 - MIN_PROBABILITY], so that a hard coarse mask can be revised."""
 CONFIDENT_FRACTION = 0.05
@@ -106,14 +105,15 @@ def refine_block(rows: pd.DataFrame, model: TextToImage, refine: Refine, seed: i
     Args:
         rows: predictions joined with `file_name`, `phrase`, `height` and `width` of their phrases.
     """
-    traces = _load_traces(rows)
+    traces = load_traces(rows)
     refinable = [trace for trace in traces if trace.coarse.any() and not trace.coarse.all()]
     p_0 = {trace.key: first_probability(trace.coarse, refine) for trace in refinable}
     if refinable and refine.iterations:
         run_iterations(refinable, torch.stack(list(p_0.values())), model, refine, seed)
+    kernels: dict[Any, Kernels] = {}  # of each image
     for trace in traces:
         if trace.key in p_0:
-            trace.result = _read_out_trace(trace, p_0[trace.key], refine)
+            trace.result = _read_out_trace(trace, p_0[trace.key], refine, kernels)
         yield trace
 
 
@@ -144,7 +144,8 @@ def run_iterations(traces: list[Trace], probability: torch.Tensor, model: TextTo
 
 
 # ----------------------------------------------------------------------------------------------------------- 1. Setup
-def _load_traces(rows: pd.DataFrame) -> list[Trace]:
+def load_traces(rows: pd.DataFrame) -> list[Trace]:
+    """Return traces of unchanged masks. Rows are as in `refine_block`. Raises UserError as `load_picture` does."""
     files = list(rows[["file_name", "height", "width"]].itertuples(index=False, name=None))
     pictures = {file: load_picture(*file) for file in dict.fromkeys(files)}
     traces = []
@@ -408,55 +409,42 @@ def update(observed: Evidence, cut: torch.Tensor | None, refine: Refine) -> Upda
 
 
 # -------------------------------------------------------------------------------------------------------- 8. Read-out
-def _read_out_trace(trace: Trace, p_0: torch.Tensor, refine: Refine) -> RefinedMask:
+def _read_out_trace(trace: Trace, p_0: torch.Tensor, refine: Refine, kernels: dict[Any, Kernels]) -> RefinedMask:
     grid = (refine.feature_size, refine.feature_size)
     p_k, area = p_0, confusion_area(p_0, grid, *refine.confidence_thresholds, refine.boundary_width)
     for step in trace.updates:
         p_k, area = step.after.cpu(), area | step.confusion.cpu()
     before, after, inside = (value.view(grid).numpy() for value in (p_0, p_k, area))
-    return read_out(trace.coarse, trace.picture, before, after, inside, refine)
+    if refine.readout == "crf" and trace.key[0] not in kernels:
+        kernels[trace.key[0]] = Kernels(trace.picture, refine.crf)
+    return read_out(trace.coarse, trace.picture, before, after, inside, refine, kernels.get(trace.key[0]))
 
 
-def read_out(coarse: Mask, picture: NDArray[np.uint8], before: Map, after: Map, area: Mask, refine: Refine) -> RefinedMask:
-    """Return the mask at native size: P^K up-sampled and cut at 0.5 inside the confusion area, the coarse mask outside.
+def read_out(
+    coarse: Mask,
+    picture: NDArray[np.uint8],
+    before: Map,
+    after: Map,
+    area: Mask,
+    refine: Refine,
+    kernels: Kernels | None = None,
+) -> RefinedMask:
+    """Return the mask at native size: the coarse mask changed by P^K - P^0, which keeps what is finer than the grid.
 
-    `picture` [H, W, 3] guides the edge-aware up-sampling (bilinear if `refine.upsampling` is None); `before` and `after` are
-    P^0 and P^K [h, w] in [0, 1], and `area` [h, w] is the union of the confusion areas.
+    With the read-out `crf`, the change is added to the probability `crf.confidence` of the coarse mask's labels, and the sum
+    is the unary of a dense CRF; without a change this is the CRF control. With `bilinear`, P^K is cut at 0.5 inside the
+    confusion area. `before` and `after` are P^0 and P^K [h, w] in [0, 1], and `area` [h, w] is the union of the confusion
+    areas. `kernels` are those of the picture [H, W, 3].
     """
     height, width = coarse.shape
-    old, new = bilinear(np.stack([before, after]), height, width).astype(np.float64)
-    if refine.upsampling is not None:
-        radius = max(1, round(refine.upsampling.radius * max(height, width)))
-        new = guided_filter(picture / 255.0, new[..., None], radius, refine.upsampling.epsilon)[..., 0]
+    old, new = bilinear(np.stack([before, after]), height, width)
     inside = bilinear(area.astype(np.float32), height, width) > 0
-    mask = np.where(inside, new >= 0.5, coarse)
+    if refine.readout == "crf":
+        prior = np.where(coarse, refine.crf.confidence, 1 - refine.crf.confidence)
+        unary = np.where(inside, prior + new - old, prior).clip(0, 1).astype(np.float32)
+        new = binary_crf(unary[None], picture, refine.crf, kernels)[0]
+        mask = new > 0.5
+        inside = inside | (mask != coarse)
+    else:
+        mask = np.where(inside, new >= 0.5, coarse)
     return RefinedMask(mask, inside, np.where(inside, new - old, 0).astype(np.float32))
-
-
-def box_mean(values: Array, radius: int) -> Array:
-    """Return the mean of [H, W, ...] over the (2 r + 1)^2 window around each pixel, clipped at the image's border."""
-    size = 2 * radius + 1
-    mean = values
-    for axis in (0, 1):
-        inside = uniform_filter1d(np.ones(values.shape[axis]), size, mode="constant")  # fraction of the window in the image
-        shape = [1] * values.ndim
-        shape[axis] = -1
-        mean = uniform_filter1d(mean, size, axis=axis, mode="constant") / inside.reshape(shape)
-    return mean
-
-
-def guided_filter(guide: Array, maps: Array, radius: int, epsilon: float) -> Array:
-    """Return the maps [H, W, K] that are locally linear in the guide's colours and nearest to `maps` (He, Sun and Tang, 2013).
-
-    Args:
-        guide: colour image [H, W, 3] in [0, 1].
-        radius: radius of the windows, in pixels.
-        epsilon: ridge of the local regressions, in squared intensities; windows of smaller colour variance are smoothed.
-    """
-    mean = box_mean(guide, radius)
-    covariance = box_mean(guide[..., :, None] * guide[..., None, :], radius) - mean[..., :, None] * mean[..., None, :]
-    mean_map = box_mean(maps, radius)
-    joint = box_mean(guide[..., :, None] * maps[..., None, :], radius) - mean[..., :, None] * mean_map[..., None, :]
-    slope = np.linalg.solve(covariance + epsilon * np.eye(3), joint)  # (H, W, 3, K)
-    offset = mean_map - (slope * mean[..., :, None]).sum(2)
-    return (box_mean(slope, radius) * guide[..., :, None]).sum(2) + box_mean(offset, radius)

@@ -1,8 +1,8 @@
 """Images, refiners, paths and keys of a study's refinement.
 
-`results/<study>/refined/<refiner>/<baseline>.parquet` holds the refined masks of the phrases and
-`<baseline>_class_phrases.parquet` those of the class phrases, with soft maps next to them if the baseline has soft maps. The
-files carry a key, a digest of all their inputs, so that up-to-date files are not recomputed.
+`results/<study>/refined/<refiner>/<baseline>.parquet` holds the refined masks of the phrases, and
+`<baseline>_class_phrases.parquet` the refined labelling, disjoint masks of the class phrases. The files carry a key, a digest
+of all their inputs, so that up-to-date files are not recomputed.
 """
 
 from functools import cache, cached_property
@@ -14,7 +14,7 @@ import pandas as pd
 from genseg.artifacts.files import file_sha256
 from genseg.artifacts.phrases import choose_images
 from genseg.artifacts.predictions import maps_path
-from genseg.artifacts.reuse import has_key, has_maps
+from genseg.artifacts.reuse import has_key
 from genseg.baselines.registry import CLASSES, Baseline
 from genseg.errors import UserError
 from genseg.interchange.labels import Background
@@ -25,8 +25,6 @@ from genseg.phases import code_hash, module_hash
 
 G4SEG = "g4seg"
 RANDOM = "random"
-MADE_WITH_G4SEG = (RANDOM, "g4seg_crf")
-"""Refiners that start from G4Seg's results, so that they need no forward passes of their own in a study."""
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -52,7 +50,7 @@ def refined_tables(
 
 # ---------------------------------------------------------------------------------------------------------- refiners
 def variants(refine: Refine) -> dict[str, Refine]:
-    """Return the params of G4Seg, its controls (except `crf`, `g4seg_crf` and `trained`) and its sensitivity analysis, by name.
+    """Return the params of G4Seg, its controls (except `crf` and `trained`) and its sensitivity analysis, by name.
 
     `random` has G4Seg's own params: it flips as many pixels as G4Seg did, in the same area, at random.
     """
@@ -62,8 +60,7 @@ def variants(refine: Refine) -> dict[str, Refine]:
         "no_gate" if refine.gate else "gate": {"gate": not refine.gate},
         "no_choice": {"cut_quantiles": []},
         "no_generation": {"generation": 0.0, "cut_quantiles": []},
-        "as_summarised": {"gate": True, "cut_quantiles": [], "upsampling": None},
-        "upsampling_only": {"iterations": 0},
+        "as_summarised": {"gate": True, "cut_quantiles": [], "evidence_timesteps": [], "readout": "bilinear"},
         "unconditioned": {"reference": "unconditioned"},
         RANDOM: {},
     }
@@ -105,7 +102,7 @@ def forward_passes(refine: Refine) -> int:
 
 def variant_facts(refine: Refine, method: str) -> dict[str, Any]:
     """Return the params that the variant `method` depends on, as JSON values."""
-    unrelated = {"backbone", "revision", "test_fraction", "controls", "sensitivity", "crf", "trained", "pictures"}
+    unrelated = {"backbone", "revision", "test_fraction", "controls", "sensitivity", "trained", "pictures"}
     return variants(refine)[method].model_dump(mode="json", exclude=unrelated)
 
 
@@ -122,11 +119,20 @@ def refiners(params: Params, baseline: str) -> list[str]:
     return list(dict.fromkeys(name for name in names if name not in ("gate", "no_gate") or name in variants(refine)))
 
 
-def refiner_passes(refine: Refine, refiner: str) -> int:
-    """Return the number of U-Net forward passes that a refiner needs for one mask."""
+def refiner_passes(refine: Refine, refiner: str, classes: bool = False) -> int:
+    """Return the number of U-Net forward passes that a refiner needs for one mask of a phrase, or of a class phrase.
+
+    Classes that compete need none of their own but `evidence_passes`, and one for each image's features.
+    """
     if refiner in ("crf", "trained"):
         return 0
-    return forward_passes(variants(refine)[G4SEG if refiner == "g4seg_crf" else refiner])
+    variant = variants(refine)[refiner]
+    return 0 if classes and variant.evidence_timesteps else forward_passes(variant)
+
+
+def evidence_passes(refine: Refine) -> int:
+    """Return the number of U-Net forward passes for one class phrase of an image, which all baselines and refiners share."""
+    return len(refine.evidence_timesteps) * refine.evidence_noises if refine.generation else 0
 
 
 # ------------------------------------------------------------------------------------------------------------- paths
@@ -196,12 +202,12 @@ class Keys:
                 raise UserError(f"{path}: no such file; run `genseg {'sample' if baseline.family == 'run' else 'baseline'}`")
         soft = [maps_path(path) for classes, path in coarse.items() if classes and maps_path(path).exists()]
         facts: list[Any] = [*self._facts, refiner, [[path.name, self._hash(path)] for path in (*coarse.values(), *soft)]]
-        if refiner in ("crf", "g4seg_crf"):
+        if refiner == "crf":
             facts.append(refine.crf.model_dump(mode="json"))
         if refiner == "trained":
-            facts += [network_key(self.params), refine.maps, refine.feature_size]
+            facts += [network_key(self.params), refine.feature_size]
         if refiner not in ("crf", "trained"):
-            facts += [variant_facts(refine, G4SEG if refiner == "g4seg_crf" else refiner), self.weights]
+            facts += [variant_facts(refine, refiner), self.weights]
         if refiner == G4SEG:
             facts.append(refine.pictures)
         return digest(facts)
@@ -211,7 +217,4 @@ class Keys:
         coarse = coarse_paths(self.params, baseline)
         paths = {classes: refined_path(self.params, refiner, baseline.name, classes) for classes in coarse}
         by_products = [discrepancy_path(self.params, baseline.name)] if refiner == G4SEG and False in coarse else []
-        if not has_key(self.key(baseline, refiner), *paths.values(), *by_products):
-            return False
-        expects_maps = True in coarse and has_maps(coarse[True]) and not refiner.endswith("crf")
-        return True not in coarse or has_maps(paths[True]) == expects_maps
+        return has_key(self.key(baseline, refiner), *paths.values(), *by_products)

@@ -10,26 +10,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 
 from genseg.artifacts import masks
 from genseg.artifacts.files import read_json, write_json
 from genseg.artifacts.manifest import has_facts, times_path, write_manifest
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import hash_unit, read_phrases
-from genseg.artifacts.predictions import maps_path, read_predictions, write_with_maps
+from genseg.artifacts.predictions import write_predictions, write_with_maps
 from genseg.artifacts.resample import Map
 from genseg.artifacts.reuse import prune, with_maps
+from genseg.artifacts.seeds import derive_seed
 from genseg.baselines.registry import Baseline, baselines_dir, find_baseline, study_baselines
 from genseg.errors import UserError
+from genseg.interchange.labels import Labels
 from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.source import chosen_backbone
 from genseg.models.text_to_image import TextToImage
 from genseg.params import Params
-from genseg.refine import crf, layout
+from genseg.refine import crf, labelling, layout
 from genseg.refine.coarse import CoarsePredictions, RefinementInputs
 from genseg.refine.g4seg import LOG_SECONDS, random_control, refine_predictions
-from genseg.refine.g4seg_steps import Trace
-from genseg.refine.layout import G4SEG, RANDOM, Keys, refined_path, refiner_passes, refiners
+from genseg.refine.g4seg_steps import PhraseBlock, Trace, load_traces
+from genseg.refine.inputs import join_phrases
+from genseg.refine.layout import G4SEG, RANDOM, Keys, find_variant, refined_path, refiner_passes, refiners
 from genseg.refine.trained import Refiner, train_refiner
 
 
@@ -130,6 +134,7 @@ class StudyRefiner:
         self.params = params
         self.inputs = RefinementInputs(params)
         self.keys = Keys(params, self.inputs.rule)
+        self._evidences: dict[int, Map] = {}
         self.refined_keys: dict[str, str] = {}  # keys of all `<refiner>/<baseline>` that are up to date
 
     @cached_property
@@ -152,12 +157,10 @@ class StudyRefiner:
         key = self.refined_keys[f"{refiner}/{baseline.name}"] = self.keys.key(baseline, refiner)
         if self.keys.is_refined(baseline, refiner):
             return
-        if refiner == "g4seg_crf" and not self.keys.is_refined(baseline, G4SEG):
-            self.refine(baseline, G4SEG)
         coarse, device_facts = self.inputs.coarse(baseline), self._load(refiner)
         start_time = time.monotonic()
         for classes in sorted(coarse, reverse=True):  # the phrases' file last, so that it implies both
-            self._write(baseline, refiner, classes, *self._refined(baseline, refiner, coarse[classes]))
+            self._write(baseline, refiner, classes, self._refined(baseline, refiner, coarse[classes]))
         seconds = time.monotonic() - start_time
         count = sum(len(each.predictions) for each in coarse.values())
         images = len({image for each in coarse.values() for image in each.predictions["image_id"]})
@@ -169,85 +172,105 @@ class StudyRefiner:
         """Load a refiner's networks, so that its time excludes loading; return its device and batch size."""
         if refiner == "trained":
             _ = self.network
-        if refiner in ("crf", "g4seg_crf", "trained"):
+        if refiner in ("crf", "trained"):
             return {"device": describe(torch.device("cpu")), "batch": 1}
         return {"device": describe(self.model.device), "batch": self.params.refine.batch}
 
-    def _write(self, baseline: Baseline, refiner: str, classes: bool, frame: pd.DataFrame, soft: Map | None) -> None:
-        key, passes = self.keys.key(baseline, refiner), refiner_passes(self.params.refine, refiner)
+    def _write(self, baseline: Baseline, refiner: str, classes: bool, frame: pd.DataFrame) -> None:
+        key, passes = self.keys.key(baseline, refiner), refiner_passes(self.params.refine, refiner, classes)
         path = refined_path(self.params, refiner, baseline.name, classes)
-        write_with_maps(frame, soft, path, key=key, method=refiner, evaluations=str(passes))
+        write_predictions(frame, path, key=key, method=refiner, evaluations=str(passes))
 
-    def _refined(self, baseline: Baseline, refiner: str, coarse: CoarsePredictions) -> tuple[pd.DataFrame, Map | None]:
-        """Return refined predictions in key order, and their soft maps [N, side, side] or None."""
-        if refiner in ("crf", "g4seg_crf"):
-            predictions = coarse.predictions if refiner == "crf" else self._read_g4seg(baseline, coarse)
-            return crf.refine_predictions(coarse.phrases, predictions, self.params.refine.crf, coarse.classes), None
+    def _refined(self, baseline: Baseline, refiner: str, coarse: CoarsePredictions) -> pd.DataFrame:
+        """Return refined predictions in key order."""
+        if refiner == "crf":
+            return crf.refine_predictions(coarse.phrases, coarse.predictions, self.params.refine.crf, coarse.classes)
         if refiner == "trained":
-            side = self.inputs.maps_side(coarse) if coarse.classes else None
-            refined = self.network.refine_predictions(coarse.phrases, coarse.predictions, side)
-            return self.inputs.make_disjoint(coarse, *refined)
+            side = self.params.refine.feature_size if coarse.classes else None
+            frame, soft = self.network.refine_predictions(coarse.phrases, coarse.predictions, side)
+            return frame if soft is None else self.inputs.label_maps(coarse, soft)
         if refiner in (G4SEG, RANDOM):
-            return self._with_g4seg(baseline, refiner, coarse)
-        return self._with_variant(refiner, coarse)
-
-    def _read_g4seg(self, baseline: Baseline, coarse: CoarsePredictions) -> pd.DataFrame:
-        """Read G4Seg's refined predictions; those of class phrases are turned into a labelling like the coarse ones."""
-        path = refined_path(self.params, G4SEG, baseline.name, coarse.classes)
-        frame = read_predictions(path)
-        if not coarse.classes:
-            return frame
-        maps_file = path if maps_path(path).exists() else None
-        return self.inputs.labelling(replace(coarse, predictions=frame, maps_file=maps_file, maps_rows=np.arange(len(frame))))
-
-    def _with_variant(
-        self, method: str, coarse: CoarsePredictions, observe: Callable[[Trace], None] | None = None
-    ) -> tuple[pd.DataFrame, Map | None]:
-        params, maps = self.params, coarse.binary_maps if coarse.classes else None
-        refine = params.refine.model_copy(update={"maps": self.inputs.maps_side(coarse)})
-        refined = refine_predictions(coarse.phrases, coarse.predictions, self.model, refine, params.seed, method, maps, observe)
-        return self.inputs.make_disjoint(coarse, *refined)
-
-    def _with_g4seg(self, baseline: Baseline, refiner: str, coarse: CoarsePredictions) -> tuple[pd.DataFrame, Map | None]:
-        """Run G4Seg, write its by-products and return its result; for `random`, only return the random control's."""
-        by_products = G4SegByProducts(self.params, coarse, self.inputs.maps_side(coarse))
-        g4seg = self._with_variant(G4SEG, coarse, by_products.observe)
-        if RANDOM in refiners(self.params, baseline.name):
-            random = self.inputs.make_disjoint(coarse, *by_products.random_predictions())
+            g4seg, random = self._with_g4seg(baseline, coarse)
             if refiner == RANDOM:
                 return random
-            self._write(baseline, RANDOM, coarse.classes, *random)
-        if not coarse.classes:
-            path = layout.discrepancy_path(self.params, baseline.name)
-            by_products.write_discrepancy(path, self.keys.key(baseline, G4SEG))
-        return g4seg
+            if RANDOM in refiners(self.params, baseline.name):
+                self._write(baseline, RANDOM, coarse.classes, random)
+            return g4seg
+        return self._refined_classes(refiner, coarse) if coarse.classes else self._refined_alone(refiner, coarse)[0]
+
+    def _refined_alone(
+        self, method: str, coarse: CoarsePredictions, observe: Callable[[Trace], None] | None = None
+    ) -> tuple[pd.DataFrame, Map | None]:
+        """Refine each mask alone; soft maps [N, side, side] of class masks, on the feature grid, are also returned."""
+        refine, maps = self.params.refine, coarse.binary_maps if coarse.classes else None
+        refine = refine.model_copy(update={"maps": refine.feature_size})
+        return refine_predictions(
+            coarse.phrases, coarse.predictions, self.model, refine, self.params.seed, method, maps, observe
+        )
+
+    def _refined_classes(self, method: str, coarse: CoarsePredictions) -> pd.DataFrame:
+        """Refine the labelling of each image, or without `evidence_timesteps` one class at a time."""
+        refine, seed = find_variant(self.params.refine, method), self.params.seed
+        if not refine.evidence_timesteps:
+            soft = self._refined_alone(method, coarse)[1]
+            assert soft is not None
+            return self.inputs.label_maps(coarse, soft)
+        table = join_phrases(coarse.phrases, coarse.predictions, "phrase")
+        background = self.inputs.rule.kind != "none"
+
+        def label(rows: NDArray[np.int64]) -> Labels:
+            labels, count, side = coarse.labels(rows), len(rows) + background, refine.feature_size
+            if background:
+                labels = np.where(labels < 0, len(rows), labels)
+            block = PhraseBlock(load_traces(table.iloc[rows[:1]]), self.model, refine, seed)
+            evidence = self._evidence(block, table["phrase"].iloc[rows].tolist()) if refine.generation else None
+            cells = labelling.coarse_cells(labels, count, side)
+            updated = labelling.update_labels(cells, evidence, labelling.alignment(block))
+            return labelling.read_out_labels(updated.reshape(count, side, side), block.traces[0].picture, refine)
+
+        return self.inputs.label_images(coarse, label)
+
+    def _evidence(self, block: PhraseBlock, phrases: list[str]) -> Map:
+        """Return `class_evidence`, computed once per image: it depends on no baseline and no variant with evidence."""
+        image_id = block.traces[0].key[0]
+        if image_id not in self._evidences:
+            self._evidences[image_id] = labelling.class_evidence(block, phrases, self.params.seed)
+        return self._evidences[image_id]
+
+    def _with_g4seg(self, baseline: Baseline, coarse: CoarsePredictions) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return G4Seg's predictions and the random control's, and write G4Seg's by-products."""
+        if coarse.classes:
+            refined = replace(coarse, predictions=self._refined_classes(G4SEG, coarse))
+
+            def shuffle(rows: NDArray[np.int64]) -> Labels:
+                seed = derive_seed(self.params.seed, "random labels", coarse.predictions["image_id"].iloc[rows[0]])
+                return labelling.shuffle_changes(coarse.labels(rows), refined.labels(rows), seed)
+
+            return refined.predictions, self.inputs.label_images(coarse, shuffle)
+        by_products = G4SegByProducts(self.params)
+        g4seg, _ = self._refined_alone(G4SEG, coarse, by_products.observe)
+        path = layout.discrepancy_path(self.params, baseline.name)
+        by_products.write_discrepancy(path, self.keys.key(baseline, G4SEG))
+        return g4seg, coarse.predictions[[*KEY, "score"]].assign(mask=by_products.random_masks)
 
 
 class G4SegByProducts:
     """Results that G4Seg's forward passes give in addition to its masks, collected phrase by phrase.
 
-    These are the random control's masks and maps [side, side], and for the figure the discrepancy maps of the
-    `refine.pictures` phrases with the smallest hashes.
+    These are the random control's masks, and for the figure the discrepancy maps of the `refine.pictures` phrases with the
+    smallest hashes.
     """
 
-    def __init__(self, params: Params, coarse: CoarsePredictions, side: int) -> None:
-        self.params, self.coarse, self.side = params, coarse, side
+    def __init__(self, params: Params) -> None:
+        self.params = params
         self.random_masks: list[bytes] = []
-        self.random_maps: list[Map] = []
         self.examples: list[tuple[float, Trace]] = []  # hash in [0, 1) and trace of each phrase for the figure, by hash
 
     def observe(self, trace: Trace) -> None:
-        random = random_control(trace, self.params.seed)
-        if self.coarse.classes:
-            self.random_maps.append(random.apply(trace.coarse.astype(np.float32), self.side))
-        self.random_masks.append(masks.encode(random.mask))
+        self.random_masks.append(masks.encode(random_control(trace, self.params.seed).mask))
         if trace.updates:
             self.examples.append((hash_unit(self.params.seed, "refine picture", *trace.key), trace))
             self.examples = sorted(self.examples, key=lambda item: (item[0], item[1].key))[: self.params.refine.pictures]
-
-    def random_predictions(self) -> tuple[pd.DataFrame, Map | None]:
-        frame = self.coarse.predictions[[*KEY, "score"]].assign(mask=self.random_masks)
-        return frame, np.stack(self.random_maps) if self.random_maps else None
 
     def write_discrepancy(self, path: Path, key: str) -> None:
         """Write predictions of the phrases for the figure; their soft maps are the first iteration's discrepancy."""

@@ -15,17 +15,17 @@ from genseg.report.tables.parts import SHORT_LABELS, build_frame, describe_study
 G4SEG = "g4seg"
 MEANS = {"all": "mean of all", "real": "mean of real baselines"}  # labels of the mean rows
 CONTROLS = {  # how each control differs from G4Seg
-    "alpha_zero": "generates without injecting the mask (alpha = 0), and therefore cuts the evidence at 0",
+    "alpha_zero": "generates without injecting the mask (alpha = 0), and therefore cuts the evidence at 0; for classes equal "
+    "to G4Seg, because class evidence is generated without masks",
     "gate": "updates weighted by the discrepancy",
     "no_gate": "updates not weighted by the discrepancy",
     "no_choice": "cuts the evidence at 0 instead of where the generated image suggests",
-    "no_generation": "generates nothing: uses the original's features only (F_g := F_o) and cuts at 0",
-    "as_summarised": "only the paper's mechanism: gated by the discrepancy, no choice of the cut, bilinear read-out",
-    "upsampling_only": "no iteration, only the edge-aware read-out",
+    "no_generation": "generates nothing: uses the original's features only (F_g := F_o), cuts at 0, and has no class evidence",
+    "as_summarised": "only the paper's mechanism: gated by the discrepancy, no choice of the cut, no competition of classes, "
+    "bilinear read-out",
     "unconditioned": "compares with an image generated without a mask instead of with the original",
     "random": "the changes of G4Seg, redistributed at random within the same area",
-    "crf": "dense CRF in place of G4Seg",
-    "g4seg_crf": "dense CRF on the masks of G4Seg",
+    "crf": "only G4Seg's read-out: a dense CRF on the coarse masks",
     "trained": "a small network, trained on inexact ground truth of the training phrases",
 }
 
@@ -174,8 +174,9 @@ def refinement_costs(params: Params, scores: RefinementScores) -> Table:
     ]
     note = (
         f"Measured {devices}. Masks from an earlier run keep the time of that run. The times cover all masks of an image, for "
-        "phrases and class phrases, including reading and writing the masks but not loading the networks. g4seg_crf: G4Seg and "
-        "the CRF together. N: number of baselines with a time. —: no time, for example for random, if it reuses the forward "
+        "phrases and class phrases, including reading and writing the masks but not loading the networks. "
+        "Class evidence is timed with the refiner that needs it first. N: number of baselines with a time. —: no time, for "
+        "example for random, if it reuses the forward "
         "passes of G4Seg."
     )
     return Table("refinement_costs", caption, frame, columns, [note], printed=frame["kind"] == "mean")
@@ -183,11 +184,8 @@ def refinement_costs(params: Params, scores: RefinementScores) -> Table:
 
 def _cost_row(times: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """Return the time and the gain of one refiner on one baseline. The time is null if a part of it was not measured."""
-    parts = [G4SEG, "g4seg_crf"] if row["refiner"] == "g4seg_crf" else [row["refiner"]]
-    measured = [times[f"{part}/{row['baseline']}"] for part in parts if f"{part}/{row['baseline']}" in times]
-    time = dict.fromkeys(("seconds", "images", "masks", "device", "batch"))
-    if len(measured) == len(parts):
-        time = measured[0] | {"seconds": sum(part["seconds"] for part in measured)}
+    unmeasured = dict.fromkeys(("seconds", "images", "masks", "device", "batch"))
+    time = times.get(f"{row['refiner']}/{row['baseline']}", unmeasured)
     columns = {"refiner": row["refiner"], "method": row["label"], "baseline": row["baseline"], **time}
     gain = {"delta": to_points(row["miou"]["difference"]), "passes": row["passes"]}
     return columns | gain | {"kind": "method", "baselines": 1}
@@ -263,7 +261,7 @@ def _protocol_note(params: Params, scores: RefinementScores) -> str:
         rule = f"threshold {threshold:g} of soft maps, or the rule of the import, fixed before refinement"
     return (
         f"On {subset}. mIoU: class phrases “{params.data.class_template}”, one confusion matrix at native size; background "
-        f"rule: {rule}. Each class is refined on its own, and each pixel takes the class with the highest refined P. "
+        f"rule: {rule}. The classes of an image compete in refinement. "
         f"AR and boundary IoU: phrases, protocol {scores.refinement['protocol']}. Δ: after minus before, paired bootstrap over "
         "images; the rows of a mean share the resampled images."
     )
