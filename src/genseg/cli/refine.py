@@ -9,7 +9,7 @@ def run_refine(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """Refine the masks of predictions with our reimplementation of G4Seg, each phrase independently.
 
     With --predictions, one predictions file of any method is refined with the constants of `refine` in the params file;
-    --method chooses G4Seg or one of its controls (`upsampling_only`, `alpha_zero`, ...). Without it, all baselines of the study
+    --method chooses G4Seg or one of its controls (`as_summarised`, `alpha_zero`, ...). Without it, all baselines of the study
     are refined by G4Seg and its controls on a fixed part of test (`refine.test_fraction`); --train, --shard and --gather each
     run one step of this. Files that are up to date are kept. With --tune-crf, nothing is refined. Instead, ten settings of the
     dense CRF are compared on val, on the masks of GS and on inexact ground-truth masks. The best setting is printed as
@@ -24,7 +24,7 @@ def run_refine(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--phrases", metavar="FILE", help="phrase table with the file names of the images, Parquet")
     parser.add_argument("--predictions", metavar="FILE", help="coarse predictions, Parquet")
     parser.add_argument("--out", metavar="FILE", help="file for the refined predictions, Parquet")
-    parser.add_argument("--method", default="g4seg", help="g4seg or a control: upsampling_only, ... (default: %(default)s)")
+    parser.add_argument("--method", default="g4seg", help="g4seg or a control: as_summarised, ... (default: %(default)s)")
     parser.add_argument("--model", metavar="DIR", help="Stable Diffusion to refine with (default: refine.backbone)")
     parser.add_argument("--images", metavar="DIR", help="folder that the table's file names are relative to (default: .)")
     parser.add_argument("--pictures", metavar="DIR", help="folder for intermediate results, one PNG per phrase")

@@ -69,7 +69,7 @@ def make_plan(params: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]
             generator.add_baseline_phases(phases, params, counts, baseline_generator)
         refinement = generator.refinement_bytes(params.refine, refine_generator)
         memory["generators"]["refine"] = generator.generator_memory(refine_generator, params.refine, refinement, GPUS[gpu])
-        generator.add_artifacts(artifacts, params, counts, networks, baseline_generator)
+        generator.add_artifacts(artifacts, params, counts, baseline_generator)
     if params.sample.runs:
         _add_sample_phases(phases, params, networks, counts)
     if has_tables:

@@ -190,10 +190,8 @@ def attention_bytes(baselines: Baselines, generator: Generator, texts: int) -> i
 
 
 # ---------------------------------------------------------------------------------------------------------- artifacts
-def add_artifacts(
-    artifacts: Artifacts, params: Params, counts: Counts, study_generator: Generator, baseline_generator: Generator
-) -> None:
-    """Add predictions and soft maps of the attention baselines (`baseline_generator`) and of refinement."""
+def add_artifacts(artifacts: Artifacts, params: Params, counts: Counts, baseline_generator: Generator) -> None:
+    """Add predictions and soft maps of the attention baselines (`baseline_generator`), and predictions of refinement."""
     # 1. Add the baselines.
     settings, grids = params.baselines, baseline_generator.grids(params.baselines.size)
     sides_of_maps = {
