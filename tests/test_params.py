@@ -136,7 +136,7 @@ def set_leading_spacing_with_1000_steps(document):
         (lambda d: d["resources"]["score"].update(gpus=1), "did you mean resources.score.gpu?"),
         (lambda d: d["train"].update(cond_drop_prob=1.5), "train.cond_drop_prob"),
         (lambda d: d["train"].update(prediction_type="epsilon"), "zero terminal SNR"),
-        (lambda d: d["train"].update(batch=30), "train.batch (30) must be divisible by train.micro_batch (4)"),
+        (lambda d: d["train"].update(batch=30), "train.batch (30) must be divisible by train.micro_batch (16)"),
         (lambda d: d["train"].update(epochs=2), "exactly one"),
         (lambda d: d["data"].update(source="png"), "data.png must not be null"),
         (lambda d: d["data"].update(class_template="a thing"), "{name}"),

@@ -639,6 +639,7 @@ def test_page_is_self_contained_and_has_no_dead_links(report: Path) -> None:
     assert {"../figures/examples.png", "../figures/evolution.png", "table2.csv", "manifest.json"} <= set(links)
     assert all((folder / link).resolve().exists() for link in links)
     assert set(re.findall(r'href="#([^"]+)"', page)) <= set(re.findall(r'id="([^"]+)"', page))
+    assert "<h1>GS label diffusion: study made_up</h1>" in page
     assert "&lt;road|way&gt;" in page
     assert "a device" in page
     assert "http" not in page

@@ -70,9 +70,9 @@ class Train(Section):
     """Whether the schedule is rescaled so that x_t is pure noise at the last timestep."""
     label_scale: PositiveFloat = 0.1
     """b: masks are scaled to x_0 in [-b, b]."""
-    mask_loss_weight: NonNegativeFloat = 80.0
+    mask_loss_weight: NonNegativeFloat = 16.0
     """Weight of BCE + Dice on the estimate of x_0 in a weighted mean with the diffusion loss, of weight 1; 0 in the paper."""
-    terminal_timestep_prob: Fraction = 0.5
+    terminal_timestep_prob: Fraction = 0.8
     """Probability of drawing the last timestep; otherwise t is uniform. 0 in the paper."""
     self_estimate_prob: Fraction = 1.0
     """Probability that x_t before the last timestep is made from the network's own one-step estimate; 0 in the paper."""
@@ -84,13 +84,13 @@ class Train(Section):
     """Whether adapted text tokens are injected into self-attention (the paper, Eq. 3-5)."""
     cond_drop_prob: Fraction = 0.02
     """Probability that a row's text is replaced by the learned null embeddings (the paper, Eq. 6)."""
-    batch: PositiveInt = 4
+    batch: PositiveInt = 16
     """Global batch size, for any micro-batch and any number of devices and processes."""
-    micro_batch: PositiveInt = 4
+    micro_batch: PositiveInt = 16
     """Batch size of one forward pass on one device."""
     parallelism: Literal["ddp", "fsdp"] = "ddp"
     """On several GPUs, each holds the whole model (ddp) or a part of the weights, gradients and moments (fsdp)."""
-    steps: PositiveInt | None = 2600
+    steps: PositiveInt | None = 1200
     """Optimiser steps before the stages; null: `epochs` is used."""
     epochs: PositiveInt | None = None
     """Passes over the training phrases before the stages; null: `steps` is used."""
@@ -105,13 +105,13 @@ class Train(Section):
     """Whether activations are recomputed in the backward pass."""
     flip: bool = True
     """Whether images and masks are mirrored at random; use false if phrases say left or right."""
-    log_every: PositiveInt = 50
+    log_every: PositiveInt = 20
     """Steps between log lines."""
-    validate_every: PositiveInt = 650
+    validate_every: PositiveInt = 300
     """Steps between validations."""
     validate_phrases: PositiveInt = 96
     """Number of val phrases in a validation."""
-    checkpoint_every: PositiveInt = 200
+    checkpoint_every: PositiveInt = 100
     """Steps between checkpoints."""
 
     @model_validator(mode="after")

@@ -78,15 +78,20 @@ def build_page(params: Params, scores: RefinementScores, tables: dict[str, list[
         tables: heading of a section -> its tables.
         figures: file name of a PNG in `../figures/` -> its caption.
     """
-    heading, cards, lead = "G4Seg refinement", [], f"Measured on {describe_study(params)}."
+    subject, cards, lead = "G4Seg refinement", [], f"Measured on {describe_study(params)}."
     if isinstance(scores, StudyScores):
-        heading, cards = "GS label diffusion", [_cards(scores)]
+        subject, cards = "GS label diffusion", [_cards(scores)]
         lead = f"Measured on {describe_phrases(params, scores.main)}. {comparability_note(params)}"
-    anchors = ["figures", *(table.name for section in tables.values() for table in section), "provenance"]
+    anchors = [
+        *(["figures"] if figures else []),
+        *(table.name for section in tables.values() for table in section),
+        "provenance",
+    ]
     links = " · ".join(f'<a href="#{name}">{name}</a>' for name in anchors)
     body = [f'<p class="lead">{html.escape(lead)}</p>', *cards, f"<nav>{links}</nav>"]
 
-    body.append('<h2 id="figures">Figures</h2>')
+    if figures:
+        body.append('<h2 id="figures">Figures</h2>')
     for name, caption in figures.items():
         text = html.escape(caption)
         image = f'<img src="../figures/{name}" alt="{text}">'
@@ -95,7 +100,7 @@ def build_page(params: Params, scores: RefinementScores, tables: dict[str, list[
         body.append(f"<h2>{heading}</h2>")
         body += [to_html(table, [f"{table.name}.{suffix}" for suffix in ("csv", "tex", "md")]) for table in section]
     body += ["<h2>Provenance</h2>", to_html(_provenance(params), ["manifest.json"])]
-    title = html.escape(f"{heading}: study {params.study}")
+    title = html.escape(f"{subject}: study {params.study}")
     return _PAGE.format(title=title, style=_STYLE, body="\n".join(body))
 
 

@@ -89,7 +89,7 @@ def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
     class_phrases = read_phrases(params.data_dir / "class_phrases.parquet")
     sampler = Sampler(params, device)
     for run in missing:
-        if run.point is not None:
+        if run.point is not None and not sampler.stored_maps(run, (shard, shards)):
             sampler.pipeline(run.method)  # before the clock starts
         start_time = time.monotonic()
         rows = run_rows(params, run, phrases, class_phrases)
@@ -170,7 +170,7 @@ class Sampler:
         self, run: Run, point: OperatingPoint, blocks: list[pd.DataFrame], shard: tuple[int, int]
     ) -> Iterator[tuple[pd.DataFrame, Maps]]:
         """Yield each block with its soft maps [B, h, w], rounded to the stored precision. Stored maps are reused."""
-        if stored := self._stored_maps(run, shard):
+        if stored := self.stored_maps(run, shard):
             maps = read_maps(stored)
             keys = read_predictions(stored)[KEY].itertuples(index=False, name=None)
             row_of = {key: row for row, key in enumerate(keys)}
@@ -189,7 +189,7 @@ class Sampler:
                 print(f"sample: {run.name}: block {number + 1} of {len(blocks)}", flush=True)
             yield rows, quantise(soft.float().cpu().numpy())
 
-    def _stored_maps(self, run: Run, shard: tuple[int, int]) -> Path | None:
+    def stored_maps(self, run: Run, shard: tuple[int, int]) -> Path | None:
         """Return the path of predictions with this run's soft maps (its own, or the base run's for a read-out), or None."""
         source = base_run(self.params) if run.role == "readout" else run
         gathered = predictions_path(self.params, source)
