@@ -413,7 +413,7 @@ def test_crf_read_out_of_an_unchanged_p_is_the_crf_control_and_keeps_thin_things
 @pytest.fixture
 def files(tables, folders, study, refine, tmp_path):
     phrases, coarse = tables
-    document = study.model_dump(mode="json") | {"refine": refine.model_dump(mode="json") | {"readout": "crf"}}
+    document = study.model_dump(mode="json") | {"refine": refine.model_dump(mode="json") | {"readout": "crf", "crf": {}}}
     (tmp_path / "params.yaml").write_text(json.dumps(document))
     write_phrases(phrases, tmp_path / "phrases.parquet")
     write_predictions(coarse, tmp_path / "coarse.parquet")
