@@ -41,7 +41,7 @@ def test_changed_comments_rerun_no_snakemake_job_and_repeat_no_work(repository):
     assert len(changed_stages(repository)) == 9, "DVC compares the bytes of the source"
     output = call(repository, "dvc", "repro")
     assert output.count("is up to date") == 9, "data, backbone, both latents, two models, the trained control, score, tables"
-    assert "0 of 20 runs are missing" in output
+    assert "0 of 21 runs are missing" in output
     assert "baseline: 0 of" in output
     for work in ("images read", "images/s", "samples per s", "evaluations per mask", "masks in", "AR 0."):
         assert work not in output, work
@@ -60,6 +60,6 @@ def test_changed_sampler_reruns_sampling_and_later_phases(repository):
     assert changed_stages(repository) >= {"sample"}
     models = hashes(repository / "results/smoke/model")
     output = call(repository, "dvc", "repro", "sample")
-    assert "20 of 20 runs are missing" in output
+    assert "21 of 21 runs are missing" in output
     assert hashes(repository / "results/smoke/model") == models
     assert {"refine", "score"} <= changed_stages(repository)

@@ -50,7 +50,6 @@ CHANGES = [
     ("sample.operating_points", [{"num_inference_steps": 3, "guidance_scale": 1.5}], {MAIN} | GATHER),
     ("sample.select_fraction", 0.375, NEW_SIZE),
     ("sample.runs", ["main", "val"], {MAIN, "sample", "score"}),  # no controls, no tables
-    ("sample.runs", [], BASELINES),  # no GS
     ("resources.sample.shards", 3, SAMPLE),
     ("baselines.diffseg.tau", 0.375, BASELINES),
     ("refine.alpha", 0.375, REFINE),  # no sampling
@@ -72,10 +71,11 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(study):
-    """Output by name: dry runs with each change, unchanged params, a misspelled key and defaults, and the list of rules."""
+    """Output by name: dry runs with each change, unchanged params, no runs, a misspelled key and defaults, and the rules."""
     params = study.params()
     documents = {key: changed(params, key, value) for key, value, _ in CHANGES}
     documents["unchanged"] = params
+    documents["no_runs"] = changed(params, "sample.runs", [])
     documents["typo"] = changed(params, "sample.threshhold", 0.5)
     documents["defaults"] = {"study": "mini"}
     runs = {name: ["--dry-run", "--configfile", study.write_params(f"{name}.yaml", doc)] for name, doc in documents.items()}
@@ -92,6 +92,10 @@ def test_second_run_does_nothing(outputs):
 @pytest.mark.parametrize(("key", "value", "rules"), CHANGES, ids=[key for key, _, _ in CHANGES])
 def test_changed_params_rerun_the_expected_rules(outputs, key, value, rules):
     assert rules_in(outputs[key]) == rules
+
+
+def test_study_without_runs_does_not_train_or_sample(outputs):
+    assert rules_in(outputs["no_runs"]) == BASELINES
 
 
 def test_import_reruns_the_baselines_and_later_phases(study):

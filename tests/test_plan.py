@@ -103,7 +103,8 @@ def check_paper_refinement(planned, params):
     phrases, class_phrases = (planned["counts"]["refined"][name] for name in ("phrases", "class_phrases"))
     shared = params.resources.refine.shards * class_phrases * evidence_passes(params.refine)
     assert g4seg["evaluations"] == len(study_baselines(params)) * phrases * forward_passes(params.refine) + shared
-    assert g4seg["flops"] == pytest.approx(g4seg["evaluations"] * 0.804e12, rel=0.03)
+    evaluations = g4seg["evaluations"] * 0.804e12
+    assert evaluations < g4seg["flops"] < 1.15 * evaluations, "the rest encodes images and texts"
     assert total["evaluations"] > g4seg["evaluations"]
 
 
@@ -215,7 +216,8 @@ def test_distillation_stages_and_latent_labels_are_planned(clone, capsys):
     train = load_params(PROJECT / "params.yaml").train
     phases = [{row["what"].split(":")[0]: row for row in planned["phases"]} for planned in (without, stage, labels)]
     validations = 4 * min(train.validate_phrases, without["counts"]["val"])
-    forward = phases[0]["gs"]["flops"] / (train.steps * train.batch * 3 + validations)
+    own = train.self_estimate_prob * (1 - train.terminal_timestep_prob)
+    forward = phases[0]["gs"]["flops"] / (train.steps * train.batch * (3 + own) + validations)
     assert phases[1]["gs"]["evaluations"] - phases[0]["gs"]["evaluations"] == 100 * train.batch * 3, "two by the teacher"
     assert phases[1]["gs"]["flops"] - phases[0]["gs"]["flops"] == pytest.approx(100 * train.batch * 5 * forward)
     control = phases[1]["discriminative"]["flops"] - phases[0]["discriminative"]["flops"]

@@ -48,7 +48,7 @@ def test_finished_study_has_all_runs(finished_study):
     evaluations = {run.name: run.evaluations for run in study_runs(params)}
     assert evaluations[BASE] == 6
     assert evaluations["grid/size=0064/steps=0003/cfg=01.00"] == 3
-    assert evaluations["grid/size=0064/steps=0001/cfg=01.00,samples=02"] == 2
+    assert evaluations["grid/size=0064/steps=0001/cfg=01.00,samples=02,mirrored"] == 2
     assert evaluations["val/size=0064/steps=0003/cfg=02.00,rule=dpmpp,guided=0.300-0.700"] == 5
     assert evaluations["discriminative"] == 1
     assert evaluations["colour_threshold"] is None
@@ -70,7 +70,7 @@ def test_new_guidance_samples_only_its_point_and_removes_the_old_one(study_copy,
     shutil.rmtree(study_copy / "work/smoke/samples")  # as after `dvc pull`
     params = variant(study_copy, "changed", sample__grid={"sizes": [48], "num_inference_steps": [2], "guidance_scale": [4.0]})
     assert main(["sample", "--params", params]) == 0
-    assert "1 of 20 runs are missing" in capsys.readouterr().out
+    assert "1 of 21 runs are missing" in capsys.readouterr().out
     after = tree(study_copy / "results/smoke/predictions")
     gone = {name for name in before if name not in after}
     new = {name for name in after if name not in before}
@@ -207,7 +207,7 @@ def test_prediction_replaces_an_earlier_one_and_invalid_options_are_rejected(fin
 def test_prediction_with_params_is_sampled_as_the_main_row(study_copy, monkeypatch, capsys):
     monkeypatch.chdir(study_copy)
     document = yaml.safe_load(Path("params/smoke.yaml").read_text())
-    options = {"sampler": "dpmpp", "guidance_interval": [0.4, 1.0], "ensemble_size": 2}
+    options = {"sampler": "dpmpp", "guidance_interval": [0.4, 1.0], "ensemble_size": 2, "mirror": True}
     main_row = {"size": 64, "num_inference_steps": 3, "guidance_scale": 2.0, **options}
     document["sample"] |= {"main": main_row, "threshold": 0.3, "clip_sample": False, "precision": "fp32"}
     Path("some.yaml").write_text(yaml.safe_dump(document))

@@ -93,11 +93,6 @@ def study_runs(params: Params) -> list[Run]:
             Run(name="class_phrases", role="class_phrases", phrases="class_phrases", **gs),
             Run(name="discriminative", role="control", phrases="test", **discriminative),
             Run(name="discriminative_class_phrases", role="class_phrases", phrases="class_phrases", **discriminative),
-            *(
-                [Run(name="discriminative_mirrored", role="control", phrases="test", **mirrored)]
-                if params.sample.uses_mirror()
-                else []
-            ),
             Run(name="colour_threshold", role="control", method="colour_threshold", phrases="test"),
         ],
         "grid": [_point_run("grid", point, readout) for point in params.sample.test_subset_points()],
