@@ -51,7 +51,7 @@ def test_shipped_sweep_compares_the_documented_trainings():
     assert {train.prediction_type for train in trainings} == {"epsilon", "v_prediction", "sample"}
     assert {stage.objective for train in trainings for stage in train.stages} == {"distill", "mask_loss"}
     assert {train.label for train in trainings} == {"mask", "vae"}
-    assert {train.terminal_timestep_prob for train in trainings} == {0.0, study.train.terminal_timestep_prob, 0.5}
+    assert {train.terminal_timestep_prob for train in trainings} == {0.0, study.train.terminal_timestep_prob, 1.0}
     paper = load_params(ROOT / "params/paper.yaml")
     paper_keys = (
         "prediction_type",
@@ -389,7 +389,10 @@ def test_another_threshold_uses_the_stored_maps(study_copy, monkeypatch, capsys)
     assert os.path.exists("results/smoke/predictions/grid")
     with monkeypatch.context() as patched:
         patched.setattr(shard.Sampler, "pipeline", None)  # sampling would fail
+        times = {path: path.read_bytes() for path in Path("work/smoke/times/sample/val").rglob("*.json")}
+        assert times
         assert main(["sample", "--params", changed]) == 0
+        assert {path: path.read_bytes() for path in times} == times, "reading out stored maps is not sampling"
     assert not os.path.exists("results/smoke/predictions/grid")
     stored = {path: path.read_bytes() for path in Path("results/smoke/predictions").rglob("predictions.parquet")}
     assert stored

@@ -89,7 +89,8 @@ def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
     class_phrases = read_phrases(params.data_dir / "class_phrases.parquet")
     sampler = Sampler(params, device)
     for run in missing:
-        if run.point is not None and not sampler.stored_maps(run, (shard, shards)):
+        is_sampled_now = run.point is not None and not sampler.stored_maps(run, (shard, shards))
+        if is_sampled_now:
             sampler.pipeline(run.method)  # before the clock starts
         start_time = time.monotonic()
         rows = run_rows(params, run, phrases, class_phrases)
@@ -104,8 +105,14 @@ def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
             write_maps(maps, part)
         write_predictions(frame, part, key=keys[run], shard=f"{shard}/{shards}")
         seconds = time.monotonic() - start_time
-        times = {"seconds": round(seconds, 3), "masks": len(frame), "device": describe(device), "batch": params.sample.batch}
-        write_json(sample_times_path(params, run.name, shard, shards), times)
+        if is_sampled_now:  # the read-out of stored maps does not replace the time of their sampling
+            times = {
+                "seconds": round(seconds, 3),
+                "masks": len(frame),
+                "device": describe(device),
+                "batch": params.sample.batch,
+            }
+            write_json(sample_times_path(params, run.name, shard, shards), times)
         rate = len(frame) / max(seconds, 1e-9)
         cost = "no network" if run.evaluations is None else f"evaluations per mask: {run.evaluations}"
         print(f"sample: {run.name}: {len(frame)} masks, {cost}, {rate:.1f} masks/s", flush=True)

@@ -46,9 +46,10 @@ class DiffusionLoss:
     def __call__(self, networks: nn.Module, micro: MicroBatch) -> Tensor:
         train, batch = self.train, micro.batch
         x_0 = encode_labels(batch.label, train.label_scale, self.vae)
-        x_t = add_noise(x_0, micro.noise, self.alphas_bar, micro.t)
+        clean = x_0
         if micro.self_estimated is not None:
-            x_t = torch.where(micro.self_estimated[:, None, None, None], self._self_estimated_x_t(networks, micro), x_t)
+            clean = torch.where(micro.self_estimated[:, None, None, None], self._self_estimates(networks, micro), x_0)
+        x_t = add_noise(clean, micro.noise, self.alphas_bar, micro.t)
         output = networks(x_t, batch.image, micro.t, batch.texts, micro.drop, train.size)
         target = training_target(train.prediction_type, x_0, micro.noise, self.alphas_bar, micro.t, train.label_scale)
         losses = diffusion_loss(output, target)
@@ -58,20 +59,18 @@ class DiffusionLoss:
         return losses
 
     @torch.no_grad()
-    def _self_estimated_x_t(self, networks: nn.Module, micro: MicroBatch) -> Tensor:
-        """Return x_t [B, K, h, w] made from the network's estimates; rows that are not `self_estimated` are the noise."""
+    def _self_estimates(self, networks: nn.Module, micro: MicroBatch) -> Tensor:
+        """Return the network's one-step estimates of x_0 [B, K, h, w] in rows that are `self_estimated`, and 0 elsewhere."""
         assert micro.self_estimated is not None
         # At least one row, because under FSDP every process must take part in a forward pass.
         rows = micro.self_estimated.nonzero()[:, 0] if micro.self_estimated.any() else micro.t.new_zeros(1)
         noise, texts = micro.noise[rows], [micro.batch.texts[row] for row in rows.tolist()]
         last = torch.full_like(rows, len(self.alphas_bar) - 1)
         output = networks(noise, micro.batch.image[rows], last, texts, None, self.train.size).float()
-        estimate = estimate_x_0(self.train.prediction_type, output, noise, self.alphas_bar, last, self.train.label_scale)
-        if self.train.label == "mask":
-            estimate = estimate.clamp(-self.train.label_scale, self.train.label_scale)
-        x_t = micro.noise.clone()
-        x_t[rows] = add_noise(estimate, noise, self.alphas_bar, micro.t[rows])
-        return x_t
+        estimates = torch.zeros_like(micro.noise)
+        estimates[rows] = estimate_x_0(self.train.prediction_type, output, noise, self.alphas_bar, last, self.train.label_scale)
+        # VAE latents are unbounded.
+        return estimates if self.vae is not None else estimates.clamp(-self.train.label_scale, self.train.label_scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,8 +62,8 @@ def sampling_costs(params: Params) -> Table:
 
 
 def _rows(params: Params, run: Run) -> list[dict[str, Any]]:
-    """Return the recorded times of the shards of a run; none for a run without a network, and for maps that are reused."""
-    if run.point is None or run.role == "readout":
+    """Return the recorded times of the shards of a run; none for a run without a network, and for read-outs of stored maps."""
+    if run.point is None:
         return []
     shards = params.resources.sample.shards
     paths = [sample_times_path(params, run.name, shard, shards) for shard in range(shards)]

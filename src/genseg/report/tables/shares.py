@@ -39,8 +39,9 @@ def shares(params: Params, phrases: pd.DataFrame) -> Table:
     for group in _GROUPS:
         columns += [Column(f"{group}_share", "share", over=group), Column(f"{group}_share", "range", "interval", over=group)]
     arithmetic = (
-        "AR is a mean over phrases: overall = share × stuff + (1 − share) × things, and likewise with plurals and singulars. "
-        f"Range: all shares that are possible when every published number is rounded by up to {ROUNDING:g} points."
+        "AR is a mean over phrases: overall = share × stuff + (1 − share) × things, and the same equation holds for plurals "
+        "and singulars. Range: all shares that are possible when every published number is rounded by up to "
+        f"{ROUNDING:g} points."
     )
     scope = (
         "If these are the files of the PNG benchmark, the range of a published row contains the share under its definitions."
