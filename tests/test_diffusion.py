@@ -77,7 +77,7 @@ def test_noise_and_velocity_agree_with_diffusers():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp", "mean"])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_sampling_with_a_perfect_denoiser_gives_x_0(prediction_type, sampler, steps):
     scheduler = make_scheduler(BETAS, prediction_type, zero_terminal_snr=prediction_type != "epsilon")
@@ -134,6 +134,20 @@ def test_dpm_solver_agrees_with_diffusers(prediction_type, steps):
     ours = sample_labels(lambda x, t, g: 0.2 * x.tanh(), scheduler, start, point_of(steps, sampler="dpmpp"), [])
     assert scheduler.timesteps.tolist() == theirs.timesteps.tolist()
     assert torch.allclose(ours, x_t, atol=2e-4)
+
+
+def test_mean_rule_adds_fresh_noise_to_the_mean_of_all_estimates():
+    scheduler = make_scheduler(BETAS, "sample", True)
+    start = draw_noise([phrase_generator(0, 1, "n", 1, 8)], (1, 8, 8))
+    estimates, x_t, generator = [], start, phrase_generator(0, 1, "n", 1, 8)
+    scheduler.set_timesteps(3)
+    for alpha in [*scheduler.alphas_cumprod[scheduler.timesteps[1:]], torch.tensor(1.0)]:
+        estimates.append(0.7 * x_t.tanh() + 0.1)
+        noise = torch.randn(1, 1, 8, 8, generator=generator)
+        x_t = alpha.sqrt() * torch.stack(estimates).mean(0).clamp(-1, 1) + (1 - alpha).sqrt() * noise
+    point, generator = point_of(3, sampler="mean"), phrase_generator(0, 1, "n", 1, 8)
+    ours = sample_labels(lambda x, t, g: 0.7 * x.tanh() + 0.1, scheduler, start, point, [generator])
+    assert torch.allclose(ours, torch.stack(estimates).mean(0), atol=1e-6)
 
 
 def test_dpm_solver_is_second_order_and_ddim_first():

@@ -15,7 +15,13 @@ from genseg.sampling.runs import parse_point, point_path
 
 PROJECT = Path(__file__).resolve().parents[1]
 FILES = [PROJECT / "params.yaml", *sorted((PROJECT / "params").glob("*.yaml"))]
-EPSILON = {"prediction_type": "epsilon", "self_estimate_prob": 0.0, "zero_terminal_snr": False, "mask_loss_weight": 0.0}
+EPSILON = {
+    "prediction_type": "epsilon",
+    "self_estimate_prob": 0.0,
+    "zero_terminal_snr": False,
+    "terminal_warmup": 0.0,
+    "mask_loss_weight": 0.0,
+}
 
 
 @pytest.fixture
@@ -74,7 +80,7 @@ def test_paper_study_has_the_values_of_the_paper():
     assert sample.base == sample.main == OperatingPoint(size=1024, num_inference_steps=50, guidance_scale=7.5)
     assert (sample.base.sampler, sample.base.ensemble_size, sample.base.guidance_interval) == ("ddim", 1, None)
     assert (sample.timestep_spacing, sample.readout) == ("trailing", "bilinear")
-    assert (train.label, train.terminal_timestep_prob, train.stages) == ("mask", 0, [])
+    assert (train.label, train.terminal_warmup, train.terminal_timestep_prob, train.stages) == ("mask", 0, 0, [])
     grid = sample.grid
     assert (grid.sizes, grid.num_inference_steps, grid.guidance_scale) == ([768, 512], [30, 20], [8.0, 7.0])
     assert sample.grid_fraction == 0.07
@@ -157,9 +163,9 @@ def set_leading_spacing_with_1000_steps(document):
             lambda d: d["sample"]["operating_points"].append(
                 {"num_inference_steps": 4, "guidance_scale": 2.0, "samplr": "ddpm"}
             ),
-            "did you mean sample.operating_points.11.sampler?",
+            "did you mean sample.operating_points.12.sampler?",
         ),
-        (lambda d: d["sample"]["operating_points"].append({"guidance_scale": 2.0}), "11.num_inference_steps is required"),
+        (lambda d: d["sample"]["operating_points"].append({"guidance_scale": 2.0}), "12.num_inference_steps is required"),
         (lambda d: d["sample"]["main"].update(size=0), "sample.main.size"),
         (lambda d: d["sample"]["main"].update(guidance_interval=[0.8, 0.2]), "must be ascending"),
         (lambda d: d["train"].update(stages=[stage("distill", None)]), "guidance_scale is required with objective distill"),
@@ -169,6 +175,7 @@ def set_leading_spacing_with_1000_steps(document):
             lambda d: d["train"].update(EPSILON, terminal_timestep_prob=0.3),
             "train.terminal_timestep_prob needs train.zero_terminal_snr",
         ),
+        (lambda d: d["train"].update(EPSILON, terminal_warmup=0.5), "train.terminal_warmup needs train.zero_terminal_snr"),
         (lambda d: d["sample"].update(timestep_spacing="leading"), "leading omits the last timestep"),
         (set_leading_spacing_with_1000_steps, "no grid of 1000 steps"),
         (lambda d: d["train"].update(label="vae"), "BCE + Dice"),
@@ -223,7 +230,7 @@ def test_params_command_prints_the_resolved_document_and_differences(capsys, tmp
     st.integers(1, 9999),
     st.integers(1, 1000),
     st.integers(100, 9999),
-    st.sampled_from(["ddim", "ddpm", "dpmpp"]),
+    st.sampled_from(["ddim", "ddpm", "dpmpp", "mean"]),
     st.none() | st.lists(st.integers(0, 1000).map(lambda n: n / 1000), min_size=2, max_size=2).map(sorted).map(tuple),
     st.integers(1, 99),
     st.booleans(),

@@ -234,7 +234,7 @@ def test_callback_on_step_end_sees_each_step_and_may_replace_the_labels(pipeline
         ({"num_inference_steps": 0}, r"num_inference_steps must be in 1\.\.1000"),
         ({"guidance_scale": 0.5}, "guidance_scale at least 1"),
         ({"output_type": "latent"}, "np, pt or pil"),
-        ({"sampler": "euler"}, "must be one of ddim, ddpm, dpmpp"),
+        ({"sampler": "euler"}, "must be one of ddim, ddpm, dpmpp, mean"),
         ({"guidance_interval": (0.8, 0.2)}, "must be ascending"),
         ({"ensemble_size": 0}, r"ensemble_size in 1\.\.99"),
         ({"callback_on_step_end_tensor_inputs": ["image_latents"]}, "must be in"),

@@ -222,7 +222,7 @@ def test_distillation_stages_and_latent_labels_are_planned(clone, capsys):
     train = load_params(PROJECT / "params.yaml").train
     phases = [{row["what"].split(":")[0]: row for row in planned["phases"]} for planned in (without, stage, labels)]
     validations = 4 * min(train.validate_phrases, without["counts"]["val"])
-    own = train.self_estimate_prob * (1 - train.terminal_timestep_prob)
+    own = train.self_estimate_prob * (1 - train.terminal_warmup) * (1 - train.terminal_timestep_prob)
     forward = phases[0]["gs"]["flops"] / (train.steps * train.batch * (3 + own) + validations)
     assert phases[1]["gs"]["evaluations"] - phases[0]["gs"]["evaluations"] == 100 * train.batch * 3, "two by the teacher"
     assert phases[1]["gs"]["flops"] - phases[0]["gs"]["flops"] == pytest.approx(100 * train.batch * 5 * forward)

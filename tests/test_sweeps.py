@@ -51,13 +51,15 @@ def test_shipped_sweep_compares_the_documented_trainings():
     assert {train.prediction_type for train in trainings} == {"epsilon", "v_prediction", "sample"}
     assert {stage.objective for train in trainings for stage in train.stages} == {"distill", "mask_loss"}
     assert {train.label for train in trainings} == {"mask", "vae"}
-    assert {train.terminal_timestep_prob for train in trainings} == {0.0, study.train.terminal_timestep_prob, 1.0}
+    assert {train.terminal_timestep_prob for train in trainings} >= {0.0, study.train.terminal_timestep_prob, 1.0}
+    assert {train.terminal_warmup for train in trainings} == {0.0, study.train.terminal_warmup}
     paper = load_params(ROOT / "params/paper.yaml")
     paper_keys = (
         "prediction_type",
         "zero_terminal_snr",
         "label_scale",
         "mask_loss_weight",
+        "terminal_warmup",
         "terminal_timestep_prob",
         "conv_in_init",
         "cond_drop_prob",

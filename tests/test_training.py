@@ -107,6 +107,14 @@ def test_step_is_the_same_for_any_number_of_processes_and_micro_batch(seed, step
     assert torch.equal(torch.cat([part.batch.label for part in parts]), whole.batch.label)
 
 
+def test_every_sample_of_the_warmup_is_at_the_last_timestep():
+    train = TRAIN.model_copy(update={"batch": 12, "micro_batch": 12, "steps": 10, "terminal_warmup": 0.3})
+    for prob in (0.0, 1.0):
+        train = train.model_copy(update={"terminal_timestep_prob": prob})
+        steps = [micro_batches(Rows(), train, 1000, 0, range(12), step)[0].t for step in range(10)]
+        assert [step for step, t in enumerate(steps) if (t == 999).all()] == list(range(10 if prob else 3))
+
+
 def test_data_are_prepared_ahead_in_order_and_errors_are_raised():
     prepared = []
 
@@ -280,7 +288,8 @@ def test_flops_equal_the_sum_over_layers(finished_study, monkeypatch):
     with torch.no_grad():
         networks(batch.label, batch.image, torch.zeros(1), batch.texts, None, 64)
     first, distilled = stage_spans(params.train.model_copy(update={"stages": [Stage(**DISTIL)]}), 100, "gs")
-    own = params.train.self_estimate_prob * (1 - params.train.terminal_timestep_prob)
+    train = params.train
+    own = train.self_estimate_prob * (1 - train.terminal_warmup) * (1 - train.terminal_timestep_prob)
     assert sample_flops(networks, data, params.train, first) == pytest.approx((3 + own) * sum(counted))
     assert sample_flops(networks, data, params.train, distilled) == 5 * sum(counted), "two forward passes of the teacher"
 

@@ -144,7 +144,7 @@ class GSPipeline(DiffusionPipeline):
             num_inference_steps, guidance_scale: None for the checkpoint's defaults. A guidance scale of 1 disables guidance,
                 which halves the number of evaluations.
             guidance_interval: part of the schedule with guidance, (from, to), where 1 is pure noise; None: all of it.
-            sampler: update rule, "ddim", "ddpm" or "dpmpp" (DPM-Solver++(2M)).
+            sampler: update rule, "ddim", "ddpm", "dpmpp" (DPM-Solver++(2M)) or "mean" (of all estimates, with fresh noise).
             ensemble_size: number of samples with different seeds whose maps are averaged.
             mirror: whether every second sample is that of the mirrored image, mirrored back. Not for phrases that say left or
                 right.

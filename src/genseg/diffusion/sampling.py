@@ -86,6 +86,15 @@ def dpmpp_step(x_t: torch.Tensor, x_0: torch.Tensor, context: StepContext) -> to
     return ((1 - alpha_next) / (1 - alpha)).sqrt() * x_t - alpha_next.sqrt() * torch.expm1(-h) * data
 
 
+def mean_step(x_t: torch.Tensor, x_0: torch.Tensor, context: StepContext) -> torch.Tensor:
+    """Fresh noise on the estimate of x_0 (multistep consistency sampling, Song et al. 2023, arXiv 2303.01469, Algorithm 1).
+
+    For this rule, `sample_labels` replaces each estimate by the mean of all estimates so far, which is also its result.
+    """
+    noise = draw_noise(context.generators, x_t.shape[1:]).to(x_t.device)
+    return context.alpha_next.sqrt() * x_0 + (1 - context.alpha_next).sqrt() * noise
+
+
 def _half_log_snr(alpha: torch.Tensor) -> torch.Tensor:
     """Return lambda = log(sqrt(alpha_bar) / sigma), minus infinity for alpha_bar = 0."""
     return 0.5 * torch.log(alpha / (1 - alpha))
@@ -95,6 +104,7 @@ SAMPLERS: dict[SamplerName, Callable[[torch.Tensor, torch.Tensor, StepContext], 
     "ddim": ddim_step,
     "ddpm": ddpm_step,
     "dpmpp": dpmpp_step,
+    "mean": mean_step,
 }
 """Update rules: (x_t [B, K, h, w], estimate of x_0 [B, K, h, w], context) -> x_t at the next timestep."""
 
@@ -127,6 +137,7 @@ def sample_labels(
     timesteps = scheduler.timesteps[:steps]  # for some numbers of steps, such as 61, the trailing grid also has t = -1
     alphas_bar = scheduler.alphas_cumprod.to(x_t.device)
     previous: tuple[torch.Tensor, torch.Tensor] | None = None
+    mean: torch.Tensor | None = None
     for step, t in enumerate(timesteps):
         # 1. Evaluate the network, with guidance where the operating point uses it.
         guided = step_is_guided(point, step)
@@ -138,6 +149,9 @@ def sample_labels(
         # 2. Estimate x_0. The final estimate is not clipped: values beyond the bounds still show which of two phrases a pixel
         # belongs to.
         x_0 = estimate_x_0(config.prediction_type, output.float(), x_t, alphas_bar, t.expand(len(x_t)), label_scale)
+        if point.sampler == "mean":
+            mean = x_0 if mean is None else mean + (x_0 - mean) / (step + 1)
+            x_0 = mean
         is_last = step + 1 == steps
         if clip_range is not None and not is_last:
             x_0 = x_0.clamp(-clip_range, clip_range)

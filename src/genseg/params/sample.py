@@ -9,7 +9,7 @@ from genseg.params.base import Fraction, ImageSize, PositiveFraction, Precision,
 GuidanceScale = Annotated[float, Field(ge=1, lt=100)]
 NumInferenceSteps = Annotated[int, Field(gt=0, le=1000)]
 GuidanceInterval = tuple[Fraction, Fraction]
-SamplerName = Literal["ddim", "ddpm", "dpmpp"]
+SamplerName = Literal["ddim", "ddpm", "dpmpp", "mean"]
 TimestepSpacing = Literal["trailing", "leading"]
 Readout = Literal["bilinear", "nearest", "vae"]
 RunGroup = Literal["main", "controls", "grid", "val"]
@@ -25,7 +25,7 @@ class OperatingPoint(Section):
     guidance_scale: GuidanceScale
     """w of classifier-free guidance (the paper, Eq. 10); 1 is no guidance and costs one evaluation per step instead of two."""
     sampler: SamplerName = "ddim"
-    """Update rule: DDIM (the paper, section 4.2), DDPM (the paper, Eq. 11) or DPM-Solver++(2M)."""
+    """DDIM (the paper, section 4.2), DDPM (Eq. 11), DPM-Solver++(2M), or fresh noise on the mean of all estimates of x_0."""
     guidance_interval: GuidanceInterval | None = None
     """Ascending bounds of the part of the schedule with guidance: 0 is the clean label, 1 is pure noise; null: all of it."""
     ensemble_size: Annotated[int, Field(gt=0, lt=100)] = 1
@@ -51,8 +51,8 @@ class OperatingPoint(Section):
         """Name in tables and messages, without the size; default values are omitted."""
         steps = "1 step" if self.num_inference_steps == 1 else f"{self.num_inference_steps} steps"
         interval = " in [{:g}, {:g}]".format(*self.guidance_interval) if self.guidance_interval else ""
-        sampler = {"ddim": "", "ddpm": ", DDPM", "dpmpp": ", DPM-Solver++"}[self.sampler]
-        ensemble = f", mean of {self.ensemble_size}" if self.ensemble_size > 1 else ""
+        sampler = {"ddim": "", "ddpm": ", DDPM", "dpmpp": ", DPM-Solver++", "mean": ", mean of estimates"}[self.sampler]
+        ensemble = f", {self.ensemble_size} samples" if self.ensemble_size > 1 else ""
         ensemble += ", mirrored" if self.mirror else ""
         return f"{steps}, w = {self.guidance_scale:g}{interval}{sampler}{ensemble}"
 
@@ -75,16 +75,17 @@ def _default_points(fields: dict[str, Any]) -> list[OperatingPoint]:
     """Return the default operating points at the size of the main point, which is validated before them."""
     options: list[dict[str, Any]] = [
         {"num_inference_steps": 1, "guidance_scale": 1.0},
-        {"num_inference_steps": 2, "guidance_scale": 1.0},
+        {"num_inference_steps": 2, "guidance_scale": 1.0, "sampler": "mean"},
+        {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "mean"},
+        {"num_inference_steps": 8, "guidance_scale": 1.0, "sampler": "mean"},
         {"num_inference_steps": 4, "guidance_scale": 1.0},
         {"num_inference_steps": 8, "guidance_scale": 1.0},
-        {"num_inference_steps": 1, "guidance_scale": 1.5},
-        {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "dpmpp"},
         {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "ddpm"},
+        {"num_inference_steps": 1, "guidance_scale": 1.5},
         {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 2},
         {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 2, "mirror": True},
-        {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 4, "mirror": True},
-        {"num_inference_steps": 1, "guidance_scale": 1.0, "ensemble_size": 8, "mirror": True},
+        {"num_inference_steps": 2, "guidance_scale": 1.0, "sampler": "mean", "ensemble_size": 2, "mirror": True},
+        {"num_inference_steps": 4, "guidance_scale": 1.0, "sampler": "mean", "ensemble_size": 2, "mirror": True},
     ]
     return [OperatingPoint(size=fields["main"].size, **option) for option in options]
 

@@ -72,8 +72,10 @@ class Train(Section):
     """b: masks are scaled to x_0 in [-b, b]."""
     mask_loss_weight: NonNegativeFloat = 16.0
     """Weight of BCE + Dice on the estimate of x_0 in a weighted mean with the diffusion loss, of weight 1; 0 in the paper."""
-    terminal_timestep_prob: Fraction = 0.8
-    """Probability of drawing the last timestep; otherwise t is uniform. 0 in the paper."""
+    terminal_warmup: Fraction = 0.7
+    """Fraction of `steps`, from the start, in which every sample is at the last timestep; 0 in the paper."""
+    terminal_timestep_prob: Fraction = 0.5
+    """Probability of drawing the last timestep afterwards; otherwise t is uniform. 0 in the paper."""
     self_estimate_prob: Fraction = 1.0
     """Probability that x_t before the last timestep is made from the network's own one-step estimate; 0 in the paper."""
     conv_in_init: Literal["masked_image", "latent"] = "latent"
@@ -141,10 +143,9 @@ class Train(Section):
             raise ValueError(
                 "BCE + Dice (train.mask_loss_weight, objective mask_loss) compares masks and is undefined for train.label vae"
             )
-        if self.terminal_timestep_prob and not self.zero_terminal_snr:
-            raise ValueError(
-                "train.terminal_timestep_prob needs train.zero_terminal_snr: otherwise the last timestep is not pure noise"
-            )
+        for name in ("terminal_warmup", "terminal_timestep_prob"):
+            if getattr(self, name) and not self.zero_terminal_snr:
+                raise ValueError(f"train.{name} needs train.zero_terminal_snr: otherwise the last timestep is not pure noise")
         if self.self_estimate_prob and self.prediction_type == "epsilon":
             raise ValueError(
                 "train.self_estimate_prob needs an estimate of x_0 from pure noise; use train.prediction_type v_prediction or "

@@ -24,6 +24,7 @@ from genseg.latents import Texts
 from genseg.models.text import TextEmbedding
 from genseg.models.vae import vae_factor
 from genseg.params.train import Train
+from genseg.training.stages import total_steps
 from genseg.training.steps import step_generator
 
 AHEAD = 2
@@ -109,7 +110,8 @@ def micro_batches(data: PhraseData, train: Train, timesteps: int, seed: int, pos
     indices = step_indices(seed, step, train.batch, len(data))
     mirrored = [train.flip and rng.random() < 0.5 for _ in indices]
     drop = torch.tensor([rng.random() < train.cond_drop_prob for _ in indices])
-    t = draw_timesteps(train.batch, timesteps, train.terminal_timestep_prob, generator)
+    is_warmup = step < train.terminal_warmup * total_steps(train, len(data))
+    t = draw_timesteps(train.batch, timesteps, 1.0 if is_warmup else train.terminal_timestep_prob, generator)
     noise = torch.randn((train.batch, *data.label_shape), generator=generator)
     chosen = torch.rand(train.batch, generator=generator) < train.self_estimate_prob
     self_estimated = chosen & (t < timesteps - 1) if train.self_estimate_prob else None

@@ -33,7 +33,8 @@ def stage_spans(train: Train, rows: int, kind: Kind) -> list[StageSpan]:
     The base training makes an estimate of x_0 for a part of its samples; in distillation, the teacher evaluates every sample
     with and without the text.
     """
-    spans = [StageSpan(0, total_steps(train, rows), None, train.self_estimate_prob * (1 - train.terminal_timestep_prob))]
+    before_last = (1 - train.terminal_warmup) * (1 - train.terminal_timestep_prob)
+    spans = [StageSpan(0, total_steps(train, rows), None, train.self_estimate_prob * before_last)]
     for stage in train.stages:
         spans.append(StageSpan(spans[-1].end, stage.steps, stage, 2.0 if stage.objective == "distill" else 0.0))
     return spans if kind == "gs" else [StageSpan(0, spans[-1].end)]
