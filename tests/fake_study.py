@@ -26,7 +26,7 @@ BIN = Path(sys.executable).parent
 GENSEG = """#!/bin/bash
 set -euo pipefail
 command=$1; shift
-if [ "$command" = lease ]; then exec BIN/genseg lease "$@"; fi
+if [ "$command" = lease ] || [ "$command" = dvc ]; then exec BIN/genseg "$command" "$@"; fi
 model= size= shard= shards= gather= training= network=
 while [ $# -gt 0 ]; do
   case $1 in --gather) gather=1; shift;; --only-training) training=1; shift;;
@@ -37,7 +37,10 @@ study=$(cut -d/ -f2 <<< "$params")
 part=${network:+ training}; if [ "$command$gather" = refine ] && [ "$shard" ]; then part=" shard"; fi
 echo "$command${model:+ $model}${size:+ $size}$part${training:+ for training}" >> ran.txt
 if [ "${FAKE_SLOW:-}" = "$command" ]; then echo $$ > slow.pid; exec sleep 60; fi
-manifest() { mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"; }
+manifest() {
+  mkdir -p "$1"; echo "$command $RANDOM$RANDOM" > "$1/manifest.json"
+  { cat "$1/runs.txt" || true; echo "$command"; } 2> /dev/null > "$1/runs.new"; mv "$1/runs.new" "$1/runs.txt"
+}
 results=results/$study
 case $command in
   data) manifest data/$study;;
@@ -53,7 +56,7 @@ case $command in
   latents)
     mkdir -p $results/latents/text; echo > $results/latents/text/index.parquet
     if [ "$training" ]; then echo > $results/latents/train.json; else manifest $results/latents; fi;;
-  score) manifest $results/scores; echo '{"ar": {"overall": 0.5}}' > $results/scores/main.json;;
+  score) manifest $results/scores; mkdir -p metrics; echo '{"AR": {"overall": 50.0}}' > metrics/$study.json;;
   tables)
     manifest $results/figures; manifest $results/tables
     touch $results/{tables/{index.html,table2.csv},figures/{examples,evolution,failures,narratives,readouts}.png};;

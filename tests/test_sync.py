@@ -48,8 +48,32 @@ def test_dvc_has_nothing_to_do_after_snakemake(finished):
     assert "Data and pipelines are up to date." in finished.call("dvc", "repro")
     assert finished.ran() == Counter()
     metrics = json.loads(finished.call("dvc", "metrics", "show", "--json"))
-    assert metrics[""]["data"]["results/mini/scores/main.json"]["data"] == {"ar": {"overall": 0.5}}
+    assert metrics[""]["data"]["metrics/mini.json"]["data"] == {"AR": {"overall": 50.0}}
     assert len(finished.call("dvc", "dag").splitlines()) <= 50
+
+
+def test_a_reverted_value_restores_the_results_and_runs_nothing(finished):
+    tables, params = finished.folder / "results/mini/tables/manifest.json", finished.params()
+    before = tables.read_bytes()
+    finished.write_params("params.yaml", changed(params, "tables.dpi", 77))
+    assert "Running stage 'tables'" in finished.call("dvc", "repro")
+    assert finished.ran() == Counter({"tables": 1})
+    assert tables.read_bytes() != before
+    finished.write_params("params.yaml", params)
+    assert "Stage 'tables' is cached - skipping run, checking out outputs" in finished.call("dvc", "repro")
+    assert finished.ran() == Counter()
+    assert tables.read_bytes() == before
+
+
+def test_a_stage_finds_its_earlier_outputs_in_place(finished):
+    params, runs = finished.params(), finished.folder / "results/mini/tables/runs.txt"
+    before = runs.read_text().splitlines()
+    finished.write_params("params.yaml", changed(params, "tables.dpi", 78))
+    finished.call("dvc", "repro", "--quiet")
+    assert len(runs.read_text().splitlines()) > len(before)  # the job adds a line to the file that it finds
+    finished.write_params("params.yaml", params)
+    finished.call("dvc", "repro", "--quiet")
+    finished.ran()
 
 
 def test_snakemake_has_nothing_to_do_after_pull_and_sync(clone):

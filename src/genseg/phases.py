@@ -32,6 +32,8 @@ class Phase:
     """Folders that only this phase writes to."""
     manifests: tuple[str, ...]
     """Manifests, each written after the outputs that it describes."""
+    metrics: tuple[str, ...] = ()
+    """Small files of metrics, which git tracks and DVC does not cache."""
     not_called: tuple[str, ...] = ()
     """Imported modules that the phase never calls. They do not belong to its code."""
 
@@ -104,6 +106,7 @@ PHASES = {
         inputs=("results/{study}/predictions", "results/{study}/baselines", "results/{study}/refined"),
         outs=("results/{study}/scores",),
         manifests=("results/{study}/scores/manifest.json",),
+        metrics=("metrics/{study}.json",),
     ),
     "tables": Phase(
         keys=("seed", "data.source", "data.class_template", "sample", "refine", "score", "tables"),

@@ -4,6 +4,7 @@ import argparse
 
 from genseg.cli.options import add_params
 from genseg.errors import UserError
+from genseg.phases import PHASES
 
 
 def run_sweep(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -64,14 +65,21 @@ def run_sync(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
 
 
 def run_dvc(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Write `dvc.yaml`, with one stage per phase, from the phases and the Snakemake rules, or check that it is up to date."""
+    """Write `dvc.yaml`, with one stage per phase, from the phases and the Snakemake rules, or check that it is up to date.
+
+    The command of each stage is `genseg dvc --run PHASE`. It runs the rules of the phase for the study of `params.yaml`.
+    """
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true", help="write dvc.yaml")
     action.add_argument("--check", action="store_true", help="fail if dvc.yaml and the Snakefile disagree")
+    action.add_argument("--run", metavar="PHASE", choices=PHASES, help="run a stage: " + ", ".join(PHASES))
     args = parser.parse_args(arguments)
-    from genseg.dag.stages import check_stages, write_stages
+    from genseg.dag.stages import check_stages, run_stage, write_stages
+    from genseg.params import load_params
 
-    if args.write:
+    if args.run:
+        run_stage(args.run, load_params("params.yaml").study)
+    elif args.write:
         write_stages()
     else:
         check_stages()

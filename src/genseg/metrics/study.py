@@ -12,11 +12,13 @@ from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.reuse import prune, with_maps
 from genseg.errors import UserError
 from genseg.metrics.bootstrap import paired_difference, paired_statistic_difference
+from genseg.metrics.headline import headline
 from genseg.metrics.refinement import score_refinement
 from genseg.metrics.runs import ScoredRun, count_class_runs, latent_factor, score_baselines, score_study_run
 from genseg.metrics.semantic import PixelCounts, mean_iou
 from genseg.metrics.soft_maps import calibration_error, operating_points
 from genseg.params import Params
+from genseg.phases import PHASES
 from genseg.sampling.runs import Run, predictions_path
 
 
@@ -33,7 +35,7 @@ def score_study(params: Params) -> Path:
     * `operating_points.json` and `.csv`: the operating points on val;
     * `baselines/<name>.json` and `refinement.json`, if the study has tables.
 
-    A study without runs has the last two only.
+    A study without runs has the last two only. `metrics/<study>.json` is the headline (`metrics.headline`).
 
     Scores of runs that no longer exist are removed. Raises UserError if an artifact is missing or broken, or does not match
     the others.
@@ -76,9 +78,11 @@ def score_study(params: Params) -> Path:
         outputs += score_baselines(params, phrases, baselines)
         outputs.append(score_refinement(params, phrases, refined))
 
-    # 5. Remove stale scores and write the manifest.
+    # 5. Remove stale scores, and write the headline and the manifest.
     prune(folder, outputs, "score")
-    write_manifest(manifest_path, "score", params, sorted(inputs), sorted(outputs))
+    headline_path = Path(PHASES["score"].metrics[0].format(study=params.study))
+    write_json(headline_path, headline(params, [scored.run for scored in scored_runs]))
+    write_manifest(manifest_path, "score", params, sorted(inputs), sorted([*outputs, headline_path]))
     return manifest_path
 
 
