@@ -1,5 +1,6 @@
 # make         create the environment and run the embedded study: tables and figures in results/
 # make test    run the tests
+# make cluster run the tests on a Slurm cluster of two nodes on this machine (sudo tests/cluster/install.sh installs Slurm)
 # make lint    check style, types and the DAG
 # make bench   run the benchmarks, on the study of params.yaml (after make) and on a GPU if there is one
 # make full    run the embedded study with other seeds, and compare trainings
@@ -12,7 +13,7 @@ STUDY := $(shell sed -n "s/^study: *\([^ ]*\).*/\1/p" params.yaml)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: all test lint bench full clean lock
+.PHONY: all test cluster lint bench full clean lock
 
 all: $(INSTALLED)
 	dvc repro
@@ -27,7 +28,10 @@ $(INSTALLED): requirements.txt pyproject.toml
 	touch $@
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile --ignore tests/cluster
+
+cluster: $(INSTALLED)
+	OMP_NUM_THREADS=1 pytest tests/cluster
 
 lint: $(INSTALLED)
 	ruff check src tests benchmarks
