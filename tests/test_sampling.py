@@ -18,7 +18,7 @@ from genseg.artifacts.files import read_json
 from genseg.artifacts.masks import decode
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.predictions import read_maps, read_predictions
+from genseg.artifacts.predictions import as_levels, as_maps, read_maps, read_predictions
 from genseg.artifacts.resample import bilinear, nearest
 from genseg.baselines.colour import fit_colours, predict_colours
 from genseg.cli import main
@@ -26,7 +26,7 @@ from genseg.diffusion.pipeline import GSPipeline, load_pipeline
 from genseg.models.vae import decode_latents, encode_images
 from genseg.params import load_params
 from genseg.report.figures.evolution import read_evolution
-from genseg.sampling.readout import VaeReadout, quantise, read_mask
+from genseg.sampling.readout import VaeReadout, read_mask
 from genseg.sampling.runs import permute_texts, sample_times_path, study_runs
 from genseg.sampling.shard import shard_blocks
 from test_training import variant
@@ -172,7 +172,7 @@ def test_message_names_a_missing_part(study_copy, monkeypatch, capsys):
     shutil.rmtree(study_copy / "results/smoke/predictions/main")
     shutil.rmtree(study_copy / "work/smoke/samples/main")
     assert main(["sample", "--params", "params/smoke.yaml", "--gather"]) == 2
-    assert "part-000-of-001.parquet" in capsys.readouterr().err
+    assert "work/smoke/samples/main: all blocks are missing" in capsys.readouterr().err
     assert main(["sample", "--params", "params/smoke.yaml", "--size", "77"]) == 2
     assert "--size 77" in capsys.readouterr().err
 
@@ -266,9 +266,12 @@ def test_permuted_texts_come_from_phrases_with_another_mask(kinds, seed):
 @given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 5))
 def test_shards_are_unions_of_blocks(count, batch, shards):
     rows = pd.DataFrame({"image_id": 1, "narrative_id": "n", "phrase_id": range(count)})
-    whole = [tuple(block["phrase_id"]) for block in shard_blocks(rows, batch, 0, 1)]
-    parts = [tuple(block["phrase_id"]) for shard in range(shards) for block in shard_blocks(rows, batch, shard, shards)]
-    assert sorted(parts) == sorted(whole)
+    whole = shard_blocks(rows, batch, 0, 1)
+    parts = [item for shard in range(shards) for item in shard_blocks(rows, batch, shard, shards).items()]
+    assert list(whole) == list(range(len(whole)))
+    assert sorted((number, *block["phrase_id"]) for number, block in parts) == [
+        (number, *block["phrase_id"]) for number, block in whole.items()
+    ]
 
 
 def test_readouts_of_known_maps():
@@ -279,7 +282,7 @@ def test_readouts_of_known_maps():
     assert score == pytest.approx(0.9)
     assert read_mask(np.zeros((2, 2), np.float32), "bilinear", 4, 4, 0.5)[1] == 0
     values = np.random.default_rng(0).random((3, 3)).astype(np.float32)
-    assert np.array_equal(quantise(quantise(values)), quantise(values))
+    assert np.array_equal(as_levels(as_maps(as_levels(values))), as_levels(values))
 
 
 def test_colour_control_segments_by_colour_only(tmp_path):

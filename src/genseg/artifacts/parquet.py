@@ -1,5 +1,6 @@
 """Parquet tables with a version in their metadata; the reader also accepts files written by pandas."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -12,14 +13,31 @@ from genseg.errors import UserError
 KEY = ["image_id", "narrative_id", "phrase_id"]
 _KEY_TYPES = (pa.int64(), pa.string(), pa.int64())
 KEY_FIELDS = [pa.field(name, dtype, nullable=False) for name, dtype in zip(KEY, _KEY_TYPES, strict=True)]
+ROW_GROUP = 1 << 16
+"""Rows of a row group, so that a table can be written in pieces with the bytes of a table written at once."""
 
 
 def write_table(frame: pd.DataFrame, schema: pa.Schema, path: str | Path, metadata: dict[str, str]) -> None:
     """Write the columns of the schema atomically. Equal frames give equal bytes."""
-    table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
-    table = table.replace_schema_metadata(dict(sorted(metadata.items())))
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        write_pieces([frame], schema, temporary, metadata)
+
+
+def write_pieces(frames: Iterable[pd.DataFrame], schema: pa.Schema, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write consecutive pieces of a table, not atomically. At most one row group and one piece are in memory.
+
+    The bytes depend on the rows and not on where they are cut into pieces.
+    """
+    schema = schema.with_metadata(dict(sorted(metadata.items())))
+    pending = schema.empty_table()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for frame in frames:
+            piece = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
+            pending = pa.concat_tables([pending, piece.replace_schema_metadata(schema.metadata)])
+            while len(pending) > ROW_GROUP:
+                writer.write_table(pending.slice(0, ROW_GROUP).combine_chunks())
+                pending = pending.slice(ROW_GROUP)
+        writer.write_table(pending.combine_chunks())
 
 
 def read_table(path: str | Path, schema: pa.Schema, kind: str, version: int, optional: tuple[str, ...] = ()) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 Each kind degrades a mask by an *amount*; `find_amount` finds the amount that gives the target mean IoU with the ground truth.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -135,11 +135,11 @@ KINDS = {
 }
 
 
-def _prepare(rows: pd.DataFrame, kind: Inexact, seed: int) -> list[tuple[Mask, Degrade]]:
-    """Return every phrase's ground truth, and the function that degrades it."""
-    truths = [row_mask(row) for _, row in rows.iterrows()]
-    seeds = [derive_seed(seed, "inexact", kind, *key) for key in rows[KEY].itertuples(index=False, name=None)]
-    return [(truth, KINDS[kind].prepare(truth, each)) for truth, each in zip(truths, seeds, strict=True)]
+def _prepare(rows: pd.DataFrame, kind: Inexact, seed: int) -> Iterator[tuple[Mask, Degrade]]:
+    """Yield every phrase's ground truth, and the function that degrades it."""
+    for (_, row), key in zip(rows.iterrows(), rows[KEY].itertuples(index=False, name=None), strict=True):
+        truth = row_mask(row)
+        yield truth, KINDS[kind].prepare(truth, derive_seed(seed, "inexact", kind, *key))
 
 
 def _mean_iou(pairs: Sequence[tuple[Mask, Degrade]], amount: float) -> float:
@@ -157,7 +157,7 @@ def find_amount(rows: pd.DataFrame, kind: Inexact, target: float, seed: int) -> 
     """
     keys = list(rows[KEY].itertuples(index=False, name=None))
     order = sorted(range(len(rows)), key=lambda i: hash_unit(seed, "inexact search", *keys[i]))
-    pairs = _prepare(rows.iloc[sorted(order[:SEARCH_PHRASES])], kind, seed)
+    pairs = list(_prepare(rows.iloc[sorted(order[:SEARCH_PHRASES])], kind, seed))
     best, worst = KINDS[kind].best, KINDS[kind].worst
     highest, lowest = _mean_iou(pairs, best), _mean_iou(pairs, worst)
     if not lowest - TOLERANCE <= target <= highest + TOLERANCE:
@@ -177,6 +177,9 @@ def find_amount(rows: pd.DataFrame, kind: Inexact, target: float, seed: int) -> 
 
 def inexact_masks(rows: pd.DataFrame, kind: Inexact, amount: float, seed: int) -> pd.DataFrame:
     """Return predictions for phrases: their degraded ground truth. Scores are 1, or 0 for an empty mask."""
-    degraded = [degrade(amount) for _, degrade in _prepare(rows, kind, seed)]
-    codes, scores = [masks.encode(mask) for mask in degraded], [float(mask.any()) for mask in degraded]
+    codes, scores = [], []
+    for _, degrade in _prepare(rows, kind, seed):
+        mask = degrade(amount)
+        codes.append(masks.encode(mask))
+        scores.append(float(mask.any()))
     return rows[KEY].assign(mask=codes, score=np.array(scores, np.float32))

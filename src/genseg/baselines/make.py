@@ -1,8 +1,6 @@
 """The command `genseg baseline`: chooses thresholds and amounts, and writes the predictions that are not up to date."""
 
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from genseg.artifacts import masks
-from genseg.artifacts.files import file_sha256
+from genseg.artifacts.files import file_sha256, read_json, write_json
 from genseg.artifacts.manifest import write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
+from genseg.artifacts.parts import Parts, Piece, make_parts
 from genseg.artifacts.phrases import hash_unit, is_background, read_phrases, row_mask
-from genseg.artifacts.predictions import read_predictions, write_predictions, write_with_maps
+from genseg.artifacts.predictions import as_levels, read_predictions, write_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.artifacts.reuse import has_key, has_maps, prune, with_maps
 from genseg.baselines.attend import ANY_POSITIVE, METHODS, ImageAttention, Maps
@@ -137,15 +136,43 @@ def _write_manifest(params: Params, baselines: list[Baseline], device: torch.dev
     )
 
 
+# ---------------------------------------------------------------------------------- unfinished work, below `work/<study>`
+def _work_dir(params: Params) -> Path:
+    """Return the folder of the parts of unfinished baselines."""
+    return params.work_dir / "baselines"
+
+
+def _read_chosen(params: Params, baseline: Baseline, key: str) -> dict[str, float]:
+    """Return the values that a killed job had chosen for a baseline with this key; empty if there are none."""
+    path = _work_dir(params) / f"{baseline.name}.json"
+    chosen = read_json(path) if path.exists() else {}
+    return chosen["values"] if chosen.get("key") == key else {}
+
+
+def _keep_chosen(params: Params, baseline: Baseline, key: str, values: dict[str, float]) -> dict[str, float]:
+    """Write chosen values, such as a threshold, for the case that the job is killed, and return them."""
+    write_json(_work_dir(params) / f"{baseline.name}.json", {"key": key, "values": values})
+    return values
+
+
 # ------------------------------------------------------------------------------------------- inexact masks and imports
 def _make_inexact(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
     """Degrade the ground truth by the amount that gives the target IoU on the test phrases."""
     kind: Any = baseline.name.removeprefix(INEXACT)
-    amount, iou = find_amount(test, kind, params.baselines.inexact[kind], params.seed)
+    chosen = _read_chosen(params, baseline, key)
+    if not chosen:
+        amount, iou = find_amount(test, kind, params.baselines.inexact[kind], params.seed)
+        chosen = _keep_chosen(params, baseline, key, {"amount": amount, "iou": iou})
     for rows, path in zip((test, classes), baseline.paths(params), strict=True):
-        predictions = inexact_masks(rows, kind, amount, params.seed)
-        write_predictions(predictions, path, key=key, amount=str(amount), iou=str(iou))
-    print(f"baseline: {baseline.name}: amount {amount:.3f}, mean IoU {iou:.3f}", flush=True)
+        images, parts = _Images(rows), Parts(_work_dir(params) / path.stem, key)
+
+        def degrade(image_id: int, images: _Images = images) -> dict[str, Piece]:
+            return {kind: (inexact_masks(images[image_id], kind, chosen["amount"], params.seed), None)}
+
+        make_parts({kind: parts}, images.ids, degrade, f"baseline: {path.stem}: image")
+        parts.gather(path, **{name: str(value) for name, value in chosen.items()})
+        parts.remove()
+    print(f"baseline: {baseline.name}: amount {chosen['amount']:.3f}, mean IoU {chosen['iou']:.3f}", flush=True)
 
 
 def _copy_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
@@ -167,33 +194,6 @@ def _copy_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFr
 
 
 # -------------------------------------------------------------------------------------------- attention baselines
-@dataclass
-class _Output:
-    """Predictions of one method for the phrases or the class phrases, collected image by image."""
-
-    predictions: list[pd.DataFrame] = field(default_factory=list)
-    maps: list[Maps] = field(default_factory=list)
-    """Soft maps [K, h, w] of every image; empty for a method whose threshold is not chosen, whose maps are not written."""
-
-    def add(self, image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool, threshold: float) -> None:
-        """Predict the phrases of `rows`. The score is the mean of the soft map inside the mask, 0 for an empty mask."""
-        ordered, maps = narrative_maps(image, name, rows, exclusive)
-        codes, scores = [], []
-        for soft in maps:
-            large = bilinear(soft[None], *image.native)[0]
-            mask = large >= threshold
-            codes.append(masks.encode(mask))
-            scores.append(float(large[mask].mean()) if mask.any() else 0.0)
-        self.predictions.append(ordered[KEY].assign(mask=codes, score=scores))
-        if METHODS[name].choose_threshold:
-            self.maps.append(maps)
-
-    def write(self, path: Path, key: str, threshold: float) -> None:
-        frame = pd.concat(self.predictions, ignore_index=True).sort_values(KEY, kind="stable")
-        soft = np.concatenate(self.maps)[frame.index] if self.maps else None
-        write_with_maps(frame, soft, path, key=key, threshold=str(threshold))
-
-
 def _make_attention(
     params: Params, keys: dict[Baseline, str], phrases: pd.DataFrame, classes: pd.DataFrame, device: torch.device
 ) -> None:
@@ -201,38 +201,74 @@ def _make_attention(
     # 1. Load the backbone and choose the thresholds.
     source, revision, _ = chosen_backbone(params, params.baselines)
     model = TextToImage(source, revision, device, DTYPES[params.baselines.precision])
-    thresholds = choose_thresholds(params, model, [baseline.name for baseline in keys], phrases[phrases["split"] == "val"])
+    chosen = {baseline.name: _read_chosen(params, baseline, key) for baseline, key in keys.items()}
+    unknown = [baseline for baseline in keys if not chosen[baseline.name]]
+    found = choose_thresholds(params, model, [baseline.name for baseline in unknown], phrases[phrases["split"] == "val"])
+    for baseline in unknown:
+        chosen[baseline.name] = _keep_chosen(params, baseline, keys[baseline], {"threshold": found[baseline.name]})
 
     # 2. Predict all phrases (not exclusive) and class phrases (exclusive) of each image.
     test = phrases[phrases["split"] == "test"]
-    rows = pd.concat([test.assign(exclusive=False), classes.assign(exclusive=True)], ignore_index=True)
-    outputs = {(baseline.name, exclusive): _Output() for baseline in keys for exclusive in (False, True)}
-    last_print, count = time.monotonic(), rows["image_id"].nunique()
-    for number, (image, image_rows) in enumerate(attended_images(params, model, rows), start=1):
-        for name, threshold in thresholds.items():
-            for exclusive, part in image_rows.groupby("exclusive"):
-                outputs[name, bool(exclusive)].add(image, name, part, bool(exclusive), threshold)
-        if time.monotonic() - last_print > 10:
-            last_print = time.monotonic()
-            print(f"baseline: image {number} of {count}", flush=True)
+    images = _Images(pd.concat([test.assign(exclusive=False), classes.assign(exclusive=True)], ignore_index=True))
+    paths = {(baseline, exclusive): baseline.paths(params)[exclusive] for baseline in keys for exclusive in (False, True)}
+    parts = {output: Parts(_work_dir(params) / path.stem, keys[output[0]]) for output, path in paths.items()}
+
+    def predict(image_id: int) -> dict[tuple[Baseline, bool], Piece]:
+        rows = images[image_id]
+        image = attend(params, model, rows)
+        return {
+            (baseline, exclusive): predict_image(
+                image, baseline.name, rows[rows["exclusive"] == exclusive], exclusive, chosen[baseline.name]["threshold"]
+            )
+            for baseline, exclusive in parts
+        }
+
+    make_parts(parts, images.ids, predict, "baseline: image")
 
     # 3. Write the predictions.
-    for baseline, key in keys.items():
-        name, threshold = baseline.name, thresholds[baseline.name]
-        for exclusive, path in zip((False, True), baseline.paths(params), strict=True):
-            outputs[name, exclusive].write(path, key, threshold)
-        print(f"baseline: {name}: masks of {len(test)} phrases, threshold {threshold:g}", flush=True)
+    for (baseline, exclusive), path in paths.items():
+        threshold = chosen[baseline.name]["threshold"]
+        count = parts[baseline, exclusive].gather(path, threshold=str(threshold))
+        parts[baseline, exclusive].remove()
+        print(f"baseline: {path.stem}: {count} masks, threshold {threshold:g}", flush=True)
 
 
-def attended_images(params: Params, model: TextToImage, rows: pd.DataFrame) -> Iterator[tuple[ImageAttention, pd.DataFrame]]:
-    """Yield each image of `rows`, encoded once, with its rows in key order."""
-    settings = params.baselines
-    for image_id, group in rows.sort_values(KEY, kind="stable").groupby("image_id", sort=True):
-        first = group.iloc[0]
-        latent = model.encode(image_tensor(load_image(first["file_name"]), settings.size)[None]).float()
-        texts = sorted(set(group["phrase"]))
-        native = int(first["height"]), int(first["width"])
-        yield ImageAttention(model, settings, latent, native, texts, (params.seed, image_id)), group
+def predict_image(image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool, threshold: float) -> Piece:
+    """Predict the phrases of an image with one of `METHODS`; soft maps are kept for methods whose threshold is chosen.
+
+    The score is the mean of the soft map inside the mask, 0 for an empty mask.
+    """
+    if rows.empty:  # an image with class phrases only
+        return rows[KEY].assign(mask=None, score=0.0), None
+    ordered, maps = narrative_maps(image, name, rows, exclusive)
+    codes, scores = [], []
+    for soft in maps:
+        large = bilinear(soft[None], *image.native)[0]
+        mask = large >= threshold
+        codes.append(masks.encode(mask))
+        scores.append(float(large[mask].mean()) if mask.any() else 0.0)
+    return ordered[KEY].assign(mask=codes, score=scores), as_levels(maps) if METHODS[name].choose_threshold else None
+
+
+class _Images:
+    """Rows of a table by image, in key order."""
+
+    def __init__(self, rows: pd.DataFrame) -> None:
+        self._rows = rows.sort_values(KEY, kind="stable", ignore_index=True)
+        self._positions = self._rows.groupby("image_id", sort=True).indices
+        self.ids = [int(str(image_id)) for image_id in self._positions]
+
+    def __getitem__(self, image_id: int) -> pd.DataFrame:
+        return self._rows.iloc[self._positions[image_id]]
+
+
+def attend(params: Params, model: TextToImage, rows: pd.DataFrame) -> ImageAttention:
+    """Encode the image of some rows, once for all of their phrases."""
+    first = rows.iloc[0]
+    latent = model.encode(image_tensor(load_image(first["file_name"]), params.baselines.size)[None]).float()
+    native = int(first["height"]), int(first["width"])
+    texts = sorted(set(rows["phrase"]))
+    return ImageAttention(model, params.baselines, latent, native, texts, (params.seed, first["image_id"]))
 
 
 def narrative_maps(image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool) -> tuple[pd.DataFrame, Maps]:
@@ -261,7 +297,10 @@ def choose_thresholds(params: Params, model: TextToImage, names: Sequence[str], 
     thresholds = dict.fromkeys(names, ANY_POSITIVE)
     candidates = np.sort(np.array(params.baselines.thresholds, np.float32))
     totals = {name: np.zeros(len(candidates)) for name in tuned}
-    for image, rows in attended_images(params, model, threshold_rows(params, val)) if tuned else ():
+    images = _Images(threshold_rows(params, val))
+    for image_id in images.ids if tuned else ():
+        rows = images[image_id]
+        image = attend(params, model, rows)
         for name in tuned:
             ordered, maps = narrative_maps(image, name, rows, False)
             for (_, row), soft in zip(ordered.iterrows(), maps, strict=True):

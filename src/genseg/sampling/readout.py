@@ -12,11 +12,6 @@ from genseg.artifacts.resample import bilinear, nearest
 from genseg.models.vae import decode_latents, encode_images
 
 
-def quantise(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round soft maps to the stored precision (steps of 1/255), so that stored maps give the same masks."""
-    return (np.rint(np.clip(maps, 0, 1) * 255) / 255).astype(np.float32)
-
-
 class VaeReadout:
     """VAE decoding of 1-channel labels: extrapolate from the latents of a black and a white image, decode the result, and
     return its luminance."""

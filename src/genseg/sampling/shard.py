@@ -1,27 +1,25 @@
 """One sampling job (one shard of every run at one image size), and the gathering of all shards.
 
 The phrases of a run are divided into blocks of `sample.batch` in key order, and a shard is every n-th block. The blocks do not
-depend on the number of shards, and so neither do the gathered predictions.
+depend on the number of shards, and so neither do the gathered predictions. A job writes its blocks in parts.
 """
 
 import shutil
-import time
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from genseg.artifacts import masks
 from genseg.artifacts.files import file_sha256, read_json, write_json
 from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.manifest import write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
+from genseg.artifacts.parts import Parts, Piece, make_parts
 from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.predictions import maps_path, read_maps, read_predictions, write_maps, write_predictions
-from genseg.artifacts.reuse import has_key, has_maps, prune, with_maps
+from genseg.artifacts.predictions import Levels, as_levels, as_maps, read_levels
+from genseg.artifacts.reuse import has_key, prune, with_maps
 from genseg.baselines.colour import choose_threshold, fit_colours, predict_colours
 from genseg.diffusion.pipeline import GSPipeline, load_pipeline
 from genseg.errors import UserError
@@ -31,17 +29,13 @@ from genseg.params import Params, digest
 from genseg.params.sample import OperatingPoint
 from genseg.phases import code_hash
 from genseg.sampling.evolution import evolution_key, evolution_path, has_evolution, write_evolution
-from genseg.sampling.readout import VaeReadout, quantise, read_mask
+from genseg.sampling.readout import VaeReadout, read_mask
 from genseg.sampling.runs import Run, base_run, predictions_path, run_rows, sample_times_path, study_runs
 
-Maps = NDArray[np.float32]
-PROGRESS_SECONDS = 10
-"""Minimum time between progress lines."""
 
-
-def part_path(params: Params, run: Run, shard: int, shards: int) -> Path:
-    """Return the path of the predictions of one shard of a run."""
-    return params.work_dir / "samples" / run.name / f"part-{shard:03d}-of-{shards:03d}.parquet"
+def run_parts(params: Params, run: Run) -> Parts:
+    """Return the parts of a run, whose units are the numbers of blocks."""
+    return Parts(params.work_dir / "samples" / run.name, run_key(params, run))
 
 
 def run_key(params: Params, run: Run) -> str:
@@ -89,33 +83,7 @@ def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
     class_phrases = read_phrases(params.data_dir / "class_phrases.parquet")
     sampler = Sampler(params, device)
     for run in missing:
-        is_sampled_now = run.point is not None and not sampler.stored_maps(run, (shard, shards))
-        if is_sampled_now:
-            sampler.pipeline(run.method)  # before the clock starts
-        start_time = time.monotonic()
-        rows = run_rows(params, run, phrases, class_phrases)
-        blocks = shard_blocks(rows, params.sample.batch, shard, shards)
-        part = part_path(params, run, shard, shards)
-        if run.point is None:
-            model = fit_colours(phrases[phrases["split"] == "train"], params.seed)
-            threshold = choose_threshold(model, phrases[phrases["split"] == "val"])
-            frame = predict_colours(model, pd.concat(blocks) if blocks else rows.iloc[:0], threshold)
-        else:
-            frame, maps = sampler.predict(run, run.point, blocks, (shard, shards))
-            write_maps(maps, part)
-        write_predictions(frame, part, key=keys[run], shard=f"{shard}/{shards}")
-        seconds = time.monotonic() - start_time
-        if is_sampled_now:  # the read-out of stored maps does not replace the time of their sampling
-            times = {
-                "seconds": round(seconds, 3),
-                "masks": len(frame),
-                "device": describe(device),
-                "batch": params.sample.batch,
-            }
-            write_json(sample_times_path(params, run.name, shard, shards), times)
-        rate = len(frame) / max(seconds, 1e-9)
-        cost = "no network" if run.evaluations is None else f"evaluations per mask: {run.evaluations}"
-        print(f"sample: {run.name}: {len(frame)} masks, {cost}, {rate:.1f} masks/s", flush=True)
+        _sample_run(sampler, run, run_rows(params, run, phrases, class_phrases), phrases, shard, shards)
 
     # 3. Record the evolution of the base run (Fig. 5).
     if "grid" in params.sample.runs and shard == 0 and size == params.sample.base.size:
@@ -126,16 +94,46 @@ def sample_shard(params: Params, size: int, shard: int, shards: int) -> None:
     write_json(params.work_dir / "samples" / f"size={size:04d}.shard={shard}-of-{shards}.json", marker)
 
 
+def _sample_run(sampler: "Sampler", run: Run, rows: pd.DataFrame, phrases: pd.DataFrame, shard: int, shards: int) -> None:
+    """Write the missing parts of one shard of a run, and the time that the shard took if it was sampled."""
+    params, point, parts = sampler.params, run.point, run_parts(sampler.params, run)
+    total = -(-len(rows) // params.sample.batch)
+    blocks = shard_blocks(rows, params.sample.batch, shard, shards)
+    is_sampled_now = point is not None and sampler.stored_maps(run) is None
+    if point is None:
+        model = fit_colours(phrases[phrases["split"] == "train"], params.seed)
+        threshold = choose_threshold(model, phrases[phrases["split"] == "val"])
+    elif is_sampled_now:
+        sampler.pipeline(run.method)  # before the clock starts
+
+    def sample(block: int) -> dict[Run, Piece]:
+        if point is None:
+            return {run: (predict_colours(model, blocks[block], threshold), None)}
+        return {run: sampler.predict(run, point, block, blocks[block])}
+
+    make_parts({run: parts}, blocks, sample, f"sample: {run.name}: block", total)
+    if not total:
+        parts.write({}, 0.0, total)
+    count, seconds = sum(map(len, blocks.values())), parts.seconds(blocks)
+    if is_sampled_now:  # the read-out of stored maps does not replace the time of their sampling
+        times = {"seconds": round(seconds, 3), "masks": count, "device": describe(sampler.device)}
+        write_json(sample_times_path(params, run.name, shard, shards), times | {"batch": params.sample.batch})
+    cost = "no network" if run.evaluations is None else f"evaluations per mask: {run.evaluations}"
+    print(f"sample: {run.name}: {count} masks, {cost}, {count / max(seconds, 1e-9):.1f} masks/s", flush=True)
+
+
 def is_sampled(params: Params, run: Run, key: str, shard: int, shards: int) -> bool:
-    """Return whether a shard of a run is finished: its part or the gathered predictions have this key."""
-    part = part_path(params, run, shard, shards)
-    return has_key(key, predictions_path(params, run)) or (has_key(key, part) and (run.point is None or has_maps(part)))
+    """Return whether a shard of a run is finished: its blocks or the gathered predictions have this key."""
+    if has_key(key, predictions_path(params, run)):
+        return True
+    parts = run_parts(params, run)
+    return parts.total is not None and all(block in parts for block in range(shard, parts.total, shards))
 
 
-def shard_blocks(rows: pd.DataFrame, batch: int, shard: int, shards: int) -> list[pd.DataFrame]:
-    """Divide rows in key order into blocks of `batch`, and return every n-th block from block `shard` on, for n = `shards`."""
+def shard_blocks(rows: pd.DataFrame, batch: int, shard: int, shards: int) -> dict[int, pd.DataFrame]:
+    """Divide rows in key order into numbered blocks of `batch`, and return every n-th from `shard` on, for n = `shards`."""
     rows = rows.sort_values(KEY, kind="stable", ignore_index=True)
-    return [rows.iloc[low : low + batch] for low in range(shard * batch, len(rows), shards * batch)]
+    return {low // batch: rows.iloc[low : low + batch] for low in range(shard * batch, len(rows), shards * batch)}
 
 
 class Sampler:
@@ -145,6 +143,8 @@ class Sampler:
         self.params, self.device = params, device
         self.texts = Texts(text_store(params), device)
         self._pipelines: dict[str, GSPipeline] = {}
+        self._images = cache(lambda size: LatentStore(image_store(params, size)))
+        self.stored_maps = cache(self._stored_maps)
 
     def pipeline(self, method: str) -> GSPipeline:
         """Return the pipeline of a model, "gs" or "discriminative"."""
@@ -155,54 +155,41 @@ class Sampler:
             self._pipelines[method] = pipeline.to(self.device)
         return self._pipelines[method]
 
-    def predict(
-        self, run: Run, point: OperatingPoint, blocks: list[pd.DataFrame], shard: tuple[int, int]
-    ) -> tuple[pd.DataFrame, Maps]:
-        """Return the predictions of the blocks and their soft maps [N, h, w], in key order. `shard`: (number, count)."""
-        frames, maps = [], []
-        for rows, soft in self._soft_maps(run, point, blocks, shard):
-            pictures = VaeReadout(self.pipeline(run.method).vae, point.size)(2 * soft - 1) if run.readout == "vae" else soft
-            predictions = []
-            shapes = rows[["height", "width"]].to_numpy()
-            for key, (height, width), picture in zip(rows[KEY].itertuples(index=False), shapes, pictures, strict=True):
-                mask, score = read_mask(picture, run.readout, int(height), int(width), self.params.sample.threshold)
-                predictions.append((*key, masks.encode(mask), score))
-            frames.append(pd.DataFrame(predictions, columns=[*KEY, "mask", "score"]))
-            maps.append(soft)
-        if not frames:
-            return pd.DataFrame({name: [] for name in [*KEY, "mask", "score"]}), np.zeros((0, 1, 1), np.float32)
-        return pd.concat(frames, ignore_index=True), np.concatenate(maps)
+    def predict(self, run: Run, point: OperatingPoint, block: int, rows: pd.DataFrame) -> Piece:
+        """Return the predictions of a block and their soft maps [B, h, w]."""
+        levels = self._levels(run, point, block, rows)
+        soft = as_maps(levels)
+        pictures = VaeReadout(self.pipeline(run.method).vae, point.size)(2 * soft - 1) if run.readout == "vae" else soft
+        predictions = []
+        shapes = rows[["height", "width"]].to_numpy()
+        for key, (height, width), picture in zip(rows[KEY].itertuples(index=False), shapes, pictures, strict=True):
+            mask, score = read_mask(picture, run.readout, int(height), int(width), self.params.sample.threshold)
+            predictions.append((*key, masks.encode(mask), score))
+        return pd.DataFrame(predictions, columns=[*KEY, "mask", "score"]), levels
 
-    def _soft_maps(
-        self, run: Run, point: OperatingPoint, blocks: list[pd.DataFrame], shard: tuple[int, int]
-    ) -> Iterator[tuple[pd.DataFrame, Maps]]:
-        """Yield each block with its soft maps [B, h, w], rounded to the stored precision. Stored maps are reused."""
-        if stored := self.stored_maps(run, shard):
-            maps = read_maps(stored)
-            keys = read_predictions(stored)[KEY].itertuples(index=False, name=None)
-            row_of = {key: row for row, key in enumerate(keys)}
-            for rows in blocks:
-                yield rows, maps[[row_of[key] for key in rows[KEY].itertuples(index=False, name=None)]]
-            return
-        pipeline, images = self.pipeline(run.method), LatentStore(image_store(self.params, point.size))
-        last_line = time.monotonic()
-        for number, rows in enumerate(blocks):
-            latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(self.device)
-            keys_of_rows = list(zip(*(rows[name] for name in KEY), strict=True))
-            texts = [self.texts[text] for text in rows["text"]]
-            soft = pipeline.label_maps(latents, texts, keys_of_rows, point, self.params.seed)
-            if time.monotonic() - last_line > PROGRESS_SECONDS:
-                last_line = time.monotonic()
-                print(f"sample: {run.name}: block {number + 1} of {len(blocks)}", flush=True)
-            yield rows, quantise(soft.float().cpu().numpy())
+    def _levels(self, run: Run, point: OperatingPoint, block: int, rows: pd.DataFrame) -> Levels:
+        """Return the soft maps [B, h, w] of a block as they are stored. Stored maps are reused."""
+        stored = self.stored_maps(run)
+        if isinstance(stored, Path):
+            start = block * self.params.sample.batch
+            return read_levels(stored, slice(start, start + len(rows)))
+        if stored is not None:
+            levels = stored.read(block)[1]
+            assert levels is not None
+            return levels
+        pipeline, images = self.pipeline(run.method), self._images(point.size)
+        latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(self.device)
+        keys = list(zip(*(rows[name] for name in KEY), strict=True))
+        texts = [self.texts[text] for text in rows["text"]]
+        return as_levels(pipeline.label_maps(latents, texts, keys, point, self.params.seed).float().cpu().numpy())
 
-    def stored_maps(self, run: Run, shard: tuple[int, int]) -> Path | None:
-        """Return the path of predictions with this run's soft maps (its own, or the base run's for a read-out), or None."""
+    def _stored_maps(self, run: Run) -> Path | Parts | None:
+        """Return where this run's soft maps (for a read-out, the base run's) are: gathered predictions, parts, or nowhere."""
         source = base_run(self.params) if run.role == "readout" else run
         gathered = predictions_path(self.params, source)
         if read_metadata(gathered).get("maps") == maps_key(self.params, source):
             return gathered
-        return part_path(self.params, source, *shard) if run.role == "readout" else None
+        return run_parts(self.params, source) if run.role == "readout" else None
 
 
 def gather(params: Params) -> None:
@@ -230,20 +217,16 @@ def gather(params: Params) -> None:
 
 
 def _gather_run(params: Params, run: Run) -> None:
-    """Concatenate the parts of a run in key order, unless its predictions are up to date."""
-    key, path, shards = run_key(params, run), predictions_path(params, run), params.resources.sample.shards
+    """Write the predictions of a run from its parts, unless they are up to date."""
+    key, path = run_key(params, run), predictions_path(params, run)
     if has_key(key, path):
         return
-    parts = [part_path(params, run, shard, shards) for shard in range(shards)]
-    for part in parts:
-        if not has_key(key, part):
-            raise UserError(f"{part}: missing or sampled with other params; run `snakemake -- sample`, which samples it first")
-    frame = pd.concat([read_predictions(part) for part in parts], ignore_index=True)
-    metadata = {"key": key}
-    if maps_path(parts[0]).exists():
-        metadata["maps"] = maps_key(params, run)
-        order = frame.sort_values(KEY, kind="stable").index.to_numpy()
-        maps = [read_maps(part) for part in parts]
-        write_maps(np.concatenate([part for part in maps if len(part)])[order], path)
-    write_predictions(frame, path, **metadata)
-    print(f"sample: {run.name}: {len(frame)} masks", flush=True)
+    parts = run_parts(params, run)
+    missing = [block for block in range(parts.total or 0) if block not in parts]
+    if missing or parts.total is None:
+        what = f"block {missing[0]} of {parts.total} is" if missing else "all blocks are"
+        raise UserError(
+            f"{parts.folder}: {what} missing or sampled with other params; run `snakemake -- sample`, which samples first"
+        )
+    count = parts.gather(path, **({} if run.point is None else {"maps": maps_key(params, run)}))
+    print(f"sample: {run.name}: {count} masks", flush=True)
