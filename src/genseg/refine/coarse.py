@@ -21,6 +21,9 @@ from genseg.params import Params
 from genseg.refine.inputs import read_coarse, read_maps_rows
 from genseg.refine.layout import coarse_paths, refined_tables
 
+GROUP_ROWS = 128
+"""Number of masks that are refined together. Their memory and the work that a killed job loses do not grow with the data."""
+
 
 @dataclass
 class CoarsePredictions:
@@ -48,6 +51,28 @@ class CoarsePredictions:
     def binary_maps(self, rows: NDArray[np.int64]) -> Map:
         """Return `hard_masks` as maps of 0 and 1, one scale for all classes, so that argmax can compare their refined maps."""
         return self.hard_masks(rows).astype(np.float32)
+
+    def groups(self) -> dict[int, NDArray[np.int64]]:
+        """Return the rows of groups of consecutive images, by the id of the group's first image.
+
+        A group has at least `GROUP_ROWS` rows if images are left. Groups are refined one after the other.
+        """
+        groups: dict[int, NDArray[np.int64]] = {}
+        group: list[NDArray[np.int64]] = []
+        for rows, _, _ in self.images():
+            group.append(rows)
+            if sum(map(len, group)) >= GROUP_ROWS:
+                groups[int(self.predictions["image_id"].iloc[group[0][0]])] = np.concatenate(group)
+                group = []
+        if group:
+            groups[int(self.predictions["image_id"].iloc[group[0][0]])] = np.concatenate(group)
+        return groups
+
+    def part(self, rows: NDArray[np.int64]) -> "CoarsePredictions":
+        """Return the predictions in some rows, all of some images, and the phrases of these images."""
+        predictions = self.predictions.iloc[rows].reset_index(drop=True)
+        phrases = self.phrases[self.phrases["image_id"].isin(predictions["image_id"].unique())]
+        return replace(self, phrases=phrases, predictions=predictions, maps_rows=self.maps_rows[rows])
 
     def images(self) -> Iterator[tuple[NDArray[np.int64], int, int]]:
         """Yield (rows of `predictions`, height, width) of each image."""

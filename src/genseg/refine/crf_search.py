@@ -10,6 +10,7 @@ import yaml
 from genseg.artifacts.manifest import read_manifest
 from genseg.artifacts.masks import decode
 from genseg.artifacts.parquet import KEY
+from genseg.artifacts.parts import PROGRESS_SECONDS
 from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import read_predictions
 from genseg.baselines.inexact import find_amount, inexact_masks
@@ -18,7 +19,6 @@ from genseg.errors import UserError
 from genseg.params import Params
 from genseg.params.refine import Crf
 from genseg.refine.crf import Kernels, refine_masks
-from genseg.refine.g4seg import LOG_SECONDS
 from genseg.refine.inputs import iterate_images
 from genseg.sampling.runs import Run, predictions_path
 
@@ -83,7 +83,7 @@ def mean_ious(phrases: pd.DataFrame, predictions: pd.DataFrame, settings: list[C
         present = truth.any((1, 2))
         ious = [(masks & truth)[present].sum((1, 2)) / (masks | truth)[present].sum((1, 2)) for masks in refined]
         ious_by_image.append(pd.DataFrame(np.stack(ious, 1)).assign(coarse=rows["coarse"].to_numpy()[present]))
-        if time.monotonic() - last_log > LOG_SECONDS:
+        if time.monotonic() - last_log > PROGRESS_SECONDS:
             last_log = time.monotonic()
             print(f"refine: {len(settings)} CRF settings, image {number} of {count}", file=sys.stderr, flush=True)
     means = pd.concat(ious_by_image).groupby("coarse").mean().T[predictions["coarse"].unique()]

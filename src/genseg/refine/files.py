@@ -1,6 +1,5 @@
 """Refine one predictions file with G4Seg or one of its variants, and draw the intermediate results."""
 
-import time
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from PIL import Image
 
 from genseg.artifacts.files import atomic_path, file_sha256
 from genseg.artifacts.parquet import read_metadata
+from genseg.artifacts.parts import Parts, Piece, make_parts
 from genseg.artifacts.phrases import read_phrases
-from genseg.artifacts.predictions import maps_path, write_with_maps
+from genseg.artifacts.predictions import as_levels, maps_path
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.source import chosen_backbone, find_commit, weights_hash
@@ -20,9 +20,10 @@ from genseg.models.text_to_image import TextToImage
 from genseg.models.vae import decode_latents
 from genseg.params import Params, digest
 from genseg.phases import code_hash
+from genseg.refine.coarse import CoarsePredictions
 from genseg.refine.g4seg import refine_predictions
 from genseg.refine.g4seg_steps import Trace
-from genseg.refine.inputs import read_coarse, read_maps_rows
+from genseg.refine.inputs import join_phrases, read_coarse
 from genseg.refine.layout import G4SEG, find_variant, forward_passes, variant_facts
 
 TILE = 192
@@ -83,13 +84,21 @@ def refine_file(
     model = TextToImage(source, revision, device, DTYPES[refine.precision])
 
     # 4. Refine and write.
-    start_time = time.monotonic()
-    maps = partial(read_maps_rows, predictions) if shape else None
-    observe = partial(write_trace, model=model, folder=Path(pictures)) if pictures else None
-    frame, refined_maps = refine_predictions(table, coarse, model, refine, params.seed, method, maps, observe)
-    seconds = time.monotonic() - start_time
-    write_with_maps(frame, refined_maps, out, key=key, method=method, evaluations=str(evaluations))
-    print(f"refine: {out}: {len(frame)} masks, {len(frame) / max(seconds, 1e-9):.1f} masks/s", flush=True)
+    join_phrases(table, coarse, "phrase")  # report unknown phrases before hours of work
+    inputs = CoarsePredictions(table, coarse, Path(predictions) if shape else None, np.arange(len(coarse)), classes=False)
+    groups, observe = inputs.groups(), partial(write_trace, model=model, folder=Path(pictures)) if pictures else None
+    parts = Parts(out.with_suffix(".parts"), key)
+
+    def refined(group: int) -> dict[str, Piece]:
+        part = inputs.part(groups[group])
+        maps = part.soft_maps if shape else None
+        frame, soft = refine_predictions(part.phrases, part.predictions, model, refine, params.seed, method, maps, observe)
+        return {method: (frame, None if soft is None else as_levels(soft))}
+
+    make_parts({method: parts}, groups, refined, f"refine: {method}: group of images")
+    count, seconds = parts.gather(out, method=method, evaluations=str(evaluations)), parts.seconds(groups)
+    parts.remove()
+    print(f"refine: {out}: {count} masks, {count / max(seconds, 1e-9):.1f} masks/s", flush=True)
 
 
 def write_trace(trace: Trace, model: TextToImage, folder: Path) -> None:

@@ -7,7 +7,6 @@ discrepancy). How much evidence a label needs is also decided by generation: amo
 one is taken whose generated image is nearest to the original. `g4seg_steps` has the steps with their equations.
 """
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -24,8 +23,6 @@ from genseg.params.refine import Refine
 from genseg.refine.g4seg_steps import RefinedMask, Trace, refine_block
 from genseg.refine.inputs import join_phrases
 from genseg.refine.layout import G4SEG, RANDOM, find_variant
-
-LOG_SECONDS = 10
 
 
 def refine_predictions(
@@ -56,7 +53,6 @@ def refine_predictions(
         raise UserError(f"refine.layers: expected indices below {layers}, the U-Net's up-blocks, got {max(variant.layers)}")
     rows = join_phrases(phrases, predictions.assign(row=np.arange(len(predictions))), "phrase")
     encoded, soft = [], []
-    last_log = time.monotonic()
     for start in range(0, len(rows), variant.batch):
         block = rows.iloc[start : start + variant.batch]
         for row, trace in zip(block["row"], refine_block(block, model, variant, seed), strict=True):
@@ -68,9 +64,6 @@ def refine_predictions(
                 soft.append(trace.result.apply(before, variant.maps))
             if observe is not None:
                 observe(trace)
-        if time.monotonic() - last_log > LOG_SECONDS:
-            last_log = time.monotonic()
-            print(f"refine: {method}: {len(encoded)} of {len(rows)} masks", flush=True)
     return rows[[*KEY, "score"]].assign(mask=encoded), np.stack(soft) if soft else None
 
 

@@ -167,6 +167,16 @@ def timing_path(params: Params, refiner: str, baseline: str) -> Path:
     return params.work_dir / "refine_seconds" / refiner / f"{baseline}.json"
 
 
+def parts_dir(params: Params, path: Path) -> Path:
+    """Return the folder of the parts of an unfinished file below `refined_dir`."""
+    return params.work_dir / "refined" / path.relative_to(refined_dir(params)).with_suffix("")
+
+
+def evidence_path(params: Params, key: str, image_id: int) -> Path:
+    """Return the file of the classes' evidence in an image, which all baselines share."""
+    return params.work_dir / "refined" / "evidence" / key / f"{image_id}.npy"
+
+
 def shard_marker(params: Params, shard: int, shards: int) -> Path:
     return params.work_dir / "refined" / f"shard={shard}-of-{shards}.json"
 
@@ -211,6 +221,11 @@ class Keys:
         if refiner == G4SEG:
             facts.append(refine.pictures)
         return digest(facts)
+
+    @cached_property
+    def evidence(self) -> str:
+        """Key of the evidence of classes, which depends neither on the baseline nor on the variant of G4Seg."""
+        return digest([*self._facts, variant_facts(self.params.refine, G4SEG), self.weights])
 
     def is_refined(self, baseline: Baseline, refiner: str) -> bool:
         """Return whether all files of a baseline refined by one refiner exist and have the current key."""

@@ -1,9 +1,10 @@
 """Refine a study's baselines with all of their refiners, in shards, and gather the results; up-to-date files are kept."""
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from genseg.artifacts import masks
-from genseg.artifacts.files import read_json, write_json
+from genseg.artifacts.files import atomic_path, read_json, write_json
 from genseg.artifacts.manifest import has_facts, times_path, write_manifest
 from genseg.artifacts.parquet import KEY
+from genseg.artifacts.parts import PROGRESS_SECONDS, Parts, Piece, make_parts
 from genseg.artifacts.phrases import hash_unit, read_phrases
-from genseg.artifacts.predictions import write_predictions, write_with_maps
+from genseg.artifacts.predictions import as_levels, write_in_pieces
 from genseg.artifacts.resample import Map
 from genseg.artifacts.reuse import prune, with_maps
 from genseg.artifacts.seeds import derive_seed
@@ -30,11 +32,14 @@ from genseg.models.text_to_image import TextToImage
 from genseg.params import Params
 from genseg.refine import crf, labelling, layout
 from genseg.refine.coarse import CoarsePredictions, RefinementInputs
-from genseg.refine.g4seg import LOG_SECONDS, random_control, refine_predictions
+from genseg.refine.g4seg import random_control, refine_predictions
 from genseg.refine.g4seg_steps import PhraseBlock, Trace, load_traces
 from genseg.refine.inputs import join_phrases
 from genseg.refine.layout import G4SEG, RANDOM, Keys, find_variant, refined_path, refiner_passes, refiners
 from genseg.refine.trained import Refiner, train_refiner
+
+DISCREPANCY = "discrepancy"
+"""Name of G4Seg's discrepancy maps among the files that are made with its masks."""
 
 
 def train_network(params: Params) -> None:
@@ -52,7 +57,7 @@ def train_network(params: Params) -> None:
         losses = train_refiner(read_phrases(data), folder, **settings.model_dump(), seed=params.seed)
         last_log = time.monotonic()
         for step, loss in enumerate(losses, start=1):
-            if step == settings.steps or time.monotonic() - last_log > LOG_SECONDS:
+            if step == settings.steps or time.monotonic() - last_log > PROGRESS_SECONDS:
                 last_log = time.monotonic()
                 print(f"refine: trained control, step {step} of {settings.steps}, loss {loss:.4f}", flush=True)
     write_manifest(layout.network_manifest(params), "refine", params, [data], outputs, key=key)
@@ -134,7 +139,6 @@ class StudyRefiner:
         self.params = params
         self.inputs = RefinementInputs(params)
         self.keys = Keys(params, self.inputs.rule)
-        self._evidences: dict[int, Map] = {}
         self.refined_keys: dict[str, str] = {}  # keys of all `<refiner>/<baseline>` that are up to date
 
     @cached_property
@@ -158,15 +162,38 @@ class StudyRefiner:
         if self.keys.is_refined(baseline, refiner):
             return
         coarse, device_facts = self.inputs.coarse(baseline), self._load(refiner)
-        start_time = time.monotonic()
+        finished: list[Parts] = []
+        seconds = 0.0
         for classes in sorted(coarse, reverse=True):  # the phrases' file last, so that it implies both
-            self._write(baseline, refiner, classes, self._refined(baseline, refiner, coarse[classes]))
-        seconds = time.monotonic() - start_time
+            parts, groups = self._parts(baseline, refiner, classes), coarse[classes].groups()
+            make = partial(self._refined_group, refiner, coarse[classes], groups, list(parts))
+            make_parts(parts, groups, make, f"refine: {refiner}: {baseline.name}: group of images")
+            for name in sorted(parts, key=lambda name: name == refiner):  # by-products first
+                self._write(baseline, name, classes, parts[name])
+            seconds += parts[refiner].seconds(groups)
+            finished += parts.values()
         count = sum(len(each.predictions) for each in coarse.values())
         images = len({image for each in coarse.values() for image in each.predictions["image_id"]})
         timing = {"key": key, "seconds": round(seconds, 3), "masks": count, "images": images, **device_facts}
         write_json(layout.timing_path(self.params, refiner, baseline.name), timing)
+        for each in finished:
+            each.remove()
         print(f"refine: {refiner}: {baseline.name}: {count} masks in {seconds:.1f} s", flush=True)
+
+    def _parts(self, baseline: Baseline, refiner: str, classes: bool) -> dict[str, Parts]:
+        """Return the parts of a refiner's file; G4Seg also makes the random control's file and the figure's."""
+        names = [refiner]
+        if refiner == G4SEG:
+            names += [RANDOM] if RANDOM in refiners(self.params, baseline.name) else []
+            names += [] if classes else [DISCREPANCY]
+        keys = {name: self.keys.key(baseline, G4SEG if name == DISCREPANCY else name) for name in names}
+        folders = {name: layout.parts_dir(self.params, self._path(baseline, name, classes)) for name in names}
+        return {name: Parts(folders[name], keys[name]) for name in names}
+
+    def _path(self, baseline: Baseline, name: str, classes: bool) -> Path:
+        if name == DISCREPANCY:
+            return layout.discrepancy_path(self.params, baseline.name)
+        return refined_path(self.params, name, baseline.name, classes)
 
     def _load(self, refiner: str) -> dict[str, Any]:
         """Load a refiner's networks, so that its time excludes loading; return its device and batch size."""
@@ -176,12 +203,25 @@ class StudyRefiner:
             return {"device": describe(torch.device("cpu")), "batch": 1}
         return {"device": describe(self.model.device), "batch": self.params.refine.batch}
 
-    def _write(self, baseline: Baseline, refiner: str, classes: bool, frame: pd.DataFrame) -> None:
-        key, passes = self.keys.key(baseline, refiner), refiner_passes(self.params.refine, refiner, classes)
-        path = refined_path(self.params, refiner, baseline.name, classes)
-        write_predictions(frame, path, key=key, method=refiner, evaluations=str(passes))
+    def _write(self, baseline: Baseline, name: str, classes: bool, parts: Parts) -> None:
+        path = self._path(baseline, name, classes)
+        if name == DISCREPANCY:
+            write_examples(parts, path, self.params)
+            return
+        passes = refiner_passes(self.params.refine, name, classes)
+        parts.gather(path, method=name, evaluations=str(passes))
 
-    def _refined(self, baseline: Baseline, refiner: str, coarse: CoarsePredictions) -> pd.DataFrame:
+    def _refined_group(
+        self, refiner: str, coarse: CoarsePredictions, groups: dict[int, NDArray[np.int64]], names: list[str], group: int
+    ) -> dict[str, Piece]:
+        """Return the refined predictions of a group of images, and the files `names` that are made with them."""
+        part = coarse.part(groups[group])
+        if refiner not in (G4SEG, RANDOM):
+            return {refiner: (self._refined(refiner, part), None)}
+        pieces = self._with_g4seg(part)
+        return {name: pieces[name] for name in names}
+
+    def _refined(self, refiner: str, coarse: CoarsePredictions) -> pd.DataFrame:
         """Return refined predictions in key order."""
         if refiner == "crf":
             return crf.refine_predictions(coarse.phrases, coarse.predictions, self.params.refine.crf, coarse.classes)
@@ -189,13 +229,6 @@ class StudyRefiner:
             side = self.params.refine.feature_size if coarse.classes else None
             frame, soft = self.network.refine_predictions(coarse.phrases, coarse.predictions, side)
             return frame if soft is None else self.inputs.label_maps(coarse, soft)
-        if refiner in (G4SEG, RANDOM):
-            g4seg, random = self._with_g4seg(baseline, coarse)
-            if refiner == RANDOM:
-                return random
-            if RANDOM in refiners(self.params, baseline.name):
-                self._write(baseline, RANDOM, coarse.classes, random)
-            return g4seg
         return self._refined_classes(refiner, coarse) if coarse.classes else self._refined_alone(refiner, coarse)[0]
 
     def _refined_alone(
@@ -232,13 +265,16 @@ class StudyRefiner:
 
     def _evidence(self, block: PhraseBlock, phrases: list[str]) -> Map:
         """Return `class_evidence`, computed once per image: it depends on no baseline and no variant with evidence."""
-        image_id = block.traces[0].key[0]
-        if image_id not in self._evidences:
-            self._evidences[image_id] = labelling.class_evidence(block, phrases, self.params.seed)
-        return self._evidences[image_id]
+        path = layout.evidence_path(self.params, self.keys.evidence, block.traces[0].key[0])
+        if not path.exists():
+            for other in path.parent.parent.glob("*") if not path.parent.exists() else ():
+                shutil.rmtree(other, ignore_errors=True)  # evidence with another key
+            with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+                np.save(handle, labelling.class_evidence(block, phrases, self.params.seed))
+        return np.asarray(np.load(path, allow_pickle=False), np.float32)
 
-    def _with_g4seg(self, baseline: Baseline, coarse: CoarsePredictions) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return G4Seg's predictions and the random control's, and write G4Seg's by-products."""
+    def _with_g4seg(self, coarse: CoarsePredictions) -> dict[str, Piece]:
+        """Return G4Seg's predictions, the random control's and, for phrases, those of the figure."""
         if coarse.classes:
             refined = replace(coarse, predictions=self._refined_classes(G4SEG, coarse))
 
@@ -246,12 +282,11 @@ class StudyRefiner:
                 seed = derive_seed(self.params.seed, "random labels", coarse.predictions["image_id"].iloc[rows[0]])
                 return labelling.shuffle_changes(coarse.labels(rows), refined.labels(rows), seed)
 
-            return refined.predictions, self.inputs.label_images(coarse, shuffle)
+            return {G4SEG: (refined.predictions, None), RANDOM: (self.inputs.label_images(coarse, shuffle), None)}
         by_products = G4SegByProducts(self.params)
         g4seg, _ = self._refined_alone(G4SEG, coarse, by_products.observe)
-        path = layout.discrepancy_path(self.params, baseline.name)
-        by_products.write_discrepancy(path, self.keys.key(baseline, G4SEG))
-        return g4seg, coarse.predictions[[*KEY, "score"]].assign(mask=by_products.random_masks)
+        random = coarse.predictions[[*KEY, "score"]].assign(mask=by_products.random_masks)
+        return {G4SEG: (g4seg, None), RANDOM: (random, None), DISCREPANCY: by_products.examples()}
 
 
 class G4SegByProducts:
@@ -264,21 +299,41 @@ class G4SegByProducts:
     def __init__(self, params: Params) -> None:
         self.params = params
         self.random_masks: list[bytes] = []
-        self.examples: list[tuple[float, Trace]] = []  # hash in [0, 1) and trace of each phrase for the figure, by hash
+        self._traces: list[Trace] = []
 
     def observe(self, trace: Trace) -> None:
         self.random_masks.append(masks.encode(random_control(trace, self.params.seed).mask))
         if trace.updates:
-            self.examples.append((hash_unit(self.params.seed, "refine picture", *trace.key), trace))
-            self.examples = sorted(self.examples, key=lambda item: (item[0], item[1].key))[: self.params.refine.pictures]
+            self._traces = sorted([*self._traces, trace], key=lambda trace: _picture_order(self.params, trace.key))
+            del self._traces[self.params.refine.pictures :]
 
-    def write_discrepancy(self, path: Path, key: str) -> None:
-        """Write predictions of the phrases for the figure; their soft maps are the first iteration's discrepancy."""
+    def examples(self) -> Piece:
+        """Return predictions of the phrases for the figure; their soft maps are the first iteration's discrepancy."""
         side = self.params.refine.feature_size
-        traces = sorted((trace for _, trace in self.examples), key=lambda trace: trace.key)
+        traces = sorted(self._traces, key=lambda trace: trace.key)
         frame = pd.DataFrame([trace.key for trace in traces], columns=KEY)
         frame["mask"] = [masks.encode(trace.result.mask) for trace in traces]
         frame["score"] = np.zeros(len(frame), np.float32)
         maps = [trace.updates[0].discrepancy.float().cpu().numpy() for trace in traces]
         soft = np.reshape(maps, (len(maps), side, side)).astype(np.float32)
-        write_with_maps(frame.astype({"image_id": np.int64, "phrase_id": np.int64}), soft, path, key=key)
+        return frame.astype({"image_id": np.int64, "phrase_id": np.int64}), as_levels(soft)
+
+
+def write_examples(parts: Parts, path: Path, params: Params) -> None:
+    """Write the predictions for the figure: of the phrases of all groups, the `refine.pictures` with the smallest hashes."""
+    side = params.refine.feature_size
+    best: list[tuple[pd.DataFrame, NDArray[np.uint8]]] = []
+    for frame, levels in parts.pieces():
+        best += [(frame.iloc[[row]], levels[[row]]) for row in range(len(frame)) if levels is not None]
+        best = sorted(best, key=lambda item: _picture_order(params, _key(item[0])))[: params.refine.pictures]
+    best = sorted(best, key=lambda item: _key(item[0]))
+    write_in_pieces(best, (len(best), side, side), path, key=parts.key)
+
+
+def _key(row: pd.DataFrame) -> tuple[Any, ...]:
+    return next(row[KEY].itertuples(index=False, name=None))
+
+
+def _picture_order(params: Params, key: tuple[Any, ...]) -> tuple[float, tuple[Any, ...]]:
+    """Order in which phrases are chosen for the figure: by a hash in [0, 1)."""
+    return hash_unit(params.seed, "refine picture", *key), key
