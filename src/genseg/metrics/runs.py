@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from genseg.artifacts.parquet import KEY
-from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions
+from genseg.artifacts.predictions import iterate_maps, maps_path, maps_shape, read_predictions
 from genseg.artifacts.scores import SCHEMA, write_scores
 from genseg.metrics.recall import PHRASE_GROUPS, Floats
 from genseg.metrics.scoring import score_run
@@ -82,10 +82,10 @@ def score_study_run(
     calibration = ious = None
     summary["calibration"] = None
     if run.role != "readout" and run.readout == "bilinear" and maps_path(path).exists():
-        rows, maps = predictions[KEY].merge(phrases, on=KEY, how="left", sort=False), read_maps(path)
-        calibration = calibration_counts(rows, maps)
+        rows = predictions[KEY].merge(phrases, on=KEY, how="left", sort=False)
+        calibration = calibration_counts(rows, iterate_maps(path))
         summary["calibration"] = calibration_summary(calibration, params.score.bootstrap, params.seed)
-        ious = threshold_ious(rows, maps) if split == "val" else None
+        ious = threshold_ious(rows, iterate_maps(path)) if split == "val" else None
     point = operating_point(run, summary, ious, params.sample.threshold, out) if split == "val" else None
     outputs = _write(per_phrase, summary, out)
 

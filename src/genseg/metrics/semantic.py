@@ -156,15 +156,16 @@ def count_pixels(
         foreground = image[image["phrase_id"] != (-1 if background is None else background)]
         predicted = foreground[foreground["predicted_row"] >= 0]
         missing += len(foreground) - len(predicted)
-        if maps is None:
-            values = np.full((len(predicted), height, width), -np.inf, np.float32)
-            for layer, mask, score in zip(values, predicted["predicted_mask"], predicted["score"], strict=True):
-                layer[decode_checked(mask, height, width)] = score
-        else:
-            values = bilinear(maps(predicted["predicted_row"].to_numpy(np.int64)), height, width)
         labels = np.full((height, width), default, np.int64)
-        if len(values):
-            labels = np.where(values.max(0) >= floor, predicted["phrase_id"].to_numpy(np.int64)[values.argmax(0)], default)
+        highest = np.full((height, width), -np.inf, np.float32)
+        soft = None if maps is None else maps(predicted["predicted_row"].to_numpy(np.int64))
+        for number, (index, mask, score) in enumerate(predicted[["phrase_id", "predicted_mask", "score"]].to_numpy()):
+            if soft is None:
+                values = np.where(decode_checked(mask, height, width), np.float32(score), np.float32(-np.inf))
+            else:
+                values = bilinear(soft[number : number + 1], height, width)[0]
+            wins = (values > highest) & (values >= floor)
+            labels[wins], highest[wins] = index, values[wins]
         counts.append(_count(_truth(image, height, width, background), labels, count))
     image_ids = np.array(list(images.groups), np.int64)
     return PixelCounts(image_ids, np.stack(counts), [str(item["name"]) for item in classes], missing)

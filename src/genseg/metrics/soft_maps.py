@@ -3,7 +3,7 @@
 Maps are calibrated if a fraction p of the pixels with foreground probability p is foreground.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from genseg.artifacts.masks import Mask
 from genseg.artifacts.phrases import row_mask
-from genseg.artifacts.resample import bilinear
+from genseg.artifacts.resample import Map, bilinear
 from genseg.metrics.bootstrap import percentile_interval, resampled_sums
 from genseg.metrics.recall import Floats
 from genseg.sampling.runs import Run
@@ -22,13 +22,13 @@ BINS = 15
 THRESHOLDS = np.round(np.linspace(0.05, 0.95, 19), 2)
 
 
-def upsampled_maps(rows: pd.DataFrame, maps: NDArray[np.float32]) -> Iterator[tuple[Mask, NDArray[np.float32]]]:
-    """Yield ground truth and soft map [H * W] of each of N rows, from maps [N, h, w], bilinearly up-sampled to native size."""
+def upsampled_maps(rows: pd.DataFrame, maps: Iterable[Map]) -> Iterator[tuple[Mask, Map]]:
+    """Yield ground truth and soft map [H * W] of each of N rows, from N maps [h, w], bilinearly up-sampled to native size."""
     for (_, row), soft in zip(rows.iterrows(), maps, strict=True):
         yield row_mask(row).ravel(), bilinear(soft[None], int(row["height"]), int(row["width"])).ravel()
 
 
-def calibration_counts(rows: pd.DataFrame, maps: NDArray[np.float32]) -> Floats:
+def calibration_counts(rows: pd.DataFrame, maps: Iterable[Map]) -> Floats:
     """Return sums over the pixels of each image, in 15 probability bins of equal width: [images, 3, 15].
 
     Images are in the order of their ids. The second axis holds the number of pixels, the sum of their probabilities, and the
@@ -36,7 +36,7 @@ def calibration_counts(rows: pd.DataFrame, maps: NDArray[np.float32]) -> Floats:
 
     Args:
         rows: N phrases with their ground-truth `mask`.
-        maps: [N, h, w] soft maps in [0, 1] of these rows; at native size they are the pixels' probabilities.
+        maps: N soft maps [h, w] in [0, 1] of these rows; at native size they are the pixels' probabilities.
     """
     image_ids, image_indices = np.unique(rows["image_id"].to_numpy(), return_inverse=True)
     counts = np.zeros((len(image_ids), 3, BINS))
@@ -77,7 +77,7 @@ def calibration_summary(counts: Floats, replicates: int, seed: int) -> dict[str,
     }
 
 
-def threshold_ious(rows: pd.DataFrame, maps: NDArray[np.float32], thresholds: Floats = THRESHOLDS) -> Floats:
+def threshold_ious(rows: pd.DataFrame, maps: Iterable[Map], thresholds: Floats = THRESHOLDS) -> Floats:
     """Return the native IoU [N, K] of soft maps, up-sampled bilinearly and cut at each of K thresholds; 0 for an empty union.
 
     For `rows` and `maps` see `calibration_counts`; `thresholds` [K] are in [0, 1], ascending.
