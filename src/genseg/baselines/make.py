@@ -15,7 +15,7 @@ from genseg.artifacts import masks
 from genseg.artifacts.files import file_sha256
 from genseg.artifacts.manifest import write_manifest
 from genseg.artifacts.parquet import KEY, read_metadata
-from genseg.artifacts.phrases import hash_unit, is_background, read_phrases, row_mask
+from genseg.artifacts.phrases import hash_unit, is_background, miou_phrases, read_phrases, row_mask
 from genseg.artifacts.predictions import read_predictions, write_predictions, write_with_maps
 from genseg.artifacts.resample import bilinear
 from genseg.artifacts.reuse import has_key, has_maps, prune, with_maps
@@ -66,15 +66,15 @@ def make_baselines(params: Params, names: Sequence[str] = ()) -> None:
     phrases = read_phrases(params.data_dir / "phrases.parquet")
     classes = read_phrases(params.data_dir / "class_phrases.parquet")
     test = phrases[phrases["split"] == "test"]
-    classes = classes[classes["split"] == "test"]
-    foreground = classes[~is_background(classes)]
+    foreground = miou_phrases(params, classes)
+    foreground = foreground[~is_background(foreground)]
 
     # 3. Make the baselines.
     for baseline, key in missing.items():
         if baseline.family == "inexact":
             _make_inexact(params, baseline, key, test, foreground)
         if baseline.family == "imported":
-            _copy_imported(params, baseline, key, test, classes)
+            _copy_imported(params, baseline, key, test, classes[classes["split"] == "test"])
     attention = {baseline: key for baseline, key in missing.items() if baseline.family == "attention"}
     device = choose_device(params.device, params.resources.baselines.threads)
     if attention:
@@ -90,7 +90,7 @@ def baseline_key(params: Params, baseline: Baseline) -> str:
     """Return a hash of everything that a baseline's predictions depend on; files with this hash are up to date."""
     settings = params.baselines
     data = [file_sha256(params.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
-    facts = [baseline.name, params.seed, *data, code_hash("baselines")]
+    facts = [baseline.name, params.seed, params.score.miou, *data, code_hash("baselines")]
     if baseline.family == "imported":
         files = [path for path in import_paths(params, baseline.name) if path.exists()]
         return digest([*facts, [[path.name, file_sha256(path)] for path in files]])
@@ -103,9 +103,9 @@ def baseline_key(params: Params, baseline: Baseline) -> str:
 
 def is_up_to_date(params: Params, baseline: Baseline, key: str) -> bool:
     """Return whether all files of a baseline exist and are up to date."""
-    paths = baseline.paths(params)
+    paths = baseline.paths(params).values()
     if baseline.family == "imported":
-        sources = import_paths(params, baseline.name)
+        sources = import_paths(params, baseline.name)[: len(paths)]
         same_files = [path.exists() for path in sources] == [path.exists() for path in paths]
         return same_files and has_key(key, *(path for path in paths if path.exists()))
     needs_maps = baseline.family == "attention" and METHODS[baseline.name].choose_threshold
@@ -115,15 +115,17 @@ def is_up_to_date(params: Params, baseline: Baseline, key: str) -> bool:
 def _write_manifest(params: Params, baselines: list[Baseline], device: torch.device) -> None:
     folder = baselines_dir(params)
     own = [baseline for baseline in baselines if baseline.family != "run"]
-    outputs = with_maps(path for baseline in own for path in baseline.paths(params) if path.exists())
+    outputs = with_maps(path for baseline in own for path in baseline.paths(params).values() if path.exists())
     prune(folder, [*outputs, folder / "manifest.json"], "baseline")
     entries = []
     for baseline in baselines:
         entry: dict[str, Any] = {"name": baseline.name, "label": baseline.label, "real": baseline.real}
         entry["imported"] = baseline.family == "imported"
-        for which, path in zip(("predictions", "class_predictions"), baseline.paths(params), strict=True):
-            entry[which] = None if entry["imported"] and not path.exists() else str(path)
-        metadata = read_metadata(baseline.predictions(params)) if baseline in own else {}
+        paths = baseline.paths(params)
+        for is_class, which in ((False, "predictions"), (True, "class_predictions")):
+            absent = is_class not in paths or (entry["imported"] and not paths[is_class].exists())
+            entry[which] = None if absent else str(paths[is_class])
+        metadata = read_metadata(paths[False]) if baseline in own else {}
         entries.append(entry | {name: float(metadata[name]) for name in ("threshold", "amount", "iou") if name in metadata})
     write_manifest(
         folder / "manifest.json",
@@ -142,8 +144,8 @@ def _make_inexact(params: Params, baseline: Baseline, key: str, test: pd.DataFra
     """Degrade the ground truth by the amount that gives the target IoU on the test phrases."""
     kind: Any = baseline.name.removeprefix(INEXACT)
     amount, iou = find_amount(test, kind, params.baselines.inexact[kind], params.seed)
-    for rows, path in zip((test, classes), baseline.paths(params), strict=True):
-        predictions = inexact_masks(rows, kind, amount, params.seed)
+    for is_class, path in baseline.paths(params).items():
+        predictions = inexact_masks(classes if is_class else test, kind, amount, params.seed)
         write_predictions(predictions, path, key=key, amount=str(amount), iou=str(iou))
     print(f"baseline: {baseline.name}: amount {amount:.3f}, mean IoU {iou:.3f}", flush=True)
 
@@ -151,7 +153,8 @@ def _make_inexact(params: Params, baseline: Baseline, key: str, test: pd.DataFra
 def _copy_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
     """Copy the files of `genseg import`, of which one may be absent, after checking that they match the study's phrases."""
     sources = import_paths(params, baseline.name)
-    for source, rows, path in zip(sources, (test, classes), baseline.paths(params), strict=True):
+    for is_class, path in baseline.paths(params).items():
+        source, rows = sources[is_class], classes if is_class else test
         if not source.exists():
             path.unlink(missing_ok=True)
             continue
@@ -219,7 +222,7 @@ def _make_attention(
     # 3. Write the predictions.
     for baseline, key in keys.items():
         name, threshold = baseline.name, thresholds[baseline.name]
-        for exclusive, path in zip((False, True), baseline.paths(params), strict=True):
+        for exclusive, path in baseline.paths(params).items():
             outputs[name, exclusive].write(path, key, threshold)
         print(f"baseline: {name}: masks of {len(test)} phrases, threshold {threshold:g}", flush=True)
 

@@ -18,7 +18,7 @@ from genseg.models.backbone import load_component
 from genseg.models.text import token_ids
 from genseg.params import Params
 from genseg.params.data import Data
-from genseg.refine.layout import refined_tables
+from genseg.refine.layout import refined_images, refined_tables
 from genseg.sampling.runs import Run, run_rows
 
 TOKENS = 6  # assumed per phrase if not counted: four words, start and end (5.7 in the embedded scenes)
@@ -52,6 +52,7 @@ class Counts:
     train: int
     val: int
     rows: dict[str, int]  # number of phrases by `Run.phrases`
+    class_rows: int  # rows of the table of class phrases, of which mIoU may need a part or none
     attended: dict[str, int]
     """Input of the attention baselines: test_images, val_images; test_texts, val_texts (pairs of an image and one of its
     phrases or classes); most_texts (maximum number of texts of one image, or the mean in estimates)."""
@@ -99,7 +100,6 @@ def _count_tables(params: Params, tables: list[Path], source: str | None) -> Cou
     per_image = {part: table.groupby("image_id").size() for part, table in unique.items()}
     images = {f"{part}_images": len(sizes) for part, sizes in per_image.items()}
     pairs = {f"{part}_texts": int(sizes.sum()) for part, sizes in per_image.items()}
-    refined_images = pd.concat(refined.values())["image_id"].nunique()
     return Counts(
         source=f"counted in {tables[0]}" + (f"; assuming {TOKENS} tokens per phrase" if source is None else ""),
         exact=source is not None,
@@ -107,8 +107,13 @@ def _count_tables(params: Params, tables: list[Path], source: str | None) -> Cou
         train=len(splits["train"]),
         val=len(splits["val"]),
         rows={part: len(table) for part, table in rows.items()},
+        class_rows=len(class_phrases),
         attended=images | pairs | {"most_texts": int(max(sizes.max() for sizes in per_image.values()))},
-        refined={"images": refined_images, "phrases": len(refined[False]), "class_phrases": len(refined[True])},
+        refined={
+            "images": len(refined_images(params, class_phrases)),
+            "phrases": len(refined[False]),
+            "class_phrases": len(refined[True]),
+        },
         texts=len(texts),
         tokens=tokens,
         picture_bytes=sum(path.stat().st_size for path in files) if all(path.exists() for path in files) else None,
@@ -137,7 +142,8 @@ def _estimate_counts(params: Params) -> Counts:
     val = round(params.data.val_fraction * train)
     val_images = min(params.baselines.val_images, round(params.data.val_fraction * images["train"]))
     grid_images = max(1, round(sample.grid_fraction * images["test"]))
-    refined_images = max(1, round(params.refine.test_fraction * images["test"]))
+    refined = max(1, round(params.refine.test_fraction * images["test"]))
+    scored = max(1, round(params.score.miou * images["test"])) if params.score.miou else 0  # images on which mIoU is scored
 
     # 2. Count the images to encode at each size.
     latents = dict.fromkeys(sample.sizes(), grid_images) | {sample.main.size: images["test"]}
@@ -161,19 +167,20 @@ def _estimate_counts(params: Params) -> Counts:
             "grid": round(test * grid_images / images["test"]),
             "val": round(sample.select_fraction * val),
             "permutable": test,
-            "class_phrases": classes * images["test"],
+            "class_phrases": classes * scored,
         },
+        class_rows=classes * images["test"],
         attended={
             "test_images": images["test"],
             "val_images": val_images,
-            "test_texts": test + classes * images["test"],
+            "test_texts": test + classes * scored,
             "val_texts": round(val_images * estimate.phrases["train"] / images["train"]),
-            "most_texts": math.ceil(test / images["test"]) + classes,
+            "most_texts": math.ceil(test / images["test"]) + (classes if scored else 0),
         },
         refined={
-            "images": refined_images,
-            "phrases": round(test * refined_images / images["test"]),
-            "class_phrases": classes * refined_images,
+            "images": refined,
+            "phrases": round(test * refined / images["test"]),
+            "class_phrases": classes * min(refined, scored),
         },
         texts=texts,
         tokens=TOKENS * texts,
