@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from genseg.artifacts import masks
 from genseg.artifacts.files import file_sha256
 from genseg.artifacts.manifest import write_manifest
+from genseg.artifacts.masks import Mask
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.phrases import hash_unit, is_background, miou_phrases, read_phrases, row_mask
 from genseg.artifacts.predictions import read_predictions, write_predictions, write_with_maps
 from genseg.artifacts.resample import bilinear
 from genseg.artifacts.reuse import has_key, has_maps, prune, with_maps
 from genseg.baselines.attend import ANY_POSITIVE, METHODS, ImageAttention, Maps
+from genseg.baselines.captions import queries
 from genseg.baselines.inexact import find_amount, inexact_masks
 from genseg.baselines.registry import (
     INEXACT,
@@ -30,6 +32,7 @@ from genseg.baselines.registry import (
     imported_baselines,
     own_baselines,
 )
+from genseg.baselines.sam import read_sam_masks, select_masks
 from genseg.data.images import load_image
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
@@ -98,7 +101,14 @@ def baseline_key(params: Params, baseline: Baseline) -> str:
         return digest([*facts, settings.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
     other_sections = {method.section for method in METHODS.values()} - {METHODS[baseline.name].section}
     values = settings.model_dump(mode="json", exclude={"backbone", "revision", "attention", "inexact", *other_sections})
-    return digest([*facts, values, chosen_backbone(params, settings).weights_hash])
+    sam = settings.diffpng.sam if METHODS[baseline.name].sam else None
+    sam_files = [[path.name, file_sha256(path)] for path in sorted(Path(sam).glob("*.json"))] if sam else []
+    return digest([*facts, values, chosen_backbone(params, settings).weights_hash, sam_files])
+
+
+def writes_maps(name: str) -> bool:
+    """Return whether the soft maps of one of `METHODS` are written: whether its masks are its thresholded maps."""
+    return METHODS[name].choose_threshold and not METHODS[name].sam
 
 
 def is_up_to_date(params: Params, baseline: Baseline, key: str) -> bool:
@@ -108,7 +118,7 @@ def is_up_to_date(params: Params, baseline: Baseline, key: str) -> bool:
         sources = import_paths(params, baseline.name)[: len(paths)]
         same_files = [path.exists() for path in sources] == [path.exists() for path in paths]
         return same_files and has_key(key, *(path for path in paths if path.exists()))
-    needs_maps = baseline.family == "attention" and METHODS[baseline.name].choose_threshold
+    needs_maps = baseline.family == "attention" and writes_maps(baseline.name)
     return has_key(key, *paths) and (has_maps(*paths) or not needs_maps)
 
 
@@ -178,17 +188,21 @@ class _Output:
     maps: list[Maps] = field(default_factory=list)
     """Soft maps [K, h, w] of every image; empty for a method whose threshold is not chosen, whose maps are not written."""
 
-    def add(self, image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool, threshold: float) -> None:
+    def add(
+        self, image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool, threshold: float, proposals: Mask | None
+    ) -> None:
         """Predict the phrases of `rows`. The score is the mean of the soft map inside the mask, 0 for an empty mask."""
         ordered, maps = narrative_maps(image, name, rows, exclusive)
         codes, scores = [], []
         for soft in maps:
             large = bilinear(soft[None], *image.native)[0]
             mask = large >= threshold
+            if proposals is not None and mask.any():
+                mask = select_masks(proposals, mask, image.params.diffpng.sam_overlap)
             codes.append(masks.encode(mask))
             scores.append(float(large[mask].mean()) if mask.any() else 0.0)
         self.predictions.append(ordered[KEY].assign(mask=codes, score=scores))
-        if METHODS[name].choose_threshold:
+        if writes_maps(name):
             self.maps.append(maps)
 
     def write(self, path: Path, key: str, threshold: float) -> None:
@@ -213,8 +227,11 @@ def _make_attention(
     last_print, count = time.monotonic(), rows["image_id"].nunique()
     for number, (image, image_rows) in enumerate(attended_images(params, model, rows), start=1):
         for name, threshold in thresholds.items():
+            proposals = None
+            if METHODS[name].sam:
+                proposals = read_sam_masks(str(params.baselines.diffpng.sam), image_rows["file_name"].iloc[0], *image.native)
             for exclusive, part in image_rows.groupby("exclusive"):
-                outputs[name, bool(exclusive)].add(image, name, part, bool(exclusive), threshold)
+                outputs[name, bool(exclusive)].add(image, name, part, bool(exclusive), threshold, proposals)
         if time.monotonic() - last_print > 10:
             last_print = time.monotonic()
             print(f"baseline: image {number} of {count}", flush=True)
@@ -228,14 +245,21 @@ def _make_attention(
 
 
 def attended_images(params: Params, model: TextToImage, rows: pd.DataFrame) -> Iterator[tuple[ImageAttention, pd.DataFrame]]:
-    """Yield each image of `rows`, encoded once, with its rows in key order."""
+    """Yield each image of `rows`, encoded once, with its rows in key order and their queries in a column `query`."""
     settings = params.baselines
+    limit = min(tokenizer.model_max_length for tokenizer in model.tokenizers) - 2  # without the start and end tokens
     for image_id, group in rows.sort_values(KEY, kind="stable").groupby("image_id", sort=True):
         first = group.iloc[0]
         latent = model.encode(image_tensor(load_image(first["file_name"]), settings.size)[None]).float()
-        texts = sorted(set(group["phrase"]))
+        found = [
+            query
+            for _, narrative in group.groupby("narrative_id", sort=True)
+            for query in queries(narrative, settings.prompt, lambda text: len(model.ids(text)), limit)
+        ]
         native = int(first["height"]), int(first["width"])
-        yield ImageAttention(model, settings, latent, native, texts, (params.seed, image_id)), group
+        image = ImageAttention(model, settings, latent, native, sorted(set(found)), (params.seed, image_id))
+        column = pd.Series(found, index=group.index, dtype=object)
+        yield image, group.assign(query=column)
 
 
 def narrative_maps(image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool) -> tuple[pd.DataFrame, Maps]:
@@ -245,14 +269,14 @@ def narrative_maps(image: ImageAttention, name: str, rows: pd.DataFrame, exclusi
         exclusive: whether the phrases of a narrative exclude each other, as class phrases do.
 
     Returns:
-        The rows, ordered by narrative, and their maps [K, h, w] in the same order; equal phrases of a narrative share a map.
+        The rows, ordered by narrative, and their maps [K, h, w] in the same order; equal queries of a narrative share a map.
     """
     ordered, maps = [], []
     for _, narrative in rows.groupby("narrative_id", sort=True):
-        texts = list(dict.fromkeys(narrative["phrase"]))
-        soft = dict(zip(texts, METHODS[name].maps(image, texts, exclusive), strict=True))
+        unique = list(dict.fromkeys(narrative["query"]))
+        soft = dict(zip(unique, METHODS[name].maps(image, unique, exclusive), strict=True))
         ordered.append(narrative)
-        maps += [soft[phrase] for phrase in narrative["phrase"]]
+        maps += [soft[query] for query in narrative["query"]]
     return pd.concat(ordered), np.stack(maps)
 
 

@@ -58,6 +58,7 @@ ATTENTION = (
     Baseline("cross_attention", "attention", "Cross-attention maps"),
     Baseline("diffpng_cross", "attention", "DiffPNG, cross-attention (reimplemented)"),
     Baseline("diffpng_cross_self", "attention", "DiffPNG, cross- and self-attention (reimplemented)"),
+    Baseline("diffpng_sam", "attention", "DiffPNG with SAM's masks (reimplemented)"),
     Baseline("diffseg", "attention", "DiffSeg (our adaptation)"),
 )
 RUNS = (

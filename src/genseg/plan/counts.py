@@ -55,7 +55,7 @@ class Counts:
     class_rows: int  # rows of the table of class phrases, of which mIoU may need a part or none
     attended: dict[str, int]
     """Input of the attention baselines: test_images, val_images; test_texts, val_texts (pairs of an image and one of its
-    phrases or classes); most_texts (maximum number of texts of one image, or the mean in estimates)."""
+    phrases or classes); test_captions, val_captions (the same with its captions instead of its phrases); most_texts (maximum number of texts of one image, or the mean in estimates)."""
     refined: dict[str, int]  # part of test that is refined, per baseline: images, phrases, class_phrases
     texts: int  # distinct phrases to encode
     tokens: int  # tokens of all distinct phrases together
@@ -92,6 +92,7 @@ def _count_tables(params: Params, tables: list[Path], source: str | None) -> Cou
     runs = [Run.model_validate({"name": part, "role": "main", "method": "gs", "phrases": part}) for part in PHRASES]
     rows = {run.phrases: run_rows(params, run, phrases, class_phrases) for run in runs}
     attended = {"val": threshold_rows(params, splits["val"]), "test": pd.concat([splits["test"], rows["class_phrases"]])}
+    captions = {part: table.assign(phrase=table["caption"].fillna(table["phrase"])) for part, table in attended.items()}
     refined = refined_tables(params, phrases, class_phrases, class_list(class_phrases, str(tables[1])).background)
 
     # 3. Count.
@@ -99,7 +100,8 @@ def _count_tables(params: Params, tables: list[Path], source: str | None) -> Cou
     unique = {part: table.drop_duplicates(["image_id", "phrase"]) for part, table in attended.items()}
     per_image = {part: table.groupby("image_id").size() for part, table in unique.items()}
     images = {f"{part}_images": len(sizes) for part, sizes in per_image.items()}
-    pairs = {f"{part}_texts": int(sizes.sum()) for part, sizes in per_image.items()}
+    pairs = {f"{part}_captions": len(table.drop_duplicates(["image_id", "phrase"])) for part, table in captions.items()}
+    pairs |= {f"{part}_texts": int(sizes.sum()) for part, sizes in per_image.items()}
     return Counts(
         source=f"counted in {tables[0]}" + (f"; assuming {TOKENS} tokens per phrase" if source is None else ""),
         exact=source is not None,
@@ -131,6 +133,7 @@ class _Estimate:
     classes: int
     texts: int | None = None  # distinct texts; None if unknown
     picture_bytes: int | None = None
+    captions: float = 1.0  # captions per image
 
 
 def _estimate_counts(params: Params) -> Counts:
@@ -174,6 +177,8 @@ def _estimate_counts(params: Params) -> Counts:
             "test_images": images["test"],
             "val_images": val_images,
             "test_texts": test + classes * scored,
+            "test_captions": round(estimate.captions * images["test"]) + classes * scored,
+            "val_captions": round(estimate.captions * val_images),
             "val_texts": round(val_images * estimate.phrases["train"] / images["train"]),
             "most_texts": math.ceil(test / images["test"]) + (classes if scored else 0),
         },
@@ -194,7 +199,8 @@ def _estimate_data(data: Data) -> _Estimate:
     if data.source == "png":
         source = "published counts of COCO 2017 and PNG (GS, section 4.1), an upper bound for a subset"
         phrases = {split: PNG_PHRASES * count / sum(PNG_NARRATIVES.values()) for split, count in PNG_NARRATIVES.items()}
-        return _Estimate(source, COCO_IMAGES, phrases, PANOPTIC_CLASSES)
+        captions = PNG_NARRATIVES["test"] / COCO_IMAGES["test"]
+        return _Estimate(source, COCO_IMAGES, phrases, PANOPTIC_CLASSES, captions=captions)
     if data.source == "coco_object":
         phrases = {split: COCO_CLASSES_PER_IMAGE * count for split, count in COCO_IMAGES.items()}
         texts = COCO_CLASSES * (templates + 1) + 1

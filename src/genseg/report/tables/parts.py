@@ -29,6 +29,7 @@ SHORT_LABELS = {  # labels of baselines whose full label is too long for a colum
     "cross_attention": "Cross-attention",
     "diffpng_cross": "DiffPNG, cross",
     "diffpng_cross_self": "DiffPNG + self",
+    "diffpng_sam": "DiffPNG + SAM",
     "diffseg": "DiffSeg (ours)",
     "inexact_scribble": "Hull of a scribble",
 }
