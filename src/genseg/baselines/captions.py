@@ -46,7 +46,7 @@ def queries(narrative: pd.DataFrame, template: str, count_tokens: Callable[[str]
 
 
 def _find(caption: str, phrase: str, position: int) -> tuple[int, int] | None:
-    """Return the span of the first occurrence of a phrase, as whole words, from a position, else from the start of the caption."""
+    """Return the span of a phrase's first occurrence, as whole words, from a position, else from the start of the caption."""
     words = r"\s+".join(map(re.escape, phrase.split()))
     pattern = re.compile(rf"(?<!\w){words}(?!\w)")
     match = pattern.search(caption, position) or pattern.search(caption)

@@ -41,9 +41,9 @@ def read_sam_masks(folder: str, image: str, height: int, width: int) -> Mask:
 
 
 def select_masks(proposals: Mask, mask: Mask, overlap: float) -> Mask:
-    """Return the union [H, W] of the proposals [K, H, W] of which, or of the mask [H, W], more than `overlap` is common to both.
+    """Return the union [H, W] of the proposals [K, H, W] that cover more than `overlap` of the mask [H, W], or the reverse.
 
-    Without such a proposal, the mask itself is returned (DiffPNG's refinement with SAM).
+    Without such a proposal, the mask itself is returned. This is DiffPNG's refinement with SAM, described by its program.
     """
     common = (proposals & mask).sum((1, 2))
     areas, area = proposals.sum((1, 2)), mask.sum()

@@ -1,4 +1,4 @@
-"""Published configs of Stable Diffusion 1.4, 1.5 and 2.1 (base, 512 x 512). Values that are defaults of diffusers are omitted."""
+"""Published configs of Stable Diffusion 1.4, 1.5 and 2.1 (base, 512 x 512), without values that are defaults of diffusers."""
 
 from typing import Any
 

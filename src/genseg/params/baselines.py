@@ -47,7 +47,7 @@ class DiffPng(Section):
     anchor: Fraction = 0.6
     """Value of the min-max scaled phrase map above which a token is an anchor."""
     sam: str | None = None
-    """Folder of SAM's masks of the test images for `diffpng_sam`: COCO RLE, a JSON per image, as `amg.py --convert-to-rle` writes."""
+    """Folder of SAM's masks for `diffpng_sam`: a JSON of COCO RLEs per test image, as `amg.py --convert-to-rle` writes them."""
     sam_overlap: Fraction = 0.6
     """Part of one of SAM's masks, or of the thresholded map, that must be common to both for the mask to be selected."""
 

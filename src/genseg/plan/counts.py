@@ -55,7 +55,8 @@ class Counts:
     class_rows: int  # rows of the table of class phrases, of which mIoU may need a part or none
     attended: dict[str, int]
     """Input of the attention baselines: test_images, val_images; test_texts, val_texts (pairs of an image and one of its
-    phrases or classes); test_captions, val_captions (the same with its captions instead of its phrases); most_texts (maximum number of texts of one image, or the mean in estimates)."""
+    phrases or classes); test_captions, val_captions (the same with its captions instead of its phrases); most_texts (maximum
+    number of texts of one image, or the mean in estimates)."""
     refined: dict[str, int]  # part of test that is refined, per baseline: images, phrases, class_phrases
     texts: int  # distinct phrases to encode
     tokens: int  # tokens of all distinct phrases together

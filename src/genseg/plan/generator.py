@@ -184,6 +184,8 @@ def attention_bytes(baselines: Baselines, generator: Generator, texts: int) -> i
         peaks.append(held + (2 * texts + batch) * maps)
         held += texts * maps
     # 4. Segment with DiffSeg: a forward pass with the empty prompt, and the aggregation of self-attention.
+    if "diffseg" not in baselines.attention:
+        return max(peaks)
     forward = generator.forward_bytes(size, 1, precision, AttentionStore(kinds=["self"]))
     aggregated_grids = [find_grid(grids, side, "baselines.diffseg.sides") for side in baselines.diffseg.sides]
     self_maps = {grid: torch.empty(math.prod(grid), math.prod(grid), device="meta") for grid in aggregated_grids}
