@@ -37,7 +37,7 @@ def refinement(study: Study, effort: Effort) -> list[Row]:
     rows = study.phrases[study.phrases["split"] == "test"].sort_values(KEY)
     images = sorted(rows["image_id"].unique())[: effort(effort.images, 1)]
     rows = rows[rows["image_id"].isin(images)]
-    coarse = read_predictions(find_baseline(params, "gs", study_baselines(params)).predictions(params))
+    coarse = read_predictions(find_baseline(params, "gs", study_baselines(params)).paths(params)[False])
 
     def refine_image(part: pd.DataFrame) -> None:
         refine_predictions(part, coarse.merge(part[KEY], on=KEY), model, refine, params.seed)

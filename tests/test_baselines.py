@@ -1,5 +1,6 @@
 """Attention baselines and inexact masks: functions compared with their definitions, SD and SDXL pipelines, the command."""
 
+import itertools
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from pycocotools import mask as coco
 from scipy.spatial import Delaunay
 from scipy.stats import entropy
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -28,11 +30,13 @@ from genseg.artifacts.phrases import read_phrases
 from genseg.artifacts.predictions import maps_path, read_maps, read_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.baselines import attention as att
-from genseg.baselines.attend import METHODS, ImageAttention, recordings
+from genseg.baselines.attend import METHODS, ImageAttention, attention_grids, recordings
+from genseg.baselines.captions import Query, queries, split_caption
 from genseg.baselines.inexact import KINDS, _hull, find_amount, inexact_masks
 from genseg.baselines.inversion import ddim_step, noise_of, null_text_inversion
 from genseg.baselines.make import make_baselines, threshold_ious
 from genseg.baselines.registry import RUNS, own_baselines, study_baselines
+from genseg.baselines.sam import read_sam_masks, select_masks
 from genseg.cli import main
 from genseg.diffusion.objectives import training_target
 from genseg.errors import UserError
@@ -59,24 +63,106 @@ def test_divergence_is_half_the_symmetric_kullback_leibler_divergence():
     assert np.allclose(att.divergence(p, q), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("tau", "iterations"), [(0.5, 1), (1.0, 3), (2.0, 2), (5.0, 3)])
-def test_merging_equals_the_loop_of_its_definition(tau, iterations):
-    maps, anchors = distributions(36, 36), att.anchor_indices((6, 6), 3)
-    table = maps.numpy()
+def reference_merging(maps, points, thresholds):
+    """DiffSeg's `mask_merge` (google/diffseg, MIT), transcribed for maps [side, side, side, side] and points (row, column)."""
 
-    def near(a, b):
-        return (entropy(a + 1e-12, b + 1e-12) + entropy(b + 1e-12, a + 1e-12)) / 2 < tau
+    def divergences(x, others):
+        quotient = np.log(x) - np.log(others)
+        return (x * quotient).sum((-2, -1)) / 2 - (others * quotient).sum((-2, -1)) / 2
 
-    expected = [np.mean([row for row in table if near(table[anchor], row)], 0) for anchor in anchors]
-    for _ in range(iterations - 1):
-        ungrouped, expected = expected, []
-        while ungrouped:
-            first = ungrouped[0]
-            expected.append(np.mean([row for row in ungrouped if near(first, row)], 0))
-            ungrouped = [row for row in ungrouped if not near(first, row)]
+    side = len(maps)
+    flat = maps.reshape(-1, side, side)
+    near = np.stack([divergences(maps[row, column], flat) < thresholds[0] for row, column in points]).astype(float)
+    merged = (near @ flat.reshape(len(flat), -1) / near.sum(1, keepdims=True)).reshape(-1, side, side)
+    for threshold in thresholds[1:]:
+        matched, result = set(), []
+        for number, anchor in enumerate(merged):
+            if number not in matched:
+                close = divergences(anchor, merged) < threshold
+                matched |= {number, *np.flatnonzero(close).tolist()}
+                result.append(merged[close].mean(0))
+        merged = np.stack(result)
+    return merged
+
+
+@pytest.mark.parametrize(("tau", "iterations"), [(0.5, 1), (0.8, 3), (0.9, 3), (1.0, 3), (2.0, 2), (5.0, 3)])
+def test_merging_equals_the_authors_program(tau, iterations):
+    maps = distributions(36, 36) + 1e-4
+    maps = maps / maps.sum(1, keepdim=True)
+    maps = 0.7 * maps + 0.3 * maps[torch.arange(36) // 6 * 6]  # maps of a row resemble each other
+    anchors = att.anchor_indices((6, 6), 3)
+    expected = reference_merging(
+        maps.numpy().reshape(6, 6, 6, 6), [(a // 6, a % 6) for a in anchors.tolist()], [tau] * iterations
+    )
     proposals = att.merge(maps, anchors, tau, iterations).numpy()
-    assert proposals.shape == np.shape(expected)
-    assert np.allclose(proposals, expected, atol=1e-9)
+    assert proposals.shape == (len(expected), 36)
+    assert np.allclose(proposals.reshape(-1, 6, 6), expected, atol=1e-9)
+
+
+def test_anchors_of_a_64_grid_are_those_of_the_authors_program():
+    step = 63 // 15
+    line = np.linspace((63 - 15 * step) // 2, 15 * step + (63 - 15 * step) // 2, 16).astype(int)
+    assert att.anchor_indices((64, 64), 16).tolist() == [64 * row + column for row in line for column in line]
+
+
+def test_token_weights_of_diffpng_compare_with_the_last_token():
+    embeddings = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    products = np.array([[1, 0, 1], [0, 4, 2], [1, 2, 2]]) / 4
+    expected = np.exp(products[-1]) / np.exp(products[-1]).sum()
+    assert np.allclose(att.similarity_weights(embeddings), expected)
+    assert att.similarity_weights(embeddings[:1]).tolist() == [1.0]
+
+
+CAPTION = "In this image there is a bear. A small bear and  another\nbear near two small red circles."
+
+
+def narrative(*phrases, caption=CAPTION):
+    return pd.DataFrame({"phrase": phrases, "caption": [caption] * len(phrases)})
+
+
+def test_phrases_are_found_in_their_caption_one_after_the_other():
+    found = queries(narrative("a bear", "A small bear", "another bear", "circles", "a cat"), "a {phrase}", lambda t: 1, 75)
+    assert [query.prompt[query.start : query.end] for query in found[:4]] == [
+        "a bear",
+        "A small bear",
+        "another\nbear",
+        "circles",
+    ]
+    assert {query.prompt for query in found[:4]} == {CAPTION}
+    assert found[4] == Query("a cat", "a cat", 0, 5)  # not in the caption
+    assert queries(narrative("the wall", caption=None), "a {phrase}", len, 75) == [Query("the wall", "the wall", 0, 8)]
+
+
+@given(st.lists(st.sampled_from(["red", "bear.", "near", "a", "longer-word"]), min_size=1, max_size=30), st.integers(1, 12))
+def test_pieces_of_a_caption_cover_its_words_and_fit_the_limit(words, limit):
+    caption, count = "  ".join(words), lambda text: sum(1 + len(word) // 5 for word in text.split())
+    pieces = [caption[start:end] for start, end in split_caption(caption, count, limit)]
+    assert " ".join(pieces).split() == words
+    for piece, after in itertools.pairwise([*pieces, None]):
+        assert count(piece) <= limit or len(piece.split()) == 1
+        if after is not None and "." in piece:
+            assert piece.endswith(".")
+        elif after is not None:
+            assert count(f"{piece} {after.split()[0]}") > limit
+
+
+def test_sam_masks_are_read_and_selected_by_overlap(tmp_path):
+    proposals = np.zeros((3, 4, 6), bool)
+    proposals[0, :, :2], proposals[1, :, 2:], proposals[2, 0, :4] = True, True, True
+    records = [{"segmentation": coco.encode(np.asfortranarray(mask, np.uint8)), "area": 1} for mask in proposals]
+    for record in records:
+        record["segmentation"]["counts"] = record["segmentation"]["counts"].decode()
+    (tmp_path / "000000000012.json").write_text(json.dumps(records))
+    read = read_sam_masks(str(tmp_path), "data/inputs/coco/val2017/000000000012.jpg", 4, 6)
+    assert np.array_equal(read, proposals)
+    mask = np.zeros((4, 6), bool)
+    mask[:, :3] = True  # contains all of the first proposal, 3 of 4 pixels of the third
+    assert np.array_equal(select_masks(proposals, mask, 0.6), proposals[0] | proposals[2])
+    assert np.array_equal(select_masks(proposals[1:2], mask, 0.6), mask)
+    with pytest.raises(UserError, match=r"12.json: mask 0: size \[4, 6\], but the image has \[6, 4\]"):
+        read_sam_masks(str(tmp_path), "000000000012.jpg", 6, 4)
+    with pytest.raises(UserError, match=r"13.json: no such file; write SAM's masks"):
+        read_sam_masks(str(tmp_path), "000000000013.jpg", 4, 6)
 
 
 def test_aggregation_is_the_weighted_sum_of_enlarged_and_repeated_maps():
@@ -143,8 +229,11 @@ def test_phrase_maps_are_weighted_means_of_token_maps():
     token = {grid: torch.stack([(m[0, :, 1] + 3 * m[0, :, 2]) / 4, m[1, :, 1]]).view(2, *grid) for grid, m in cross.items()}
     expected = token[4, 4].numpy() * 4 / 6 + bilinear(token[2, 2].numpy(), 4, 4) * 2 / 6
     assert np.allclose(combined, expected, atol=1e-6)
-    assert att.nearest_grid([(64, 64), (32, 32), (16, 16)], 16) == (16, 16)
-    assert att.nearest_grid([(16, 16), (8, 8)], 12) == (8, 8)
+    assert att.find_grid([(64, 64), (32, 32), (16, 16)], 16, "key") == (16, 16)
+    with pytest.raises(
+        UserError, match=r"key: the U-Net has no attention on 16 x 16 tokens at this image size; its sides are 64, 32"
+    ):
+        att.find_grid([(64, 64), (32, 32)], 16, "key")
 
 
 @given(arrays(np.float32, (3, 4, 5), elements=st.floats(0, 1, width=16)))
@@ -215,9 +304,21 @@ def model(pipeline):
     return TextToImage(pipeline[1], None, CPU)
 
 
+def in_caption(texts):
+    """Queries of texts in one caption."""
+    return queries(narrative(*texts, caption="I see " + " and ".join(TEXTS)), "{phrase}", lambda text: len(text.split()), 75)
+
+
 def attended(model, params, texts=TEXTS):
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    return ImageAttention(model, params, latent, (16, 20), texts, (0, 7))
+    sides = [grid[0] for grid in attention_grids(model.unet, 8, 8)]
+    params = params.model_copy(
+        update={
+            "diffpng": params.diffpng.model_copy(update={"cross_side": sides[0], "self_side": sides[0]}),
+            "diffseg": params.diffseg.model_copy(update={"sides": sides}),
+        }
+    )
+    return ImageAttention(model, params, latent, (16, 20), in_caption(texts), (0, 7))
 
 
 @pytest.fixture(scope="module")
@@ -259,20 +360,20 @@ def test_unet_gets_the_inputs_of_the_pipeline(pipeline, model):
 def test_maps_do_not_depend_on_batch_size_or_other_phrases(model, params, name):
     """Maps do not depend on batch size or phrase order and, except for diffseg, not on other phrases of the image."""
     whole = attended(model, params)
-    maps = METHODS[name].maps(whole, TEXTS, False)
+    maps = METHODS[name].maps(whole, in_caption(TEXTS), False)
     assert maps.min() >= 0
     assert maps.max() <= 1
     split = attended(model, params.model_copy(update={"batch": 1}), TEXTS[::-1])
-    assert np.allclose(METHODS[name].maps(split, TEXTS, False), maps, atol=1e-4)
+    assert np.allclose(METHODS[name].maps(split, in_caption(TEXTS), False), maps, atol=1e-4)
     if name != "diffseg":
         assert np.ptp(maps) == 1
-        assert np.allclose(METHODS[name].maps(whole, TEXTS[1:2], False)[0], maps[1], atol=1e-6)
-        together = METHODS[name].maps(whole, TEXTS, True)
+        assert np.allclose(METHODS[name].maps(whole, in_caption(TEXTS)[1:2], False)[0], maps[1], atol=1e-6)
+        together = METHODS[name].maps(whole, in_caption(TEXTS), True)
         assert sorted([together.min(), together.max()]) == pytest.approx([0, 1])
     else:
         assert maps.shape == (3, 16, 20)
         assert (maps > 0).any((1, 2)).all()
-        exclusive = METHODS[name].maps(whole, TEXTS, True)
+        exclusive = METHODS[name].maps(whole, in_caption(TEXTS), True)
         assert np.array_equal((exclusive > 0).sum(0), np.ones((16, 20)))
 
 
@@ -449,7 +550,7 @@ def test_study_without_runs_has_only_the_listed_baselines():
     document["sample"]["runs"] = []
     params = validate_params(document)
     assert [baseline.name for baseline in own_baselines(params)] == ["diffpng_cross", "diffseg", "inexact_box"]
-    assert set(recordings(params.baselines)) == {"diffpng_cross", "diffseg"}
+    assert set(recordings(params.baselines)) == set(METHODS)
     document["baselines"] |= {"attention": [], "inexact": {}}
     with pytest.raises(UserError, match=r"no baseline to refine; import one with `genseg import`"):
         make_baselines(validate_params(document))

@@ -56,6 +56,7 @@ CHANGES = [
     ("refine.trained.steps", 77, {"refine_train"} | REFINE),
     ("refine.test_fraction", 0.375, REFINE),
     ("resources.refine.threads", 7, set()),
+    ("score.miou", 0.375, SAMPLE | BASELINES),
     ("score.bootstrap", 77, SCORE),
     ("tables.dpi", 77, TABLES),
 ]

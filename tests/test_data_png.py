@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_folders import edit_json, narrative, part, png_params, save_ids, small_png, study_params, write_png
+from genseg.artifacts.files import read_json
 from genseg.artifacts.phrases import read_phrases, row_mask
 from genseg.data import ImageRows, coco_panoptic
 from genseg.data.assemble import assemble, open_source
@@ -153,6 +154,24 @@ def test_several_folders_are_one_data_set(tmp_path: Path, monkeypatch: pytest.Mo
     )
     with pytest.raises(UserError, match="category 17 is 'dog' in this file but 'cat' elsewhere"):
         open_source(study_params(**data).data, tmp_path)
+
+
+def test_categories_are_named_by_the_class_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_png(tmp_path / "png")
+    (tmp_path / "names.csv").write_text("category,name\nperson,person\ncat,two cats\ntree,tree trunk\nunused,x\n")
+    monkeypatch.chdir(tmp_path)
+    data = png_params(tmp_path / "png")
+    data["png"]["classes"] = "names.csv"
+    assemble(study_params(**data))
+    classes = read_phrases("data/t/class_phrases.parquet")
+    assert set(classes["phrase"]) == {"the person", "two cats", "the tree trunk"}
+    assert [item["name"] for item in read_json(Path("data/t/classes.json"))] == ["person", "two cats", "tree trunk"]
+    assert "names.csv" in read_json(Path("data/t/manifest.json"))["inputs"]
+    (tmp_path / "names.csv").write_text("category,name\nperson,person\ntree,tree\n")
+    with pytest.raises(UserError, match=r"names.csv: category 'cat' of the annotations has no name; add a row"):
+        assemble(study_params(**data))
+    with pytest.raises(UserError, match="not a CSV with the columns category and name"):
+        assemble(study_params(**data | {"png": data["png"] | {"classes": "missing.csv"}}))
 
 
 def test_class_phrases_contain_every_class_for_val_and_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

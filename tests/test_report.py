@@ -247,6 +247,32 @@ def test_miou_table_is_removed_without_class_phrases(report_copy: Path) -> None:
     assert not list((report_copy / "results/made_up/tables").glob("miou.*"))
 
 
+def test_without_miou_its_numbers_are_left_out_with_a_sentence(report_copy: Path) -> None:
+    """With `score.miou: 0` the files of scores have no mIoU, and no table, caption or note names it as a result."""
+    scores, tables = report_copy / "results/made_up/scores", report_copy / "results/made_up/tables"
+    document = yaml.safe_load((report_copy / "params.yaml").read_text())
+    document["score"]["miou"] = 0.0
+    (report_copy / "params.yaml").write_text(yaml.safe_dump(document))
+    for path in [scores / "main.json", scores / "discriminative.json"]:
+        write_json(path, json.loads(path.read_text()) | {"miou": None})
+    comparisons = json.loads((scores / "comparisons.json").read_text())
+    write_json(scores / "comparisons.json", {name: value for name, value in comparisons.items() if "miou" not in name})
+    refinement = json.loads((scores / "refinement.json").read_text())
+    for row in [*refinement["rows"], *refinement["means"]]:
+        row["miou"] = dict.fromkeys(("before", "after", "difference", "ci_low", "ci_high"))
+    write_json(scores / "refinement.json", refinement)
+    assert main(["tables"]) == 0
+    assert not list(tables.glob("miou.*"))
+    for name in ("refinement", "refinement_controls", "refinement_sensitivity"):
+        frame = table(report_copy, name)
+        assert not [column for column in frame.columns if "miou" in column or column == "delta"]
+        assert frame["ar_delta"].notna().all()
+    for path in tables.glob("*.md"):
+        text = path.read_text().replace("mIoU is not scored in this study (score.miou is 0).", "")
+        assert not [line for line in text.splitlines() if "mIoU" in line and "published gains" not in line], path.name
+    assert all("mIoU is not scored" in (tables / f"{name}.md").read_text() for name in ("breakdown", "refinement"))
+
+
 def test_comparisons_name_their_runs_and_quantities(report: Path) -> None:
     frame = table(report, "comparisons")
     assert list(frame.columns[:6]) == ["comparison", "split", "n", "difference", "ci_low", "ci_high"]

@@ -15,17 +15,19 @@ import yaml
 
 from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import read_manifest, write_manifest
-from genseg.artifacts.masks import encode
+from genseg.artifacts.masks import decode, encode
 from genseg.artifacts.parquet import KEY
-from genseg.artifacts.phrases import read_phrases, write_phrases
+from genseg.artifacts.phrases import miou_phrases, read_phrases, write_phrases
 from genseg.artifacts.predictions import maps_path, write_maps, write_predictions
 from genseg.artifacts.resample import area_reduce, bilinear
 from genseg.artifacts.scores import read_per_phrase
+from genseg.baselines.registry import own_baselines
 from genseg.cli import main
 from genseg.metrics.runs import score_baselines
-from genseg.params import load_params
+from genseg.params import load_params, validate_params
 from genseg.params.sample import OperatingPoint
-from genseg.sampling.runs import Run, predictions_path
+from genseg.refine.layout import refined_images
+from genseg.sampling.runs import Run, predictions_path, run_rows, study_runs
 
 SPLITS = ("overall", "things", "stuff", "singulars", "plurals")
 HEIGHT, WIDTH = 12, 16
@@ -414,6 +416,37 @@ def test_study_scores_have_the_documented_files_and_contents(study, capsys):
     assert set(manifest["outputs"]) == {f"results/small/scores/{name}" for name in expected_files - {"manifest.json"}}
     assert {"data/small/phrases.parquet", "data/small/classes.json"} <= set(manifest["inputs"])
     assert manifest["phase"] == "score"
+
+
+def test_miou_of_a_fraction_of_test_counts_the_pixels_of_its_images(study):
+    """The mIoU of every set of images, computed from the masks themselves, singles out the chosen ones."""
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["score"]["miou"] = 0.3
+    Path("params.yaml").write_text(yaml.safe_dump(document))
+    params = load_params("params.yaml")
+    table = read_phrases("data/small/class_phrases.parquet")
+    chosen = miou_phrases(params, table)
+    assert chosen["image_id"].nunique() == round(0.3 * 11)
+    assert len(chosen) == 3 * chosen["image_id"].nunique()  # every class
+    assert set(chosen["image_id"]) <= set(refined_images(validate_params(document | {"refine": {"test_fraction": 0.5}}), table))
+    run = next(run for run in study_runs(params) if run.name == "class_phrases")
+    assert run_rows(params, run, table, table)[KEY].equals(chosen[KEY])
+    assert main(STUDY) == 0
+    scored = json.loads((study / "main.json").read_text())["miou"]
+    assert scored["images"] == chosen["image_id"].nunique()
+    assert scored["pixels"] == sum(
+        np.any([decode(mask, 24, 32) for mask in rows["mask"]], 0).sum() for _, rows in chosen.groupby("image_id")
+    )
+
+
+def test_without_miou_no_class_is_predicted(study):
+    document = yaml.safe_load(Path("params.yaml").read_text())
+    document["score"]["miou"] = 0.0
+    params = validate_params(document)
+    assert not [run for run in study_runs(params) if run.role == "class_phrases"]
+    assert miou_phrases(params, read_phrases("data/small/class_phrases.parquet")).empty
+    for baseline in own_baselines(params):
+        assert list(baseline.paths(params)) == [False]
 
 
 def test_baselines_without_ground_truth_are_scored_under_every_protocol(study):

@@ -66,6 +66,10 @@ def is_background(phrases: pd.DataFrame) -> NDArray[np.bool_]:
     return np.array([tags is not None and BACKGROUND in tags for tags in phrases["tags"]], bool)
 
 
+REFINED = "refine"
+"""Purpose in `choose_images` of the images that are refined and on which mIoU is scored."""
+
+
 def hash_unit(seed: int, *ids: object) -> float:
     """Return a number in [0, 1) that depends only on the seed and the ids; it selects images for val and for subsets."""
     return derive_seed(seed, *ids) / 2**63
@@ -85,6 +89,16 @@ def grid_phrases(params: Params, phrases: pd.DataFrame) -> pd.DataFrame:
 def val_phrases(params: Params, phrases: pd.DataFrame) -> pd.DataFrame:
     """Return the phrases of the part of val on which operating points are compared. A hash selects its images."""
     return _phrases_of_part(phrases, "val", params.sample.select_fraction, params.seed, "operating points")
+
+
+def miou_phrases(params: Params, class_phrases: pd.DataFrame) -> pd.DataFrame:
+    """Return the class phrases of the part of test on which mIoU is scored; no rows if `score.miou` is 0.
+
+    The images are chosen as those that are refined (`refine.test_fraction`), so the smaller part is within the larger one.
+    """
+    if not params.score.miou:
+        return class_phrases.iloc[:0]
+    return _phrases_of_part(class_phrases, "test", params.score.miou, params.seed, REFINED)
 
 
 def _phrases_of_part(phrases: pd.DataFrame, split: str, fraction: float, seed: int, purpose: str) -> pd.DataFrame:

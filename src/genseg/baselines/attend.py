@@ -1,6 +1,6 @@
 """The attention baselines: one soft map per phrase, from attention that is recorded once per image; methods share it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -10,8 +10,10 @@ from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
 from genseg.artifacts.seeds import derive_seed
+from genseg.artifacts.templates import fill_template
 from genseg.baselines import attention
 from genseg.baselines.attention import Grid
+from genseg.baselines.captions import Query
 from genseg.baselines.inversion import null_text_inversion, null_text_passes
 from genseg.models.attention_control import AttentionStore, attention_control
 from genseg.models.text_to_image import Prompts, TextToImage
@@ -24,12 +26,11 @@ ANY_POSITIVE = 1e-6
 
 def attention_grids(unet: UNet2DConditionModel, height: int, width: int) -> list[Grid]:
     """Return the token grids of the U-Net's transformer blocks for latents of height x width, finest first."""
-    grids = []
-    for block in unet.config.down_block_types:
-        if "CrossAttn" in block:
-            grids.append((height, width))
-        height, width = -(-height // 2), -(-width // 2)
-    return grids
+    sizes, types = [(height, width)], [*unet.config.down_block_types, unet.config.mid_block_type or ""]
+    for _ in unet.config.down_block_types[1:]:
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    sizes.append(sizes[-1])  # the middle block
+    return list(dict.fromkeys(size for size, block in zip(sizes, types, strict=True) if "CrossAttn" in block))
 
 
 @dataclass(eq=False)
@@ -42,20 +43,36 @@ class ImageAttention:
     """[1, 4, h, w]."""
     native: tuple[int, int]
     """(height, width) of the image."""
-    texts: Sequence[str]
-    """Unique phrases, at least one."""
+    queries: Sequence[Query]
+    """Unique phrases with their captions, at least one."""
     identity: tuple[int, object]
     """(study's seed, image_id), which determine the noise; all phrases of the image share it."""
 
     def __post_init__(self) -> None:
-        self.rows = {text: row for row, text in enumerate(self.texts)}
-        self.prompts = self.model.embed(list(self.texts), self.params.prompt)
         self.grids = attention_grids(self.model.unet, *self.latent.shape[-2:])
         self._recorded: dict[Recording, dict[tuple[str, Grid], torch.Tensor]] = {}
 
-    def recorded(self, method: str, kind: str, texts: Sequence[str]) -> dict[Grid, torch.Tensor]:
-        """Return the attention of one kind (cross or self) that one of `METHODS` records, with a row for each text."""
-        recording, rows = recordings(self.params)[method], [self.rows[text] for text in texts]
+    @cached_property
+    def captioned(self) -> "EncodedQueries":
+        """The phrases within their captions."""
+        return EncodedQueries(self.model, {query: (query.prompt, query.start, query.end) for query in self.queries})
+
+    @cached_property
+    def alone(self) -> "EncodedQueries":
+        """The phrases in the template `baselines.prompt`."""
+        filled = {query: fill_template(self.params.prompt, query.phrase) for query in self.queries}
+        return EncodedQueries(
+            self.model, {query: (text, start, start + len(query.phrase)) for query, (text, start) in filled.items()}
+        )
+
+    def encoded(self, recording: "Recording") -> "EncodedQueries":
+        """Return the prompts of a recording."""
+        return self.captioned if recording.captioned else self.alone
+
+    def recorded(self, method: str, kind: str, queries: Sequence[Query]) -> dict[Grid, torch.Tensor]:
+        """Return the attention of one kind (cross or self) that one of `METHODS` records, with a row for each query."""
+        recording = recordings(self.params)[method]
+        rows = [self.encoded(recording).rows[query] for query in queries]
         if recording not in self._recorded:
             self._recorded[recording] = phrase_attention(self, recording)
         return {grid: maps[rows] for (each_kind, grid), maps in self._recorded[recording].items() if each_kind == kind}
@@ -63,7 +80,9 @@ class ImageAttention:
     @cached_property
     def segments(self) -> NDArray[np.int64]:
         """DiffSeg's segments [H, W] at native size, from self-attention with the empty prompt and without noise."""
-        params, store = self.params.diffseg, AttentionStore(kinds=["self"])
+        params = self.params.diffseg
+        grids = [attention.find_grid(self.grids, side, "baselines.diffseg.sides") for side in params.sides]
+        store = AttentionStore(kinds=["self"], select=lambda call: call.grid in grids)
         self.record(store, (params.timestep,), False, self.model.embed([""]))
         self_attention = {grid: maps[0] for (_, grid), maps in store.maps.items()}
         finest = max(self_attention)
@@ -72,24 +91,23 @@ class ImageAttention:
         )
         return attention.segment(proposals, finest, *self.native)
 
-    def token_weights(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return weights [K, L]: 1 for the tokens of each phrase, 0 for other tokens."""
-        return self.prompts.phrase_tokens[[self.rows[text] for text in texts]].float()
+    def token_weights(self, method: str, queries: Sequence[Query]) -> torch.Tensor:
+        """Return weights [K, L]: 1 for the tokens of each phrase in the prompt of a method, 0 for other tokens."""
+        tokens = self.encoded(recordings(self.params)[method]).tokens
+        return torch.stack([tokens[query] for query in queries]).float().to(self.model.device)
 
-    def semantic_weights(self, texts: Sequence[str]) -> torch.Tensor:
+    def semantic_weights(self, queries: Sequence[Query]) -> torch.Tensor:
         """Return DiffPNG's weights [K, L] for the tokens of each phrase, 0 for other tokens.
 
-        A weight is the cosine similarity between the pooled embeddings of the token (encoded alone) and of the prompt, where
-        negative values become 0. If all are 0, the weights of the phrase's tokens are 1.
+        They compare the tokens with the last one, which is the head of most noun phrases: `attention.similarity_weights` of the
+        pooled embeddings of the tokens, each encoded alone.
         """
-        weights = self.token_weights(texts)
-        for row, text in zip(weights, texts, strict=True):
+        weights = self.token_weights("diffpng_cross", queries)
+        for row, query in zip(weights, queries, strict=True):
             positions = row.nonzero()[:, 0]
-            words = self.model.words(text)[: len(positions)]  # a long prompt is truncated
+            words = self.model.words(query.phrase)[: len(positions)]  # a phrase may be cut at the end of a piece of its caption
             embeddings = torch.stack([self.model.pooled_word(word) for word in words])
-            cosines = torch.cosine_similarity(embeddings, self.prompts.pooled[self.rows[text]].float(), dim=-1).clamp_min(0)
-            if cosines.sum() > 0:
-                row[positions] = cosines
+            row[positions] = attention.similarity_weights(embeddings)
         return weights
 
     @torch.no_grad()
@@ -108,36 +126,49 @@ class ImageAttention:
         return alpha.sqrt() * self.latent + (1 - alpha).sqrt() * noise
 
 
+class EncodedQueries:
+    """The distinct prompts of an image's queries, embedded, with the row and the tokens [L] of each query."""
+
+    def __init__(self, model: TextToImage, spans: Mapping[Query, tuple[str, int, int]]) -> None:
+        numbers = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompt for prompt, _, _ in spans.values()))}
+        self.prompts = model.embed(list(numbers))
+        self.rows = {query: numbers[prompt] for query, (prompt, _, _) in spans.items()}
+        self.tokens = {query: model.tokens_of(*span) for query, span in spans.items()}
+
+
 @dataclass(frozen=True)
 class Recording:
-    """The forward passes in which attention is recorded for every text."""
+    """The forward passes in which attention is recorded for every prompt."""
 
     timesteps: tuple[int, ...]
     """Timesteps of one pass each; empty with an inversion."""
     noisy: bool
     """Whether noise is added to the latent."""
+    captioned: bool
+    """Whether the prompts are captions (as DiffPNG's and, for its labels, DiffSeg's), or one prompt per phrase."""
     self_attention: bool
     """Whether self-attention on DiffPNG's grid is recorded besides cross-attention."""
     inversion: Inversion | None = None
     """Inversion whose reconstruction passes are recorded."""
 
     def passes(self) -> tuple[int, int]:
-        """Return the number of forward passes per text, and how many have a backward pass; upper bounds with an inversion."""
+        """Return the number of forward passes per prompt, and how many have a backward pass; upper bounds with an inversion."""
         return (len(self.timesteps), 0) if self.inversion is None else null_text_passes(self.inversion)
 
 
 def recordings(params: Baselines) -> dict[str, Recording]:
-    """Return the recording of each method in `baselines.attention`; methods with equal recordings share one."""
+    """Return the recording of each method; methods with equal recordings share one."""
     inversion = params.diffpng.inversion
     timesteps = () if inversion is not None else tuple(params.diffpng.timesteps)
-    diffpng = Recording(timesteps, noisy=True, self_attention=True, inversion=inversion)
-    by_method = {
-        "cross_attention": Recording(tuple(params.cross_attention.timesteps), noisy=True, self_attention=True),
+    cross = Recording(tuple(params.cross_attention.timesteps), noisy=True, captioned=False, self_attention=False)
+    diffpng = Recording(timesteps, noisy=True, captioned=True, self_attention=True, inversion=inversion)
+    return {
+        "cross_attention": cross,
         "diffpng_cross": diffpng,
         "diffpng_cross_self": diffpng,
-        "diffseg": Recording((params.diffseg.timestep,), noisy=False, self_attention=False),
+        "diffpng_sam": diffpng,
+        "diffseg": Recording((params.diffseg.timestep,), noisy=False, captioned=True, self_attention=False),
     }
-    return {method: by_method[method] for method in params.attention}
 
 
 SEGMENT_PASSES = 1
@@ -147,19 +178,21 @@ SEGMENT_PASSES = 1
 def recorded_layers(params: Baselines, grids: Sequence[Grid], self_attention: bool) -> set[tuple[str, Grid]]:
     """Return the recorded (kind, grid) pairs: cross-attention on all grids, self-attention on DiffPNG's grid."""
     layers = {("cross", grid) for grid in grids}
-    return layers | {("self", attention.nearest_grid(grids, params.diffpng.self_side))} if self_attention else layers
+    if not self_attention:
+        return layers
+    return layers | {("self", attention.find_grid(grids, params.diffpng.self_side, "baselines.diffpng.self_side"))}
 
 
 def phrase_attention(image: ImageAttention, recording: Recording) -> dict[tuple[str, Grid], torch.Tensor]:
-    """Record attention for all K texts of an image, averaged over the forward passes.
+    """Record attention for all K prompts of an image, averaged over the forward passes.
 
     Returns:
         {("cross", grid): [K, N, L]} for all grids and, if recorded, {("self", grid): [K, N, N]} for DiffPNG's grid.
     """
     layers = recorded_layers(image.params, image.grids, recording.self_attention)
-    batches = []
-    for start in range(0, len(image.prompts), image.params.batch):
-        prompts = image.prompts[start : start + image.params.batch]
+    batches, all_prompts = [], image.encoded(recording).prompts
+    for start in range(0, len(all_prompts), image.params.batch):
+        prompts = all_prompts[start : start + image.params.batch]
         store = AttentionStore(select=lambda call: (call.kind, call.grid) in layers)
         if recording.inversion is not None:
             record = partial(attention_control, image.model.unet, store)
@@ -174,43 +207,46 @@ def phrase_attention(image: ImageAttention, recording: Recording) -> dict[tuple[
 class Method:
     """A method of the attention baselines."""
 
-    maps: Callable[[ImageAttention, Sequence[str], bool], Maps]
-    """(image, texts of one narrative, exclusive) -> soft maps [K, h, w] in [0, 1], of any size. Exclusive texts (the classes
+    maps: Callable[[ImageAttention, Sequence[Query], bool], Maps]
+    """(image, queries of one narrative, exclusive) -> soft maps [K, h, w] in [0, 1], of any size. Exclusive phrases (classes
     of a list) are scaled together, so that a pixel can be assigned to the highest one."""
     section: str
     """Section of the params `baselines` with the method's settings."""
+    sam: bool = False
+    """Whether SAM's masks replace the thresholded map (`baselines.sam`); the soft maps are then not written."""
     choose_threshold: bool = True
     """Whether the threshold is chosen on val and the soft maps are written; else every positive value is foreground, and the
     maps are not probabilities."""
 
 
-def _cross_attention(image: ImageAttention, texts: Sequence[str], exclusive: bool) -> Maps:
+def _cross_attention(image: ImageAttention, queries: Sequence[Query], exclusive: bool) -> Maps:
     """Mean cross-attention of the phrase's tokens over layers, heads and timesteps."""
-    maps = attention.combined_maps(image.recorded("cross_attention", "cross", texts), image.token_weights(texts))
+    weights = image.token_weights("cross_attention", queries)
+    maps = attention.combined_maps(image.recorded("cross_attention", "cross", queries), weights)
     return attention.minmax(attention.divide_by_mean(maps), exclusive).cpu().numpy()
 
 
-def _diffpng_cross(image: ImageAttention, texts: Sequence[str], exclusive: bool) -> Maps:
-    """DiffPNG's phrase maps: cross-attention on one grid, tokens weighted by similarity to the prompt."""
-    return attention.minmax(attention.divide_by_mean(_diffpng_phrase_maps(image, texts)), exclusive).cpu().numpy()
+def _diffpng_cross(image: ImageAttention, queries: Sequence[Query], exclusive: bool) -> Maps:
+    """DiffPNG's phrase maps: cross-attention on one grid, tokens weighted by similarity to the last one."""
+    return attention.minmax(attention.divide_by_mean(_diffpng_phrase_maps(image, queries)), exclusive).cpu().numpy()
 
 
-def _diffpng_cross_self(image: ImageAttention, texts: Sequence[str], exclusive: bool) -> Maps:
+def _diffpng_cross_self(image: ImageAttention, queries: Sequence[Query], exclusive: bool) -> Maps:
     """DiffPNG's segmentation: the self-attention of the phrase map's anchors."""
-    ((grid, self_attention),) = image.recorded("diffpng_cross_self", "self", texts).items()
-    anchors = attention.locate(_diffpng_phrase_maps(image, texts), grid, image.params.diffpng.anchor)
+    ((grid, self_attention),) = image.recorded("diffpng_cross_self", "self", queries).items()
+    anchors = attention.locate(_diffpng_phrase_maps(image, queries), grid, image.params.diffpng.anchor)
     return attention.minmax(attention.divide_by_mean(attention.spread(self_attention, anchors, grid)), exclusive).cpu().numpy()
 
 
-def _diffpng_phrase_maps(image: ImageAttention, texts: Sequence[str]) -> torch.Tensor:
-    cross = image.recorded("diffpng_cross", "cross", texts)
-    grid = attention.nearest_grid(cross, image.params.diffpng.cross_side)
-    return attention.phrase_maps(cross[grid], grid, image.semantic_weights(texts))
+def _diffpng_phrase_maps(image: ImageAttention, queries: Sequence[Query]) -> torch.Tensor:
+    cross = image.recorded("diffpng_cross", "cross", queries)
+    grid = attention.find_grid(cross, image.params.diffpng.cross_side, "baselines.diffpng.cross_side")
+    return attention.phrase_maps(cross[grid], grid, image.semantic_weights(queries))
 
 
-def _diffseg(image: ImageAttention, texts: Sequence[str], exclusive: bool) -> Maps:
+def _diffseg(image: ImageAttention, queries: Sequence[Query], exclusive: bool) -> Maps:
     """DiffSeg's segments at native size, assigned to the phrases."""
-    maps = attention.combined_maps(image.recorded("diffseg", "cross", texts), image.token_weights(texts))
+    maps = attention.combined_maps(image.recorded("diffseg", "cross", queries), image.token_weights("diffseg", queries))
     return attention.assign(image.segments, attention.divide_by_mean(maps).cpu().numpy(), not exclusive)
 
 
@@ -218,5 +254,6 @@ METHODS = {
     "cross_attention": Method(_cross_attention, "cross_attention"),
     "diffpng_cross": Method(_diffpng_cross, "diffpng"),
     "diffpng_cross_self": Method(_diffpng_cross_self, "diffpng"),
+    "diffpng_sam": Method(_diffpng_cross_self, "diffpng", sam=True),
     "diffseg": Method(_diffseg, "diffseg", choose_threshold=False),
 }

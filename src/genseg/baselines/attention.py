@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from genseg.artifacts.resample import bilinear, bilinear_matrix
+from genseg.errors import UserError
 
 Grid = tuple[int, int]
 TINY = 1e-12
@@ -30,9 +31,15 @@ def enlarge(maps: torch.Tensor, grid: Grid) -> torch.Tensor:
     return rows @ maps @ columns.T
 
 
-def nearest_grid(grids: Iterable[Grid], side: int) -> Grid:
-    """Return the grid whose height is nearest to `side`; on a tie the coarser one."""
-    return min(grids, key=lambda grid: (abs(grid[0] - side), grid))
+def find_grid(grids: Iterable[Grid], side: int, key: str) -> Grid:
+    """Return the grid of this side. Raises UserError with the `key` of the params if the U-Net has none."""
+    by_side = {max(grid): grid for grid in grids}
+    if side not in by_side:
+        sides = ", ".join(map(str, sorted(by_side, reverse=True)))
+        raise UserError(
+            f"{key}: the U-Net has no attention on {side} x {side} tokens at this image size; its sides are {sides}"
+        )
+    return by_side[side]
 
 
 def phrase_maps(cross: torch.Tensor, grid: Grid, weights: torch.Tensor) -> torch.Tensor:
@@ -62,6 +69,16 @@ def minmax(maps: torch.Tensor, together: bool = False) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------- DiffPNG
+def similarity_weights(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return DiffPNG's weights [M] of a phrase's tokens from the embeddings [M, P] of each token alone; they sum to 1.
+
+    The scalar products of all pairs are scaled to [0, 1]; the weights are the softmax of those with the last token.
+    """
+    products = embeddings @ embeddings.T
+    span = products.max() - products.min()
+    return ((products[-1] - products.min()) / span.clamp_min(TINY)).softmax(-1)
+
+
 def locate(maps: torch.Tensor, grid: Grid, anchor: float) -> torch.Tensor:
     """Return DiffPNG's anchors [K, N] bool: tokens of a grid where the min-max scaled phrase maps [K, h, w] exceed `anchor`."""
     return (minmax(enlarge(maps, grid)) > anchor).flatten(1)
@@ -91,8 +108,12 @@ def aggregate(self_attention: Mapping[Grid, torch.Tensor]) -> torch.Tensor:
 
 
 def anchor_indices(grid: Grid, side: int) -> torch.Tensor:
-    """Return the token indices of `side` x `side` evenly spaced anchors (fewer on a smaller grid)."""
-    axes = [(torch.arange(min(side, length)) * 2 + 1) * length // (2 * min(side, length)) for length in grid]
+    """Return the token indices of `side` x `side` evenly spaced anchors in the middle of the grid (fewer on a smaller one)."""
+    axes = []
+    for length in grid:
+        count = min(side, length)
+        step = (length - 1) // max(1, count - 1)
+        axes.append((length - 1 - step * (count - 1)) // 2 + step * torch.arange(count))
     return (axes[0][:, None] * grid[1] + axes[1]).flatten()
 
 
@@ -108,21 +129,21 @@ def merge(maps: torch.Tensor, anchors: torch.Tensor, tau: float, iterations: int
     """Merge distributions [M, M] into proposals [P, M], starting from anchors [A] (DiffSeg's iterative attention merging).
 
     The first iteration makes a proposal for every anchor: the mean of all distributions closer to it than tau. Each further
-    iteration goes through the proposals in order and groups each with the ungrouped ones closer than tau; a group becomes its
-    mean.
+    iteration goes through the proposals in order; one that no earlier one was close to becomes the mean of all proposals closer
+    to it than tau, including those that an earlier mean contains. This is the merging of the authors' program (google/diffseg,
+    `mask_merge`) with its settings for COCO-Stuff: no k-means refinement.
     """
     near = (divergence(maps[anchors], maps) < tau).to(maps)
     near[torch.arange(len(anchors)), anchors] = 1  # rounding may make the divergence from itself nonzero
     proposals = near @ maps / near.sum(1, keepdim=True)
     for _ in range(iterations - 1):
         close = (divergence(proposals, proposals) < tau).cpu().numpy()
-        ungrouped, groups = np.ones(len(proposals), bool), []
+        np.fill_diagonal(close, True)
+        matched, groups = np.zeros(len(proposals), bool), []
         for first in range(len(proposals)):
-            if ungrouped[first]:
-                members = ungrouped & close[first]
-                members[first] = True
-                ungrouped &= ~members
-                groups.append(proposals[torch.from_numpy(members).to(maps.device)].mean(0))
+            if not matched[first]:
+                matched |= close[first]
+                groups.append(proposals[torch.from_numpy(close[first]).to(maps.device)].mean(0))
         proposals = torch.stack(groups)
     return proposals
 

@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 from genseg.artifacts import masks
 from genseg.artifacts.files import file_sha256, read_json, write_json
 from genseg.artifacts.manifest import write_manifest
+from genseg.artifacts.masks import Mask
 from genseg.artifacts.parquet import KEY, read_metadata
 from genseg.artifacts.parts import Parts, Piece, make_parts
-from genseg.artifacts.phrases import hash_unit, is_background, read_phrases, row_mask
+from genseg.artifacts.phrases import hash_unit, is_background, miou_phrases, read_phrases, row_mask
 from genseg.artifacts.predictions import as_levels, read_predictions, write_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.artifacts.reuse import has_key, has_maps, prune, with_maps
 from genseg.baselines.attend import ANY_POSITIVE, METHODS, ImageAttention, Maps
+from genseg.baselines.captions import queries
 from genseg.baselines.inexact import find_amount, inexact_masks
 from genseg.baselines.registry import (
     INEXACT,
@@ -29,6 +31,7 @@ from genseg.baselines.registry import (
     imported_baselines,
     own_baselines,
 )
+from genseg.baselines.sam import read_sam_masks, select_masks
 from genseg.data.images import load_image
 from genseg.errors import UserError
 from genseg.models.device import DTYPES, choose_device, describe
@@ -65,15 +68,15 @@ def make_baselines(params: Params, names: Sequence[str] = ()) -> None:
     phrases = read_phrases(params.data_dir / "phrases.parquet")
     classes = read_phrases(params.data_dir / "class_phrases.parquet")
     test = phrases[phrases["split"] == "test"]
-    classes = classes[classes["split"] == "test"]
-    foreground = classes[~is_background(classes)]
+    foreground = miou_phrases(params, classes)
+    foreground = foreground[~is_background(foreground)]
 
     # 3. Make the baselines.
     for baseline, key in missing.items():
         if baseline.family == "inexact":
             _make_inexact(params, baseline, key, test, foreground)
         if baseline.family == "imported":
-            _copy_imported(params, baseline, key, test, classes)
+            _copy_imported(params, baseline, key, test, classes[classes["split"] == "test"])
     attention = {baseline: key for baseline, key in missing.items() if baseline.family == "attention"}
     device = choose_device(params.device, params.resources.baselines.threads)
     if attention:
@@ -89,7 +92,7 @@ def baseline_key(params: Params, baseline: Baseline) -> str:
     """Return a hash of everything that a baseline's predictions depend on; files with this hash are up to date."""
     settings = params.baselines
     data = [file_sha256(params.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
-    facts = [baseline.name, params.seed, *data, code_hash("baselines")]
+    facts = [baseline.name, params.seed, params.score.miou, *data, code_hash("baselines")]
     if baseline.family == "imported":
         files = [path for path in import_paths(params, baseline.name) if path.exists()]
         return digest([*facts, [[path.name, file_sha256(path)] for path in files]])
@@ -97,32 +100,41 @@ def baseline_key(params: Params, baseline: Baseline) -> str:
         return digest([*facts, settings.inexact[baseline.name.removeprefix(INEXACT)]])  # type: ignore[index]
     other_sections = {method.section for method in METHODS.values()} - {METHODS[baseline.name].section}
     values = settings.model_dump(mode="json", exclude={"backbone", "revision", "attention", "inexact", *other_sections})
-    return digest([*facts, values, chosen_backbone(params, settings).weights_hash])
+    sam = settings.diffpng.sam if METHODS[baseline.name].sam else None
+    sam_files = [[path.name, file_sha256(path)] for path in sorted(Path(sam).glob("*.json"))] if sam else []
+    return digest([*facts, values, chosen_backbone(params, settings).weights_hash, sam_files])
+
+
+def writes_maps(name: str) -> bool:
+    """Return whether the soft maps of one of `METHODS` are written: whether its masks are its thresholded maps."""
+    return METHODS[name].choose_threshold and not METHODS[name].sam
 
 
 def is_up_to_date(params: Params, baseline: Baseline, key: str) -> bool:
     """Return whether all files of a baseline exist and are up to date."""
-    paths = baseline.paths(params)
+    paths = baseline.paths(params).values()
     if baseline.family == "imported":
-        sources = import_paths(params, baseline.name)
+        sources = import_paths(params, baseline.name)[: len(paths)]
         same_files = [path.exists() for path in sources] == [path.exists() for path in paths]
         return same_files and has_key(key, *(path for path in paths if path.exists()))
-    needs_maps = baseline.family == "attention" and METHODS[baseline.name].choose_threshold
+    needs_maps = baseline.family == "attention" and writes_maps(baseline.name)
     return has_key(key, *paths) and (has_maps(*paths) or not needs_maps)
 
 
 def _write_manifest(params: Params, baselines: list[Baseline], device: torch.device) -> None:
     folder = baselines_dir(params)
     own = [baseline for baseline in baselines if baseline.family != "run"]
-    outputs = with_maps(path for baseline in own for path in baseline.paths(params) if path.exists())
+    outputs = with_maps(path for baseline in own for path in baseline.paths(params).values() if path.exists())
     prune(folder, [*outputs, folder / "manifest.json"], "baseline")
     entries = []
     for baseline in baselines:
         entry: dict[str, Any] = {"name": baseline.name, "label": baseline.label, "real": baseline.real}
         entry["imported"] = baseline.family == "imported"
-        for which, path in zip(("predictions", "class_predictions"), baseline.paths(params), strict=True):
-            entry[which] = None if entry["imported"] and not path.exists() else str(path)
-        metadata = read_metadata(baseline.predictions(params)) if baseline in own else {}
+        paths = baseline.paths(params)
+        for is_class, which in ((False, "predictions"), (True, "class_predictions")):
+            absent = is_class not in paths or (entry["imported"] and not paths[is_class].exists())
+            entry[which] = None if absent else str(paths[is_class])
+        metadata = read_metadata(paths[False]) if baseline in own else {}
         entries.append(entry | {name: float(metadata[name]) for name in ("threshold", "amount", "iou") if name in metadata})
     write_manifest(
         folder / "manifest.json",
@@ -163,8 +175,8 @@ def _make_inexact(params: Params, baseline: Baseline, key: str, test: pd.DataFra
     if not chosen:
         amount, iou = find_amount(test, kind, params.baselines.inexact[kind], params.seed)
         chosen = _keep_chosen(params, baseline, key, {"amount": amount, "iou": iou})
-    for rows, path in zip((test, classes), baseline.paths(params), strict=True):
-        images, parts = _Images(rows), Parts(_work_dir(params) / path.stem, key)
+    for is_class, path in baseline.paths(params).items():
+        images, parts = _Images(classes if is_class else test), Parts(_work_dir(params) / path.stem, key)
 
         def degrade(image_id: int, images: _Images = images) -> dict[str, Piece]:
             return {kind: (inexact_masks(images[image_id], kind, chosen["amount"], params.seed), None)}
@@ -178,7 +190,8 @@ def _make_inexact(params: Params, baseline: Baseline, key: str, test: pd.DataFra
 def _copy_imported(params: Params, baseline: Baseline, key: str, test: pd.DataFrame, classes: pd.DataFrame) -> None:
     """Copy the files of `genseg import`, of which one may be absent, after checking that they match the study's phrases."""
     sources = import_paths(params, baseline.name)
-    for source, rows, path in zip(sources, (test, classes), baseline.paths(params), strict=True):
+    for is_class, path in baseline.paths(params).items():
+        source, rows = sources[is_class], classes if is_class else test
         if not source.exists():
             path.unlink(missing_ok=True)
             continue
@@ -201,6 +214,7 @@ def _make_attention(
     # 1. Load the backbone and choose the thresholds.
     source, revision, _ = chosen_backbone(params, params.baselines)
     model = TextToImage(source, revision, device, DTYPES[params.baselines.precision])
+    sam = params.baselines.diffpng.sam if any(METHODS[baseline.name].sam for baseline in keys) else None
     chosen = {baseline.name: _read_chosen(params, baseline, key) for baseline, key in keys.items()}
     unknown = [baseline for baseline in keys if not chosen[baseline.name]]
     found = choose_thresholds(params, model, [baseline.name for baseline in unknown], phrases[phrases["split"] == "val"])
@@ -210,18 +224,18 @@ def _make_attention(
     # 2. Predict all phrases (not exclusive) and class phrases (exclusive) of each image.
     test = phrases[phrases["split"] == "test"]
     images = _Images(pd.concat([test.assign(exclusive=False), classes.assign(exclusive=True)], ignore_index=True))
-    paths = {(baseline, exclusive): baseline.paths(params)[exclusive] for baseline in keys for exclusive in (False, True)}
+    paths = {(baseline, exclusive): path for baseline in keys for exclusive, path in baseline.paths(params).items()}
     parts = {output: Parts(_work_dir(params) / path.stem, keys[output[0]]) for output, path in paths.items()}
 
     def predict(image_id: int) -> dict[tuple[Baseline, bool], Piece]:
-        rows = images[image_id]
-        image = attend(params, model, rows)
-        return {
-            (baseline, exclusive): predict_image(
-                image, baseline.name, rows[rows["exclusive"] == exclusive], exclusive, chosen[baseline.name]["threshold"]
-            )
-            for baseline, exclusive in parts
-        }
+        image, rows = attend(params, model, images[image_id])
+        proposals = read_sam_masks(sam, rows["file_name"].iloc[0], *image.native) if sam else None
+        pieces = {}
+        for baseline, exclusive in parts:
+            selected = rows[rows["exclusive"] == exclusive]
+            threshold = chosen[baseline.name]["threshold"]
+            pieces[baseline, exclusive] = predict_image(image, baseline.name, selected, exclusive, threshold, proposals)
+        return pieces
 
     make_parts(parts, images.ids, predict, "baseline: image")
 
@@ -233,10 +247,13 @@ def _make_attention(
         print(f"baseline: {path.stem}: {count} masks, threshold {threshold:g}", flush=True)
 
 
-def predict_image(image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool, threshold: float) -> Piece:
-    """Predict the phrases of an image with one of `METHODS`; soft maps are kept for methods whose threshold is chosen.
+def predict_image(
+    image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool, threshold: float, proposals: Mask | None
+) -> Piece:
+    """Predict the phrases of an image with one of `METHODS`, with its soft maps if they are written (`writes_maps`).
 
-    The score is the mean of the soft map inside the mask, 0 for an empty mask.
+    The score is the mean of the soft map inside the mask, 0 for an empty mask. `proposals` [M, H, W] are SAM's masks of the
+    image, for methods that select among them.
     """
     if rows.empty:  # an image with class phrases only
         return rows[KEY].assign(mask=None, score=0.0), None
@@ -245,9 +262,11 @@ def predict_image(image: ImageAttention, name: str, rows: pd.DataFrame, exclusiv
     for soft in maps:
         large = bilinear(soft[None], *image.native)[0]
         mask = large >= threshold
+        if METHODS[name].sam and proposals is not None and mask.any():
+            mask = select_masks(proposals, mask, image.params.diffpng.sam_overlap)
         codes.append(masks.encode(mask))
         scores.append(float(large[mask].mean()) if mask.any() else 0.0)
-    return ordered[KEY].assign(mask=codes, score=scores), as_levels(maps) if METHODS[name].choose_threshold else None
+    return ordered[KEY].assign(mask=codes, score=scores), as_levels(maps) if writes_maps(name) else None
 
 
 class _Images:
@@ -262,13 +281,22 @@ class _Images:
         return self._rows.iloc[self._positions[image_id]]
 
 
-def attend(params: Params, model: TextToImage, rows: pd.DataFrame) -> ImageAttention:
-    """Encode the image of some rows, once for all of their phrases."""
+def attend(params: Params, model: TextToImage, rows: pd.DataFrame) -> tuple[ImageAttention, pd.DataFrame]:
+    """Encode the image of some rows, once for all of their phrases. Return the rows with their queries in a column `query`.
+
+    The rows must be in key order.
+    """
     first = rows.iloc[0]
     latent = model.encode(image_tensor(load_image(first["file_name"]), params.baselines.size)[None]).float()
     native = int(first["height"]), int(first["width"])
-    texts = sorted(set(rows["phrase"]))
-    return ImageAttention(model, params.baselines, latent, native, texts, (params.seed, first["image_id"]))
+    limit = min(tokenizer.model_max_length for tokenizer in model.tokenizers) - 2  # without the start and end tokens
+    found = [
+        query
+        for _, narrative in rows.groupby("narrative_id", sort=True)
+        for query in queries(narrative, params.baselines.prompt, lambda text: len(model.ids(text)), limit)
+    ]
+    image = ImageAttention(model, params.baselines, latent, native, sorted(set(found)), (params.seed, first["image_id"]))
+    return image, rows.assign(query=pd.Series(found, index=rows.index, dtype=object))
 
 
 def narrative_maps(image: ImageAttention, name: str, rows: pd.DataFrame, exclusive: bool) -> tuple[pd.DataFrame, Maps]:
@@ -278,14 +306,14 @@ def narrative_maps(image: ImageAttention, name: str, rows: pd.DataFrame, exclusi
         exclusive: whether the phrases of a narrative exclude each other, as class phrases do.
 
     Returns:
-        The rows, ordered by narrative, and their maps [K, h, w] in the same order; equal phrases of a narrative share a map.
+        The rows, ordered by narrative, and their maps [K, h, w] in the same order; equal queries of a narrative share a map.
     """
     ordered, maps = [], []
     for _, narrative in rows.groupby("narrative_id", sort=True):
-        texts = list(dict.fromkeys(narrative["phrase"]))
-        soft = dict(zip(texts, METHODS[name].maps(image, texts, exclusive), strict=True))
+        unique = list(dict.fromkeys(narrative["query"]))
+        soft = dict(zip(unique, METHODS[name].maps(image, unique, exclusive), strict=True))
         ordered.append(narrative)
-        maps += [soft[phrase] for phrase in narrative["phrase"]]
+        maps += [soft[query] for query in narrative["query"]]
     return pd.concat(ordered), np.stack(maps)
 
 
@@ -299,8 +327,7 @@ def choose_thresholds(params: Params, model: TextToImage, names: Sequence[str], 
     totals = {name: np.zeros(len(candidates)) for name in tuned}
     images = _Images(threshold_rows(params, val))
     for image_id in images.ids if tuned else ():
-        rows = images[image_id]
-        image = attend(params, model, rows)
+        image, rows = attend(params, model, images[image_id])
         for name in tuned:
             ordered, maps = narrative_maps(image, name, rows, False)
             for (_, row), soft in zip(ordered.iterrows(), maps, strict=True):

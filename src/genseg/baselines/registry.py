@@ -35,20 +35,18 @@ class Baseline:
         """Whether the predictions were made without ground truth."""
         return self.family != "inexact"
 
-    def paths(self, params: Params) -> tuple[Path, Path]:
-        """Return the files of the predictions for the phrases and the class phrases of test; soft maps are next to them."""
+    def paths(self, params: Params) -> dict[bool, Path]:
+        """Return the files of the predictions for the test phrases (False) and, if mIoU is scored, for class phrases (True).
+
+        Soft maps are next to them. Of an imported baseline, one of the two files may be absent.
+        """
         if self.run is not None and self.class_run is not None:
             folder = params.results_dir / "predictions"
-            return folder / self.run / "predictions.parquet", folder / self.class_run / "predictions.parquet"
-        return baselines_dir(params) / f"{self.name}.parquet", baselines_dir(params) / f"{self.name}{CLASSES}.parquet"
-
-    def predictions(self, params: Params) -> Path:
-        """Return the file of the predictions for the test phrases."""
-        return self.paths(params)[0]
-
-    def class_predictions(self, params: Params) -> Path:
-        """Return the file of the predictions for the class phrases of test."""
-        return self.paths(params)[1]
+            paths = {False: folder / self.run / "predictions.parquet", True: folder / self.class_run / "predictions.parquet"}
+        else:
+            folder = baselines_dir(params)
+            paths = {False: folder / f"{self.name}.parquet", True: folder / f"{self.name}{CLASSES}.parquet"}
+        return paths if params.score.miou else {False: paths[False]}
 
 
 def baselines_dir(params: Params) -> Path:
@@ -60,6 +58,7 @@ ATTENTION = (
     Baseline("cross_attention", "attention", "Cross-attention maps"),
     Baseline("diffpng_cross", "attention", "DiffPNG, cross-attention (reimplemented)"),
     Baseline("diffpng_cross_self", "attention", "DiffPNG, cross- and self-attention (reimplemented)"),
+    Baseline("diffpng_sam", "attention", "DiffPNG with SAM's masks (reimplemented)"),
     Baseline("diffseg", "attention", "DiffSeg (our adaptation)"),
 )
 RUNS = (
@@ -78,7 +77,7 @@ INEXACT_LABELS = {
 def study_baselines(params: Params) -> list[Baseline]:
     """Return all baselines of a study in the order of tables, with the imported ones that `genseg baseline` has copied."""
     paths = sorted(path for path in baselines_dir(params).glob("*.parquet") if "imported" in read_metadata(path))
-    return [*own_baselines(params), *_from_paths(paths)]
+    return [*own_baselines(params), *_from_paths(params, paths)]
 
 
 def own_baselines(params: Params) -> list[Baseline]:
@@ -90,10 +89,11 @@ def own_baselines(params: Params) -> list[Baseline]:
 
 def imported_baselines(params: Params) -> list[Baseline]:
     """Return the baselines that `genseg import` has written to `data/imported/<study>`, by name."""
-    return _from_paths(sorted(params.imported_dir.glob("*.parquet")))
+    return _from_paths(params, sorted(params.imported_dir.glob("*.parquet")))
 
 
-def _from_paths(paths: Sequence[Path]) -> list[Baseline]:
+def _from_paths(params: Params, paths: Sequence[Path]) -> list[Baseline]:
+    paths = [path for path in paths if params.score.miou or not path.stem.endswith(CLASSES)]
     return [Baseline(name, "imported", name) for name in sorted({path.stem.removesuffix(CLASSES) for path in paths})]
 
 

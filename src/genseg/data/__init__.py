@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from genseg.artifacts import masks
 from genseg.artifacts.phrases import BACKGROUND
 from genseg.artifacts.seeds import derive_seed
+from genseg.artifacts.templates import fill_template
 
 PROGRESS_SECONDS = 10.0
 """Seconds between two lines of progress."""
@@ -108,7 +109,7 @@ def class_phrase(narrative_id: str, phrase_id: int, item: SemanticClass, templat
         "narrative_id": narrative_id,
         "phrase_id": phrase_id,
         "caption": None,
-        "phrase": template.replace("{name}", item.name),
+        "phrase": fill_template(template, item.name)[0],
         "is_thing": item.is_thing,
         "is_plural": False,
         "class_id": item.id,

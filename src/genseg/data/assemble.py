@@ -108,7 +108,7 @@ def open_source(data: Data, directory: Path, workers: int = 1) -> Source:
     assert data.png is not None
     if data.png.download:
         download.fetch_png(data.png)
-    return coco_panoptic.open_source([data.png, *data.png.more], data.val_fraction)
+    return coco_panoptic.open_source([data.png, *data.png.more], data.val_fraction, data.png.classes)
 
 
 def _check_inputs_outside(data: Data, directory: Path) -> None:

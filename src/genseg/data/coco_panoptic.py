@@ -18,13 +18,14 @@ In the code, a *part* is an element of a narrative's `segments`, and a *segment*
 import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from genseg.artifacts import masks
@@ -56,11 +57,11 @@ class Job:
 
 
 # ---------------------------------------------------------------------------------------------------- top-level files
-def open_source(sources: Sequence[PngFolders], val_fraction: float) -> Source:
+def open_source(sources: Sequence[PngFolders], val_fraction: float, class_file: str | None = None) -> Source:
     """Read the four JSON files of each source and pair narratives with annotations. PNGs are not decoded yet.
 
-    Raises UserError if a JSON file or folder is missing or malformed, an unzip tool has lost PNGs, or a category id has several
-    meanings.
+    `class_file` is a CSV with the names of all categories (`data.png.classes`). Raises UserError if a JSON file or folder is
+    missing or malformed, an unzip tool has lost PNGs, a category id has several meanings, or a category has no name.
     """
     source = Source([], [], partial(read_image, {}), [])
     categories: dict[int, SemanticClass] = {}
@@ -68,6 +69,10 @@ def open_source(sources: Sequence[PngFolders], val_fraction: float) -> Source:
     for split in ("test", "train"):
         for png in sources:
             splits |= _add_split(source, png, split, categories, splits, val_fraction)
+    if class_file is not None:
+        names = _read_class_names(class_file, {item.name for item in categories.values()})
+        categories = {key: replace(item, name=names[item.name]) for key, item in categories.items()}
+        source.inputs.append(Path(class_file))
     source.jobs.sort(key=lambda job: job.image_id)
     source.classes = [categories[key] for key in sorted(categories)]
     source.read = partial(read_image, categories)
@@ -148,6 +153,20 @@ def _merge_categories(categories: dict[int, SemanticClass], records: list[Any], 
         other = categories.setdefault(item.id, item)
         if other != item:
             raise UserError(f"{path}: category {item.id} is {item.name!r} in this file but {other.name!r} elsewhere")
+
+
+def _read_class_names(path: str, categories: set[str]) -> dict[str, str]:
+    """Return the name of each category from a CSV with the columns category and name. Raises UserError if one is missing."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        names = dict(zip(frame["category"], frame["name"], strict=True))
+    except (OSError, ValueError, KeyError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: not a CSV with the columns category and name ({problem}); set data.png.classes") from None
+    for category in sorted(categories):
+        if not names.get(category):
+            raise UserError(f"{path}: category {category!r} of the annotations has no name; add a row, or set data.png.classes")
+    return names
 
 
 def _check_folders(folder: Path, images: Path, expected: int) -> None:

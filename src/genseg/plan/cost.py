@@ -195,7 +195,7 @@ def _add_data_artifacts(artifacts: Artifacts, params: Params, counts: Counts) ->
         artifacts.add("downloads (unpacked files need the same again)", sum(published), "published sizes, without narratives")
     elif counts.picture_bytes is not None:
         artifacts.add("images", counts.picture_bytes, counts.basis if counts.exact else "estimate")
-    rows = counts.train + counts.val + counts.rows["test"] + counts.rows["class_phrases"]
+    rows = counts.train + counts.val + counts.rows["test"] + counts.class_rows
     artifacts.add("phrase tables", counts.row_bytes * rows, "estimate", *(params.data_dir / name for name in TABLES))
 
 
@@ -285,5 +285,6 @@ def _add_sample_phases(phases: Phases, params: Params, networks: Networks, count
         phases.add("sample", f"all runs at {size}", evaluations, flops, sample.precision, seconds)
     forward = networks.evaluation_flops(sample.main.size)
     for what, part in (("main row", "test"), ("class phrases (mIoU)", "class_phrases")):
-        evaluations = rows[part] * count_evaluations(sample.main)
-        phases.add("sample", f"  of which {what}", evaluations, evaluations * forward, sample.precision)
+        if rows[part]:
+            evaluations = rows[part] * count_evaluations(sample.main)
+            phases.add("sample", f"  of which {what}", evaluations, evaluations * forward, sample.precision)

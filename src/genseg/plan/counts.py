@@ -18,7 +18,7 @@ from genseg.models.backbone import load_component
 from genseg.models.text import token_ids
 from genseg.params import Params
 from genseg.params.data import Data
-from genseg.refine.layout import refined_tables
+from genseg.refine.layout import refined_images, refined_tables
 from genseg.sampling.runs import Run, run_rows
 
 TOKENS = 6  # assumed per phrase if not counted: four words, start and end (5.7 in the embedded scenes)
@@ -52,9 +52,11 @@ class Counts:
     train: int
     val: int
     rows: dict[str, int]  # number of phrases by `Run.phrases`
+    class_rows: int  # rows of the table of class phrases, of which mIoU may need a part or none
     attended: dict[str, int]
     """Input of the attention baselines: test_images, val_images; test_texts, val_texts (pairs of an image and one of its
-    phrases or classes); most_texts (maximum number of texts of one image, or the mean in estimates)."""
+    phrases or classes); test_captions, val_captions (the same with its captions instead of its phrases); most_texts (maximum
+    number of texts of one image, or the mean in estimates)."""
     refined: dict[str, int]  # part of test that is refined, per baseline: images, phrases, class_phrases
     texts: int  # distinct phrases to encode
     tokens: int  # tokens of all distinct phrases together
@@ -91,6 +93,7 @@ def _count_tables(params: Params, tables: list[Path], source: str | None) -> Cou
     runs = [Run.model_validate({"name": part, "role": "main", "method": "gs", "phrases": part}) for part in PHRASES]
     rows = {run.phrases: run_rows(params, run, phrases, class_phrases) for run in runs}
     attended = {"val": threshold_rows(params, splits["val"]), "test": pd.concat([splits["test"], rows["class_phrases"]])}
+    captions = {part: table.assign(phrase=table["caption"].fillna(table["phrase"])) for part, table in attended.items()}
     refined = refined_tables(params, phrases, class_phrases, class_list(class_phrases, str(tables[1])).background)
 
     # 3. Count.
@@ -98,8 +101,8 @@ def _count_tables(params: Params, tables: list[Path], source: str | None) -> Cou
     unique = {part: table.drop_duplicates(["image_id", "phrase"]) for part, table in attended.items()}
     per_image = {part: table.groupby("image_id").size() for part, table in unique.items()}
     images = {f"{part}_images": len(sizes) for part, sizes in per_image.items()}
-    pairs = {f"{part}_texts": int(sizes.sum()) for part, sizes in per_image.items()}
-    refined_images = pd.concat(refined.values())["image_id"].nunique()
+    pairs = {f"{part}_captions": len(table.drop_duplicates(["image_id", "phrase"])) for part, table in captions.items()}
+    pairs |= {f"{part}_texts": int(sizes.sum()) for part, sizes in per_image.items()}
     return Counts(
         source=f"counted in {tables[0]}" + (f"; assuming {TOKENS} tokens per phrase" if source is None else ""),
         exact=source is not None,
@@ -107,8 +110,13 @@ def _count_tables(params: Params, tables: list[Path], source: str | None) -> Cou
         train=len(splits["train"]),
         val=len(splits["val"]),
         rows={part: len(table) for part, table in rows.items()},
+        class_rows=len(class_phrases),
         attended=images | pairs | {"most_texts": int(max(sizes.max() for sizes in per_image.values()))},
-        refined={"images": refined_images, "phrases": len(refined[False]), "class_phrases": len(refined[True])},
+        refined={
+            "images": len(refined_images(params, class_phrases)),
+            "phrases": len(refined[False]),
+            "class_phrases": len(refined[True]),
+        },
         texts=len(texts),
         tokens=tokens,
         picture_bytes=sum(path.stat().st_size for path in files) if all(path.exists() for path in files) else None,
@@ -126,6 +134,7 @@ class _Estimate:
     classes: int
     texts: int | None = None  # distinct texts; None if unknown
     picture_bytes: int | None = None
+    captions: float = 1.0  # captions per image
 
 
 def _estimate_counts(params: Params) -> Counts:
@@ -137,7 +146,8 @@ def _estimate_counts(params: Params) -> Counts:
     val = round(params.data.val_fraction * train)
     val_images = min(params.baselines.val_images, round(params.data.val_fraction * images["train"]))
     grid_images = max(1, round(sample.grid_fraction * images["test"]))
-    refined_images = max(1, round(params.refine.test_fraction * images["test"]))
+    refined = max(1, round(params.refine.test_fraction * images["test"]))
+    scored = max(1, round(params.score.miou * images["test"])) if params.score.miou else 0  # images on which mIoU is scored
 
     # 2. Count the images to encode at each size.
     latents = dict.fromkeys(sample.sizes(), grid_images) | {sample.main.size: images["test"]}
@@ -161,19 +171,22 @@ def _estimate_counts(params: Params) -> Counts:
             "grid": round(test * grid_images / images["test"]),
             "val": round(sample.select_fraction * val),
             "permutable": test,
-            "class_phrases": classes * images["test"],
+            "class_phrases": classes * scored,
         },
+        class_rows=classes * images["test"],
         attended={
             "test_images": images["test"],
             "val_images": val_images,
-            "test_texts": test + classes * images["test"],
+            "test_texts": test + classes * scored,
+            "test_captions": round(estimate.captions * images["test"]) + classes * scored,
+            "val_captions": round(estimate.captions * val_images),
             "val_texts": round(val_images * estimate.phrases["train"] / images["train"]),
-            "most_texts": math.ceil(test / images["test"]) + classes,
+            "most_texts": math.ceil(test / images["test"]) + (classes if scored else 0),
         },
         refined={
-            "images": refined_images,
-            "phrases": round(test * refined_images / images["test"]),
-            "class_phrases": classes * refined_images,
+            "images": refined,
+            "phrases": round(test * refined / images["test"]),
+            "class_phrases": classes * min(refined, scored),
         },
         texts=texts,
         tokens=TOKENS * texts,
@@ -187,7 +200,8 @@ def _estimate_data(data: Data) -> _Estimate:
     if data.source == "png":
         source = "published counts of COCO 2017 and PNG (GS, section 4.1), an upper bound for a subset"
         phrases = {split: PNG_PHRASES * count / sum(PNG_NARRATIVES.values()) for split, count in PNG_NARRATIVES.items()}
-        return _Estimate(source, COCO_IMAGES, phrases, PANOPTIC_CLASSES)
+        captions = PNG_NARRATIVES["test"] / COCO_IMAGES["test"]
+        return _Estimate(source, COCO_IMAGES, phrases, PANOPTIC_CLASSES, captions=captions)
     if data.source == "coco_object":
         phrases = {split: COCO_CLASSES_PER_IMAGE * count for split, count in COCO_IMAGES.items()}
         texts = COCO_CLASSES * (templates + 1) + 1

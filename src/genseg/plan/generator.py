@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from genseg.artifacts.files import read_json
 from genseg.artifacts.manifest import times_path
 from genseg.baselines.attend import METHODS, SEGMENT_PASSES, attention_grids, recorded_layers, recordings
-from genseg.baselines.attention import Grid, aggregate, anchor_indices, divergence, nearest_grid
+from genseg.baselines.attention import Grid, aggregate, anchor_indices, divergence, find_grid
+from genseg.baselines.make import writes_maps
 from genseg.baselines.registry import Baseline, baselines_dir, study_baselines
 from genseg.errors import UserError
 from genseg.models import sdxl, stable_diffusion
@@ -166,7 +167,9 @@ def attention_bytes(baselines: Baselines, generator: Generator, texts: int) -> i
     size, precision = baselines.size, baselines.precision
     grids, batch = generator.grids(size), min(baselines.batch, texts)
     peaks, held = [encoding_bytes(generator.vae, size, precision)], 0
-    for recording in dict.fromkeys(recordings(baselines).values()):
+    for recording in dict.fromkeys(
+        recording for name, recording in recordings(baselines).items() if name in baselines.attention
+    ):
         # 1. Record the maps of one batch, in addition to those of earlier batches and recordings.
         layers = recorded_layers(baselines, grids, recording.self_attention)
         store = AttentionStore(select=lambda call: (call.kind, call.grid) in layers)  # noqa: B023 - used in this iteration only
@@ -181,11 +184,14 @@ def attention_bytes(baselines: Baselines, generator: Generator, texts: int) -> i
         peaks.append(held + (2 * texts + batch) * maps)
         held += texts * maps
     # 4. Segment with DiffSeg: a forward pass with the empty prompt, and the aggregation of self-attention.
+    if "diffseg" not in baselines.attention:
+        return max(peaks)
     forward = generator.forward_bytes(size, 1, precision, AttentionStore(kinds=["self"]))
-    self_maps = {grid: torch.empty(math.prod(grid), math.prod(grid), device="meta") for grid in grids}
+    aggregated_grids = [find_grid(grids, side, "baselines.diffseg.sides") for side in baselines.diffseg.sides]
+    self_maps = {grid: torch.empty(math.prod(grid), math.prod(grid), device="meta") for grid in aggregated_grids}
     with LiveBytes([]) as live, torch.no_grad():
         aggregated = aggregate(self_maps)
-        divergence(aggregated[anchor_indices(max(grids), baselines.diffseg.anchors)], aggregated)
+        divergence(aggregated[anchor_indices(max(aggregated_grids), baselines.diffseg.anchors)], aggregated)
     return max(*peaks, held + forward, held + live.peak + sum(attention.nbytes for attention in self_maps.values()))
 
 
@@ -196,10 +202,10 @@ def add_artifacts(artifacts: Artifacts, params: Params, counts: Counts, baseline
     settings, grids = params.baselines, baseline_generator.grids(params.baselines.size)
     sides_of_maps = {
         "cross_attention": max(grids)[0],
-        "diffpng_cross": nearest_grid(grids, settings.diffpng.cross_side)[0],
-        "diffpng_cross_self": nearest_grid(grids, settings.diffpng.self_side)[0],
+        "diffpng_cross": settings.diffpng.cross_side,
+        "diffpng_cross_self": settings.diffpng.self_side,
     }
-    assert sides_of_maps.keys() == {name for name, method in METHODS.items() if method.choose_threshold}
+    assert sides_of_maps.keys() == set(filter(writes_maps, METHODS))
     sides = {name: side for name, side in sides_of_maps.items() if name in set[str](settings.attention)}
     folder, all_baselines = baselines_dir(params), _planned_baselines(params)
     phrases = [counts.rows["test"], counts.rows["class_phrases"]]
@@ -234,14 +240,17 @@ def add_baseline_phases(phases: Phases, params: Params, counts: Counts, generato
     settings, attended = params.baselines, counts.attended
     methods_by_recording: dict[Any, list[str]] = {}
     for method, recording in recordings(settings).items():
+        if method not in settings.attention:
+            continue
         methods_by_recording.setdefault(recording, []).append(method)
 
     # 1. Count the evaluations of each recording. A backward pass adds operations, but no evaluation.
     parts = []
     for recording, methods in methods_by_recording.items():
-        images, texts = attended["test_images"], attended["test_texts"]
+        prompts = "captions" if recording.captioned else "texts"
+        images, texts = attended["test_images"], attended[f"test_{prompts}"]
         if any(METHODS[name].choose_threshold for name in methods):  # the threshold is chosen on val
-            images, texts = images + attended["val_images"], texts + attended["val_texts"]
+            images, texts = images + attended["val_images"], texts + attended[f"val_{prompts}"]
         passes, gradients = recording.passes()
         evaluations = texts * passes + (images * SEGMENT_PASSES if "diffseg" in methods else 0)
         name = ", ".join(methods) + (", upper bound" if recording.inversion is not None else "")

@@ -19,7 +19,7 @@ from genseg.baselines.registry import Baseline
 from genseg.interchange.labels import NO_CLASS, Background, Labels, class_list, paint
 from genseg.params import Params
 from genseg.refine.inputs import read_coarse, read_maps_rows
-from genseg.refine.layout import coarse_paths, refined_tables
+from genseg.refine.layout import coarse_paths, refined_images, refined_tables
 
 GROUP_ROWS = 128
 """Number of masks that are refined together. Their memory and the work that a killed job loses do not grow with the data."""
@@ -99,6 +99,7 @@ class RefinementInputs:
     """Inputs of a study's refinement.
 
     Attributes:
+        images: sorted ids of the refined images.
         tables: rows of the phrase table (False) and of the class phrases (True) that are refined.
         rule: background rule that makes a labelling of class phrases.
         coarse: function that reads a baseline's `CoarsePredictions` for phrases (False) and class phrases (True). Raises
@@ -112,6 +113,7 @@ class RefinementInputs:
         background = class_list(class_phrases, str(class_path)).background
         threshold = Background("threshold", params.score.background_threshold)
         self.rule = Background("none") if background is None else threshold
+        self.images = refined_images(params, class_phrases)
         self.tables = refined_tables(params, phrases, class_phrases, background)
         self.coarse = lru_cache(maxsize=1)(self._read)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from genseg.artifacts.files import file_sha256
-from genseg.artifacts.phrases import choose_images
+from genseg.artifacts.phrases import REFINED, choose_images, miou_phrases
 from genseg.artifacts.predictions import maps_path
 from genseg.artifacts.reuse import has_key
 from genseg.baselines.registry import CLASSES, Baseline
@@ -31,7 +31,7 @@ RANDOM = "random"
 def refined_images(params: Params, phrases: pd.DataFrame) -> list[int]:
     """Return the sorted ids of the test images that are refined: a fraction of `refine.test_fraction`, chosen by hash."""
     test = phrases.loc[phrases["split"] == "test", "image_id"].to_numpy()
-    return sorted(choose_images(test, params.refine.test_fraction, params.seed, "refine"))
+    return sorted(choose_images(test, params.refine.test_fraction, params.seed, REFINED))
 
 
 def refined_tables(
@@ -39,12 +39,12 @@ def refined_tables(
 ) -> dict[bool, pd.DataFrame]:
     """Return the rows of the phrase table (False) and of the class phrases (True) that are refined.
 
-    The class phrases of the background class, whose `phrase_id` is `background`, are left out.
+    There are no class phrases where mIoU is not scored. Those of the background class, whose `phrase_id` is `background`, are
+    left out.
     """
     images = refined_images(params, class_phrases)  # includes images without phrases, which mIoU counts
-    if background is not None:
-        class_phrases = class_phrases[class_phrases["phrase_id"] != background]
-    tables = {False: phrases, True: class_phrases}
+    scored = miou_phrases(params, class_phrases)
+    tables = {False: phrases, True: scored if background is None else scored[scored["phrase_id"] != background]}
     return {classes: table[(table["split"] == "test") & table["image_id"].isin(images)] for classes, table in tables.items()}
 
 
@@ -137,8 +137,8 @@ def evidence_passes(refine: Refine) -> int:
 
 # ------------------------------------------------------------------------------------------------------------- paths
 def coarse_paths(params: Params, baseline: Baseline) -> dict[bool, Path]:
-    """Return a baseline's predictions files for phrases (False) and class phrases (True); an imported one may lack either."""
-    paths = {False: baseline.predictions(params), True: baseline.class_predictions(params)}
+    """Return `Baseline.paths` without the files that an imported baseline lacks."""
+    paths = baseline.paths(params)
     return {classes: path for classes, path in paths.items() if baseline.family != "imported" or path.exists()}
 
 
@@ -196,7 +196,7 @@ class Keys:
         self.params = params
         self._hash = cache(file_sha256)
         data = [file_sha256(params.data_dir / f"{name}.parquet") for name in ("phrases", "class_phrases")]
-        self._facts = [params.seed, params.refine.test_fraction, str(rule), data, code_hash("refine")]
+        self._facts = [params.seed, params.refine.test_fraction, params.score.miou, str(rule), data, code_hash("refine")]
 
     @cached_property
     def weights(self) -> str:

@@ -126,8 +126,7 @@ def gather_refined(params: Params) -> None:
     manifests = [baselines_dir(params) / "manifest.json"]
     if params.sample.runs:
         manifests.append(params.results_dir / "predictions" / "manifest.json")
-    images = sorted(int(image) for image in inputs.tables[True]["image_id"].unique())
-    facts: dict[str, Any] = {"weights": keys.weights, "images": images, "refined": entries}
+    facts: dict[str, Any] = {"weights": keys.weights, "images": inputs.images, "refined": entries}
     write_manifest(folder / "manifest.json", "refine", params, manifests, outputs, **facts)
     print(f"refine: {len(entries)} refined predictions of {len(baselines)} baselines", flush=True)
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from genseg.artifacts.manifest import times_path
-from genseg.artifacts.phrases import grid_phrases, is_background, val_phrases
+from genseg.artifacts.phrases import grid_phrases, is_background, miou_phrases, val_phrases
 from genseg.artifacts.seeds import derive_seed
 from genseg.diffusion.guidance import count_evaluations
 from genseg.errors import UserError
@@ -80,7 +80,7 @@ class Run(Section):
 
 
 def study_runs(params: Params) -> list[Run]:
-    """Return the runs of the groups in `sample.runs`, in the order of the manifest."""
+    """Return the runs of the groups in `sample.runs`, in the order of the manifest; class phrases only if mIoU is scored."""
     main, readout = params.sample.main, params.sample.readout
     once = OperatingPoint(size=main.size, num_inference_steps=1, guidance_scale=1.0)
     gs: dict[str, Any] = {"method": "gs", "point": main, "readout": readout}
@@ -105,7 +105,8 @@ def study_runs(params: Params) -> list[Run]:
     if params.sample.uses_mirror():
         runs["controls"].append(Run(name="discriminative_mirrored", role="control", phrases="test", **mirrored))
     groups = {"main": "main", "controls": "controls", "grid": "grid", "val": "val", "readouts": "grid"}
-    return [run for name, members in runs.items() if groups[name] in params.sample.runs for run in members]
+    chosen = [run for name, members in runs.items() if groups[name] in params.sample.runs for run in members]
+    return [run for run in chosen if params.score.miou or run.role != "class_phrases"]
 
 
 def _point_run(group: Literal["grid", "val"], point: OperatingPoint, readout: Readout) -> Run:
@@ -130,7 +131,7 @@ def base_run(params: Params) -> Run:
 def run_rows(params: Params, run: Run, phrases: pd.DataFrame, class_phrases: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the phrase table that a run predicts. Column `text` is the phrase that conditions the model."""
     if run.phrases == "class_phrases":
-        rows = class_phrases[class_phrases["split"] == "test"]
+        rows = miou_phrases(params, class_phrases)
         rows = rows[~is_background(rows)]
     elif run.phrases == "grid":
         rows = grid_phrases(params, phrases)

@@ -52,7 +52,7 @@ def maps_key(params: Params, run: Run) -> str:
         file_sha256(params.data_dir / "phrases.parquet"),
         file_sha256(params.data_dir / "class_phrases.parquet") if run.phrases == "class_phrases" else None,
         params.subtree("seed", "latents"),
-        {"grid": sample.grid_fraction, "val": sample.select_fraction}.get(run.phrases),
+        {"grid": sample.grid_fraction, "val": sample.select_fraction, "class_phrases": params.score.miou}.get(run.phrases),
         code_hash("sample"),
     ]
     if run.point is not None:

@@ -54,11 +54,13 @@ def breakdown(params: Params, scores: StudyScores) -> Table:
     study = parts.describe_study(params)
     caption = f"Overall average recall and boundary IoU (points) by group of phrases, measured here on {study}."
     columns = [Column("part", "Part", "text"), Column("n", "n", "count"), *_METHOD_COLUMNS]
-    note = (
+    notes = [
         f"Measured on {parts.describe_phrases(params, scores.main)}. Small, medium and large are COCO's size classes (32² and "
         "96² pixels in a 640 × 480 image), with bounds scaled by the image's area."
-    )
-    return Table("breakdown", caption, parts.build_frame(rows), columns, [note])
+    ]
+    if not params.score.miou:
+        notes.append(parts.MIOU_NOT_SCORED)
+    return Table("breakdown", caption, parts.build_frame(rows), columns, notes)
 
 
 def _part_values(run: ScoredRun) -> dict[str, tuple[int | None, float | None]]:
@@ -86,8 +88,9 @@ def miou(params: Params, scores: StudyScores) -> Table:
     frame = parts.build_frame(rows).assign(scores="; ".join(str(run.path) for run in runs.values()))
     caption = f"Intersection over union per class and its mean (points), measured here on {parts.describe_study(params)}."
     columns = [Column("class", "Class", "text"), *_METHOD_COLUMNS]
+    split = f"{scores.main.summary['split']} split{parts.describe_miou_part(params)}"
     notes = [
-        f"{sentence(scores.main.summary['split'] + ' split')} Every class is a phrase of its own, "
+        f"{sentence(split)} Every class is a phrase of its own, "
         f"“{params.data.class_template}”, and a pixel takes the class with the highest score. The mean is over the classes "
         "that have ground truth."
     ]
@@ -111,7 +114,8 @@ def comparisons(params: Params, scores: StudyScores) -> Table:
         row |= {name: to_points(value[name]) for name in ("difference", "ci_low", "ci_high")}
         rows.append(row | {"label": " − ".join(labels.get(name, name) for name in pair.split(" - "))})
     frame = parts.build_frame(rows).assign(scores=str(scores.folder / "comparisons.json"))
-    caption = f"Paired differences of AR, mIoU and calibration (points), on {parts.describe_study(params)}."
+    miou, miou_and = (", mIoU", "miou and ") if params.score.miou else ("", "")
+    caption = f"Paired differences of AR{miou} and calibration (points), on {parts.describe_study(params)}."
     columns = [
         Column("label", "Comparison", "text"),
         Column("split", "Quantity", "text"),
@@ -120,8 +124,9 @@ def comparisons(params: Params, scores: StudyScores) -> Table:
         Column("ci", "95 % CI", "interval"),
     ]
     note = (
-        "overall and things: AR on the n phrases that both runs share; miou and ece (calibration error of soft maps): over the "
-        f"n images that both runs share. Paired bootstrap over images. Points are named by how they differ from base ({base})."
+        f"overall and things: AR on the n phrases that both runs share; {miou_and}ece (calibration error of soft maps): over "
+        "the n images that both runs share. Paired bootstrap over images. Points are named by how they differ from base "
+        f"({base})."
     )
     return Table("comparisons", caption, frame, columns, [note], small=True)
 

@@ -29,16 +29,23 @@ SHORT_LABELS = {  # labels of baselines whose full label is too long for a colum
     "cross_attention": "Cross-attention",
     "diffpng_cross": "DiffPNG, cross",
     "diffpng_cross_self": "DiffPNG + self",
+    "diffpng_sam": "DiffPNG + SAM",
     "diffseg": "DiffSeg (ours)",
     "inexact_scribble": "Hull of a scribble",
 }
 EVALUATION_NOTE = (
     "An evaluation is one forward pass of the U-Net for one phrase; a step with classifier-free guidance takes two."
 )
+MIOU_NOT_SCORED = "mIoU is not scored in this study (score.miou is 0)."
 DISCRIMINATIVE = "a U-Net of the same size, data and training budget that predicts the mask in one forward pass"
 
 AR_COLUMNS = [Column(split, split, over="Average recall") for split in SPLITS]
 DIFFERENCE_COLUMNS = [Column("difference", "Δ", "signed"), Column("difference", "95 % CI", "interval")]
+
+
+def describe_miou_part(params: Params) -> str:
+    """Return the part of the images on which mIoU is scored, as an insertion after "mIoU"; empty for all of them."""
+    return "" if params.score.miou == 1 else f" (on at most {params.score.miou:g} of the test images, chosen by hash)"
 
 
 def published_path(name: str) -> Path:

@@ -10,7 +10,7 @@ from genseg.artifacts.manifest import times_path
 from genseg.params import Params
 from genseg.report.render import Column, Table, difference_text, plural, to_points
 from genseg.report.scores import RefinementScores
-from genseg.report.tables.parts import SHORT_LABELS, build_frame, describe_study
+from genseg.report.tables.parts import MIOU_NOT_SCORED, SHORT_LABELS, build_frame, describe_miou_part, describe_study
 
 G4SEG = "g4seg"
 MEANS = {"all": "mean of all", "real": "mean of real baselines"}  # labels of the mean rows
@@ -29,11 +29,13 @@ CONTROLS = {  # how each control differs from G4Seg
     "trained": "a small network, trained on inexact ground truth of the training phrases",
 }
 
-_CHANGE_COLUMNS = [
+_MIOU_COLUMNS = [
     Column("miou_before", "before", over="mIoU"),
     Column("miou_after", "after", over="mIoU"),
     Column("delta", "Δ", "signed", over="mIoU"),
     Column("ci", "95 % CI", "interval", over="mIoU"),
+]
+_AR_COLUMNS = [
     Column("ar_before", "before", over="AR"),
     Column("ar_after", "after", over="AR"),
     Column("ar_delta", "Δ", "signed", over="AR"),
@@ -62,36 +64,39 @@ def refinement(params: Params, scores: RefinementScores) -> Table:
         "results are not shown: only its published gains of +0.77 to +1.00 mIoU on three benchmarks are known here, and "
         "they are for other data and coarse masks."
     ]
-    if best := [row for row in g4seg_rows if "best_before" in row["miou"]]:
+    if params.score.miou and (best := [row for row in g4seg_rows if "best_before" in row["miou"]]):
         # This is not a result, because the threshold is chosen on the scored images. It shows the cost of the fixed threshold.
         values = [
             f"{row['label']} {100 * row['miou']['best_before']:.1f} at {row['miou']['best_threshold_before']:g}" for row in best
         ]
         notes.append(f"Coarse mIoU at the background threshold that is best on these images: {'; '.join(values)}.")
-    if methods := ", ".join(row["label"] for row in g4seg_rows if None in (row["ar"]["before"], row["miou"]["before"])):
+    halves = ["ar", "miou"] if params.score.miou else ["ar"]
+    if methods := ", ".join(row["label"] for row in g4seg_rows if None in [row[half]["before"] for half in halves]):
         notes.append(f"{methods}: only class masks or only phrase masks were imported; means omit missing values.")
 
     caption = (
-        "Coarse masks before and after G4Seg (ours, a reimplementation): mIoU, average recall and boundary IoU (points), "
+        "Coarse masks before and after G4Seg (ours, a reimplementation): "
+        f"{'mIoU, ' if params.score.miou else ''}average recall and boundary IoU (points), "
         f"measured here on {_describe_subset(params, scores)}."
     )
     columns = [
         Column("shown", "Coarse masks", "text"),
         Column("real", "Real", "flag"),
-        *_CHANGE_COLUMNS,
+        *_change_columns(params),
         Column("boundary_iou_before", "before", over="Boundary IoU"),
         Column("boundary_iou_after", "after", over="Boundary IoU"),
     ]
     notes = [_protocol_note(params, scores), *notes]
-    frame = _build_frame(_refiner_rows(scores, G4SEG))
+    frame = _build_frame(params, _refiner_rows(scores, G4SEG))
     return Table("refinement", caption, frame, columns, notes, group_by="kind", small=True)
 
 
 def refinement_controls(params: Params, scores: RefinementScores, controls: list[str]) -> Table:
     """Compare the controls of G4Seg. The CSV has every row; only the means are printed."""
-    frame = _build_frame([{"control": name, **row} for name in controls for row in _refiner_rows(scores, name)])
+    frame = _build_frame(params, [{"control": name, **row} for name in controls for row in _refiner_rows(scores, name)])
     means = [mean for mean in scores.refinement["means"] if mean["refiner"] == G4SEG]
-    gains = "; ".join(f"{MEANS[mean['over']]} {difference_text(mean['miou'])}" for mean in means)
+    gain, gain_label = _gain(params)
+    gains = "; ".join(f"{MEANS[mean['over']]} {difference_text(mean[gain])}" for mean in means)
     subset = _describe_subset(params, scores)
     caption = f"Controls of G4Seg (ours): mean results over the coarse masks (points), measured here on {subset}."
     columns = [
@@ -99,11 +104,11 @@ def refinement_controls(params: Params, scores: RefinementScores, controls: list
         Column("shown", "Mean", "text"),
         Column("baselines", "N", "count"),
         Column("passes", "Passes", "count"),
-        *_CHANGE_COLUMNS,
+        *_change_columns(params),
         _BOUNDARY_DELTA,
     ]
     notes = [
-        f"G4Seg itself, Δ mIoU: {gains}. {_protocol_note(params, scores)} Single coarse masks: refinement_controls.csv.",
+        f"G4Seg itself, {gain_label}: {gains}. {_protocol_note(params, scores)} Single coarse masks: refinement_controls.csv.",
         " ".join(f"{name}: {CONTROLS[name]}." for name in controls),
         "N: number of baselines in the mean. Passes: forward passes of the U-Net per mask; measured seconds: "
         f"{costs_dir(params) / 'refinement_costs.md'}.",
@@ -122,14 +127,15 @@ def refinement_sensitivity(params: Params, scores: RefinementScores, variants: l
         for row in sorted(compared, key=lambda row: baselines.index(row["baseline"]))
     ]
     caption = f"Sensitivity of G4Seg (ours) to its constants (points), measured here on {_describe_subset(params, scores)}."
-    columns = [Column("changed", "Changed", "text"), Column("passes", "Passes", "count"), *_CHANGE_COLUMNS, _BOUNDARY_DELTA]
+    columns = [Column("changed", "Changed", "text"), Column("passes", "Passes", "count")]
+    columns += [*_change_columns(params), _BOUNDARY_DELTA]
     note = (
         f"Unchanged: alpha = {refine.alpha:g}, beta = {refine.beta:g}, timesteps {refine.timesteps}, "
         f"{plural(refine.iterations, 'iteration')}, layers {refine.layers}, cuts at 0 and at {refine.cut_quantiles}. "
         f"{_protocol_note(params, scores)}"
     )
     groups = {row["method"]: row["method"] for row in rows}
-    frame = _build_frame(rows)
+    frame = _build_frame(params, rows)
     return Table("refinement_sensitivity", caption, frame, columns, [note], group_by="method", groups=groups, small=True)
 
 
@@ -144,7 +150,8 @@ def refinement_costs(params: Params, scores: RefinementScores) -> Table:
     # 1. Build one row per refiner and baseline, then one mean row per refiner.
     path = times_path(params, "refine")
     times = read_json(path) if path.exists() else {}
-    frame = pd.DataFrame([_cost_row(times, row) for row in scores.refinement["rows"]])
+    gain, gain_label = _gain(params)
+    frame = pd.DataFrame([_cost_row(times, row, gain) for row in scores.refinement["rows"]])
     means = pd.DataFrame([_mean_cost(refiner, members) for refiner, members in frame.groupby("refiner", sort=False)])
     frame = pd.concat([frame, means], ignore_index=True)
 
@@ -161,8 +168,8 @@ def refinement_costs(params: Params, scores: RefinementScores) -> Table:
         for (device, batch), refiners in timed_means.groupby(["device", "batch"], sort=False)["refiner"]
     )
     caption = (
-        "Cost and gain of G4Seg (ours), its controls and its variants, mean over the coarse masks: seconds, and Δ mIoU "
-        f"(points), measured here on {_describe_subset(params, scores)}."
+        "Cost and gain of G4Seg (ours), its controls and its variants, mean over the coarse masks: seconds, and "
+        f"{gain_label} (points), measured here on {_describe_subset(params, scores)}."
     )
     columns = [
         Column("refiner", "Refiner", "text"),
@@ -170,11 +177,11 @@ def refinement_costs(params: Params, scores: RefinementScores) -> Table:
         Column("passes", "Passes per mask", "count"),
         Column("masks_per_image", "Masks per image", "number"),
         Column("seconds_per_image", "Seconds per image", "number"),
-        Column("delta", "Δ mIoU", "signed"),
+        Column("delta", gain_label, "signed"),
     ]
     note = (
-        f"Measured {devices}. Masks from an earlier run keep the time of that run. The times cover all masks of an image, for "
-        "phrases and class phrases, including reading and writing the masks but not loading the networks. "
+        f"Measured {devices}. Masks from an earlier run keep the time of that run. The times cover all masks of an image, "
+        "those of class phrases included if there are any, and reading and writing the masks, but not loading the networks. "
         "Class evidence is timed with the refiner that needs it first. N: number of baselines with a time. —: no time, for "
         "example for random, if it reuses the forward "
         "passes of G4Seg."
@@ -182,13 +189,13 @@ def refinement_costs(params: Params, scores: RefinementScores) -> Table:
     return Table("refinement_costs", caption, frame, columns, [note], printed=frame["kind"] == "mean")
 
 
-def _cost_row(times: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """Return the time and the gain of one refiner on one baseline. The time is null if a part of it was not measured."""
+def _cost_row(times: dict[str, Any], row: dict[str, Any], gain: str) -> dict[str, Any]:
+    """Return the time and the `gain` of one refiner on one baseline. The time is null if a part of it was not measured."""
     unmeasured = dict.fromkeys(("seconds", "images", "masks", "device", "batch"))
     time = times.get(f"{row['refiner']}/{row['baseline']}", unmeasured)
     columns = {"refiner": row["refiner"], "method": row["label"], "baseline": row["baseline"], **time}
-    gain = {"delta": to_points(row["miou"]["difference"]), "passes": row["passes"]}
-    return columns | gain | {"kind": "method", "baselines": 1}
+    columns |= {"delta": to_points(row[gain]["difference"]), "passes": row["passes"]}
+    return columns | {"kind": "method", "baselines": 1}
 
 
 def _mean_cost(refiner: Any, members: pd.DataFrame) -> dict[str, Any]:
@@ -218,10 +225,10 @@ def _row(scores: RefinementScores, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "method": row["label"],
         "real": row["real"],
-        **_change_columns(row["miou"], "miou_", ""),
+        **_changes(row["miou"], "miou_", ""),
         "shown": SHORT_LABELS.get(row["baseline"], row["label"]),
-        **_change_columns(row["ar"], "ar_", "ar_"),
-        **_change_columns(row["boundary_iou"], "boundary_iou_", "boundary_iou_"),
+        **_changes(row["ar"], "ar_", "ar_"),
+        **_changes(row["boundary_iou"], "boundary_iou_", "boundary_iou_"),
         "miou_best_before": to_points(row["miou"].get("best_before")),
         "baseline": row["baseline"],
         "passes": row["passes"],
@@ -234,16 +241,27 @@ def _row(scores: RefinementScores, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _change_columns(change: dict[str, Any], prefix: str, difference_prefix: str) -> dict[str, Any]:
+def _changes(change: dict[str, Any], prefix: str, difference_prefix: str) -> dict[str, Any]:
     return {f"{prefix}{key}": to_points(change[key]) for key in ("before", "after")} | {
         f"{difference_prefix}{name}": to_points(change[key])
         for key, name in (("difference", "delta"), ("ci_low", "ci_low"), ("ci_high", "ci_high"))
     }
 
 
-def _build_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+def _build_frame(params: Params, rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = build_frame(rows)
-    return frame.drop(columns="miou_best_before") if frame["miou_best_before"].isna().all() else frame
+    unscored = [] if params.score.miou else ["miou_before", "miou_after", "delta", "ci_low", "ci_high"]
+    return frame.drop(columns=[*unscored, *(["miou_best_before"] if frame["miou_best_before"].isna().all() else [])])
+
+
+def _change_columns(params: Params) -> list[Column]:
+    """Return the columns of the changes of mIoU, if it is scored, and of AR."""
+    return [*_MIOU_COLUMNS, *_AR_COLUMNS] if params.score.miou else _AR_COLUMNS
+
+
+def _gain(params: Params) -> tuple[str, str]:
+    """Return the quantity whose difference is the gain of a refiner, and its label: mIoU, or AR if mIoU is not scored."""
+    return ("miou", "Δ mIoU") if params.score.miou else ("ar", "Δ AR")
 
 
 # --------------------------------------------------------------------------------------------------- captions and notes
@@ -259,9 +277,12 @@ def _protocol_note(params: Params, scores: RefinementScores) -> str:
     rule = "none, because the data have no background class"
     if threshold is not None:
         rule = f"threshold {threshold:g} of soft maps, or the rule of the import, fixed before refinement"
+    miou = (
+        f"mIoU{describe_miou_part(params)}: class phrases “{params.data.class_template}”, one confusion matrix at native size; "
+        f"background rule: {rule}. The classes of an image compete in refinement."
+    )
     return (
-        f"On {subset}. mIoU: class phrases “{params.data.class_template}”, one confusion matrix at native size; background "
-        f"rule: {rule}. The classes of an image compete in refinement. "
+        f"On {subset}. {miou if params.score.miou else MIOU_NOT_SCORED} "
         f"AR and boundary IoU: phrases, protocol {scores.refinement['protocol']}. Δ: after minus before, paired bootstrap over "
         "images; the rows of a mean share the resampled images."
     )
