@@ -1,80 +1,34 @@
-"""Downloads from a local server that supports range requests and interrupts connections."""
+"""Downloads from a local server that supports range requests, and whose responses have faults."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import http.server
 import io
-import threading
+import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_folders import REPOSITORY, png_params, small_png, study_params
 from genseg.data import download
 from genseg.data.download import Remote, fetch, fetch_png, install, read_sources
 from genseg.errors import UserError
+from rehearsal.servers import Fault, Server, serving
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; each entry of `cuts` ends one response after that many bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.cuts: list[int] = []
-        self.ranges = True
-        self.requests: list[tuple[str, str | None]] = []
-
-    def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        requested = self.headers.get("Range")
-        self.server.requests.append((self.path, requested))
-        content = self.server.files.get(self.path.lstrip("/"))
-        if content is None:
-            self.send_error(404)
-            return
-        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and self.server.ranges else 0
-        if start >= len(content):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(content)}")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(206 if requested and self.server.ranges else 200)
-        if requested and self.server.ranges:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        cut = self.server.cuts.pop(0) if self.server.cuts else None
-        self.wfile.write(content[start:] if cut is None else content[start : start + cut])
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Server()) as server:
+        yield server
 
 
 def remote(server: Server, target: Path, content: bytes = CONTENT, published: bool = True, name: str = "file.bin") -> Remote:
@@ -84,7 +38,7 @@ def remote(server: Server, target: Path, content: bytes = CONTENT, published: bo
 
 
 def test_interrupted_connection_is_resumed(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    server.cuts = [100_000, 50_000, 1]
+    server.faults = [Fault(cut=100_000), Fault(cut=50_000), Fault(cut=1)]
     fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
     assert [requested for _, requested in server.requests] == [None, "bytes=100000-", "bytes=150000-", "bytes=150001-"]
@@ -114,18 +68,74 @@ def test_partial_file_longer_than_the_file_is_downloaded_again(server: Server, t
 
 def test_download_restarts_if_the_host_does_not_support_range_requests(server: Server, tmp_path: Path) -> None:
     server.ranges = False
-    server.cuts = [100_000]
+    server.faults = [Fault(cut=100_000)]
     fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
 
 
 def test_failed_download_keeps_partial_file(server: Server, tmp_path: Path) -> None:
-    server.cuts = [70_000] + [0] * download.MAX_FAILURES
+    server.faults = [Fault(cut=70_000)] + [Fault(cut=0)] * download.MAX_FAILURES
     with pytest.raises(UserError, match=r"70,000 bytes are kept in .*file\.bin\.part; run again to resume") as caught:
         fetch(remote(server, tmp_path / "target"), tmp_path / "file.bin")
     assert str(tmp_path / "target") in str(caught.value)
     fetch(remote(server, tmp_path / "target"), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault(announced=1000, cut=1000)],  # a truncated copy in a proxy
+        [Fault(announced=10**6)],
+        [Fault(status=503), Fault(status=429), Fault(cut=0)],
+        [Fault(cut=100), Fault(shift=1000)],
+    ],
+    ids=["announces fewer bytes", "announces more bytes", "is busy", "sends another range"],
+)
+def test_faults_of_the_host_are_overcome_in_one_run(server: Server, tmp_path: Path, faults: list[Fault]) -> None:
+    server.faults = faults
+    fetch(remote(server, tmp_path / "x"), tmp_path / "file.bin")
+    assert (tmp_path / "file.bin").read_bytes() == CONTENT
+    assert server.faults == []
+
+
+def test_file_longer_than_published_is_rejected(server: Server, tmp_path: Path) -> None:
+    source = remote(server, tmp_path / "x")
+    server.files["file.bin"] = CONTENT + b"more"
+    with pytest.raises(UserError, match=r"file\.bin\.bad: .* expected 300,000 bytes, got 300,004; run again to download it"):
+        fetch(source, tmp_path / "file.bin")
+
+
+SMALL = st.integers(0, 3000)
+FAULTS = st.one_of(
+    st.builds(Fault, cut=SMALL),
+    st.builds(Fault, cut=SMALL, announced=st.integers(0, 10_000)),
+    st.builds(Fault, status=st.sampled_from([404, 429, 500, 503])),
+    st.builds(Fault, flip=st.integers(0, 1)),
+    st.builds(Fault, shift=SMALL),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(FAULTS, max_size=12), published=st.booleans())
+def test_after_any_faults_running_again_gives_the_published_file(
+    server: Server, tmp_path: Path, faults: list[Fault], published: bool
+) -> None:
+    """A JSON file without a checksum too, unless a byte has changed: nothing but the checksum could show that."""
+    content = json.dumps(list(range(500))).encode()
+    if not published:
+        faults = [fault for fault in faults if fault.flip is None]
+    source = remote(server, tmp_path / "x", content, published, "file.json")
+    server.faults = list(faults)
+    file = tmp_path / "file.json"
+    file.unlink(missing_ok=True)
+    while not file.exists():
+        faults_left = len(server.faults)
+        try:
+            fetch(source, file)
+        except UserError:
+            assert len(server.faults) < faults_left, "failed without a fault"
+    assert file.read_bytes() == content
 
 
 def test_missing_file_or_host_is_reported(server: Server, tmp_path: Path) -> None:
@@ -256,7 +266,7 @@ def test_only_missing_files_are_downloaded(server: Server, tmp_path: Path, monke
     (tmp_path / "data/sources.csv").write_text("\n".join(lines) + "\n")
     png = study_params(**png_params(tmp_path / "coco")).data.png
     assert png is not None
-    server.cuts = [500, 700]
+    server.faults = [Fault(cut=500), Fault(cut=700)]
     fetch_png(png)
     local = {path.relative_to(tmp_path / "local") for path in (tmp_path / "local").rglob("*")}
     assert {path.relative_to(tmp_path / "coco") for path in (tmp_path / "coco").rglob("*")} == local

@@ -17,7 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from genseg.artifacts.files import atomic_directory, file_sha256, write_text
+from genseg.artifacts.files import atomic_directory, atomic_path, file_sha256, read_json, write_text
 from genseg.data import PROGRESS_SECONDS
 from genseg.errors import UserError
 from genseg.params.data import Png
@@ -92,7 +92,7 @@ def fetch(remote: Remote, file: Path) -> None:
 
     The checksum is compared with the published one. Without a published checksum, the computed one is printed, written to
     `<file>.sha256`, and reported as not verified. Raises UserError as `fetch_png` does; the data stay in `<file>.part`, or in
-    `<file>.bad` if the size or the checksum is wrong.
+    `<file>.bad` if the size or the checksum is wrong, or a JSON file without checksum is not valid.
     """
     part = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,9 @@ def fetch(remote: Remote, file: Path) -> None:
                 break
             problem = "the connection was interrupted"
         except urllib.error.HTTPError as error:
-            raise _download_error(remote, part, f"the host responded {error.code} {error.reason}") from None
+            problem = f"the host responded {error.code} {error.reason}"
+            if error.code < 500 and error.code != 429:  # these are not temporary
+                raise _download_error(remote, part, problem) from None
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
         failures = 0 if _size(part) > size_before else failures + 1
@@ -145,11 +147,14 @@ def _receive(remote: Remote, part: Path) -> bool:
             return False
         raise
 
-    # 2. Write them. A host that does not support range requests sends the whole file.
+    # 2. Write them. A host that does not support range requests sends the whole file. The published size is trusted more than
+    # the host's, which ends too early if a proxy has stored a part of the file.
     with response:
         done = offset if response.status == 206 else 0
+        if done and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            raise http.client.HTTPException("the host sent another range of bytes than requested")
         length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
+        total = remote.bytes or (done + int(length) if length else None)
         last_time = time.monotonic()
         with open(part, "ab" if done else "wb") as handle:
             while chunk := response.read(1 << 20):
@@ -159,20 +164,28 @@ def _receive(remote: Remote, part: Path) -> bool:
                     progress = f"{done / 1e6:,.0f}" + (f" of {total / 1e6:,.0f}" if total else "")
                     print(f"data: {remote.name}: {progress} MB", file=sys.stderr, flush=True)
                     last_time = time.monotonic()
-    return total is None or done == total
+    return total is None or done >= total  # a file that is too long is not resumed but rejected
 
 
 def _verify(remote: Remote, path: Path) -> None:
-    """Compare a downloaded file with the published size and checksum; rename it to `<name>.bad` if they differ."""
+    """Compare a downloaded file with the published size and checksum; rename it to `<name>.bad` if they differ.
+
+    Without a published checksum, a JSON file must at least be complete: a truncated one would not be downloaded again.
+    """
     sha256, problem = file_sha256(path), None
     if remote.bytes is not None and _size(path) != remote.bytes:
         problem = f"expected {remote.bytes:,} bytes, got {_size(path):,}"
     elif remote.sha256 is not None and sha256 != remote.sha256:
         problem = f"expected sha256 {remote.sha256}, got {sha256}"
+    elif remote.sha256 is None and remote.name.endswith(".json"):
+        try:
+            read_json(path)
+        except UserError:
+            problem = "not valid JSON"
     if problem is not None:
         bad_path = path.with_name(remote.name + ".bad")
         path.replace(bad_path)
-        raise UserError(f"{bad_path}: downloaded from {remote.url}: {problem}; inspect it, remove it and run again")
+        raise UserError(f"{bad_path}: downloaded from {remote.url}: {problem}; run again to download it again")
     if remote.sha256 is None:
         write_text(_checksum_path(path.with_name(remote.name)), f"{sha256}  {remote.name}\n")
         message = f"sha256 {sha256}, NOT VERIFIED (no published checksum); written to {remote.name}.sha256"
@@ -192,8 +205,8 @@ def install(remote: Remote, file: Path) -> None:
     if not zipfile.is_zipfile(file):
         if file.suffix == ".zip":
             raise UserError(f"{file}: not a complete zip archive; remove it and run again")
-        remote.targets[0].parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(file, remote.targets[0])
+        with atomic_path(remote.targets[0]) as temporary:  # on another disk, moving is copying
+            shutil.move(file, temporary)
         if _checksum_path(file).exists():
             shutil.move(_checksum_path(file), _checksum_path(remote.targets[0]))
         return
