@@ -2,6 +2,7 @@
 # make test    run the tests
 # make cluster run the tests on a Slurm cluster of two nodes on this machine (sudo tests/cluster/install.sh installs Slurm)
 # make lint    check style, types and the DAG
+# make rehearsal  run the paper's study in small: a local host of the data, a local hub, and every phase (about N minutes)
 # make bench   run the benchmarks, on the study of params.yaml (after make) and on a GPU if there is one
 # make full    run the embedded study with other seeds, and compare trainings
 # make clean   remove the study's outputs (DVC's cache keeps a copy)
@@ -13,7 +14,7 @@ STUDY := $(shell sed -n "s/^study: *\([^ ]*\).*/\1/p" params.yaml)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: all test cluster lint bench full clean lock
+.PHONY: all test cluster rehearsal lint bench full clean lock
 
 all: $(INSTALLED)
 	dvc repro
@@ -32,6 +33,10 @@ test: $(INSTALLED)
 
 cluster: $(INSTALLED)
 	OMP_NUM_THREADS=1 pytest tests/cluster
+
+rehearsal: $(INSTALLED)
+	rm -rf work/rehearsal
+	PYTHONPATH=tests python -m rehearsal work/rehearsal
 
 lint: $(INSTALLED)
 	ruff check src tests benchmarks
