@@ -2,7 +2,7 @@
 # make test    run the tests
 # make cluster run the tests on a Slurm cluster of two nodes on this machine (sudo tests/cluster/install.sh installs Slurm)
 # make lint    check style, types and the DAG
-# make rehearsal  run the paper's study in small: a local host of the data, a local hub, and every phase (about N minutes)
+# make rehearsal  run the paper's study in small: a local host of the data, a local hub, and every phase
 # make bench   run the benchmarks, on the study of params.yaml (after make) and on a GPU if there is one
 # make full    run the embedded study with other seeds, and compare trainings
 # make clean   remove the study's outputs (DVC's cache keeps a copy)

@@ -26,6 +26,7 @@ def test_paper_study_is_trained_from_what_its_hosts_publish(tmp_path: Path) -> N
     manifest = json.loads((rehearsal.folder / "results/rehearsal/backbone/manifest.json").read_text())
     assert (manifest["pipeline"], manifest["revision"]) == (sdxl.HUB_ID, repository.commit)
     downloads = [path for path, _ in rehearsal.hub.requests if path.startswith("/cdn/")]
+    assert len(downloads) == len(set(downloads))
     assert {f"/cdn/{sdxl.HUB_ID}/{shard}" for shard in SHARDS} <= set(downloads)
     assert not [path for path in downloads if "fp16" in path]
     # The training made one step, and the data are those that the host served.

@@ -40,6 +40,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None]] = []
         self.errors: list[str] = []
 
+    def next_fault(self) -> Fault:
+        """Remove and return the first fault, or one without effect."""
+        return self.faults.pop(0) if self.faults else Fault()
+
     def url(self, name: str = "") -> str:
         return f"http://127.0.0.1:{self.server_port}/{name}".rstrip("/")
 
@@ -53,12 +57,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
         else:
-            self.send_content(content)
+            self.send_content(content, self.server.next_fault())
 
-    def send_content(self, content: bytes, **headers: str) -> None:
-        """Send the content, or the requested range of it, with the next fault."""
+    def send_content(self, content: bytes, fault: Fault, **headers: str) -> None:
+        """Send the content, or the requested range of it, with a fault."""
         # 1. Find the range.
-        fault = self.server.faults.pop(0) if self.server.faults else Fault()
         if fault.status is not None:
             self.send_error(fault.status)
             return
@@ -109,7 +112,7 @@ class Hub(Server):
     """The hub's HTTP interface to the repositories `root`/owner/name, each with one commit on the branch `main`.
 
     As on the hub, weights are large files: a request for one is redirected to another host (here another name of this one),
-    and its ETag is its SHA-256.
+    and its ETag is its SHA-256. Only responses with large files have faults.
     """
 
     def __init__(self, root: Path) -> None:
@@ -158,7 +161,7 @@ class HubHandler(Handler):
         if repository is None:  # the hub answers so to anonymous clients, because the repository may be private
             self.refuse(401, "RepoNotFound", "Repository not found")
         elif place == "cdn":
-            self.send_content(repository.files["/".join(rest)])
+            self.send_content(repository.files["/".join(rest)], self.server.next_fault())
         elif len(rest) > 1 and rest[1] not in ("main", repository.commit):
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {rest[1]}")
         elif place == "api":
@@ -194,7 +197,7 @@ class HubHandler(Handler):
             self.refuse(404, "EntryNotFound", "Entry not found")
             return
         if not is_large(path):
-            self.send_content(content, ETag=f'"{etag(path, content)}"', X_Repo_Commit=repository.commit)
+            self.send_content(content, Fault(), ETag=f'"{etag(path, content)}"', X_Repo_Commit=repository.commit)
             return
         self.send_response(302)
         self.send_header("Location", f"http://localhost:{self.server.server_port}/cdn/{name}/{path}")
