@@ -175,6 +175,7 @@ def test_embedded_scenes_are_read_by_the_png_reader(tmp_path: Path, monkeypatch:
 def test_coco_photos_are_assembled_from_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "params/coco_photos.yaml").read_text().replace("data/inputs", str(REAL))
+    text = text.replace("data/classes/", f"{REPOSITORY}/data/classes/")
     (tmp_path / "params.yaml").write_text(text)
     assert main(["data"]) == 0
     report = json.loads(Path("data/coco_photos/report.json").read_text())
@@ -202,6 +203,8 @@ def test_coco_photos_are_assembled_from_two_folders(tmp_path: Path, monkeypatch:
 
     classes = read_phrases("data/coco_photos/class_phrases.parquet")
     assert set(classes.groupby("image_id").size()) == {133}
+    assert {"the wall", "the door", "the wooden floor"} <= set(classes["phrase"])
+    assert not classes["phrase"].str.contains("-").any()
     assert all(row_mask(row).any() for _, row in frame.sample(40, random_state=0).iterrows())
 
 
