@@ -100,7 +100,7 @@ def inexact(folder: Path, rows: int) -> None:
     from genseg.artifacts.phrases import read_phrases
     from genseg.baselines.inexact import inexact_masks
 
-    images = {int(str(image_id)): rows for image_id, rows in read_phrases(folder / "phrases.parquet").groupby("image_id")}
+    images = {int(str(image_id)): group for image_id, group in read_phrases(folder / "phrases.parquet").groupby("image_id")}
     parts = Parts(folder / "inexact", "k")
     make_parts({"a": parts}, images, lambda i: {"a": (inexact_masks(images[i], "dilated", 0.2, 0), None)}, "image")
     parts.gather(folder / "inexact.parquet")

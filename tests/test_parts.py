@@ -98,6 +98,13 @@ def test_finished_units_are_not_made_again_and_parts_with_another_key_are_ignore
             assert [len(list((tmp_path / name).iterdir())) for name in "ab"] == [1, 1]
     assert made == [0, 1, 2, 3, 2, 3, 4, 5]
     assert all(unit in outputs["b"] for unit in range(6))
+    outputs["a"].gather(tmp_path / "before.parquet")
+    sorted((tmp_path / "b").iterdir())[1].unlink()  # as if the job had been killed between the two files of a part
+    outputs = {name: Parts(tmp_path / name, "k") for name in "ab"}
+    make_parts(outputs, range(6), make, "unit")
+    assert all(unit in outputs["b"] for unit in range(6))
+    outputs["a"].gather(tmp_path / "after.parquet")
+    assert (tmp_path / "after.parquet").read_bytes() == (tmp_path / "before.parquet").read_bytes()
     assert 0 not in Parts(tmp_path / "a", "other")
     Parts(tmp_path / "a", "other").write({0: unit_rows(0, 1)}, 1.0)
     assert len(list((tmp_path / "a").iterdir())) == 1, "a new key replaces old parts"
@@ -110,7 +117,7 @@ def test_message_names_a_damaged_part(tmp_path):
     content = bytearray(path.read_bytes())
     content[100:140] = bytes(40)
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"part-000000000000\.parquet: not a readable part .*; remove it"):
+    with pytest.raises(UserError, match=r"part-000000000000-000000000000\.parquet: not a readable part .*; remove it"):
         Parts(tmp_path, "k").gather(tmp_path / "out.parquet")
     path.write_bytes(content[:-9])
     assert 0 not in Parts(tmp_path, "k"), "a truncated part is made again"
@@ -183,7 +190,7 @@ def test_killed_sampling_goes_on_after_its_last_part(study_copy, monkeypatch):
 
 def test_killed_baseline_goes_on_after_its_last_part(study_copy, monkeypatch):
     monkeypatch.chdir(study_copy)
-    results, work = Path("results/smoke/baselines"), Path("work/smoke/baselines/cross_attention")
+    results, work = Path("results/smoke/baselines"), Path("work/smoke/baselines/cross_attention_class_phrases")
     before = {path: path.read_bytes() for path in results.glob("cross_attention*")}
     assert len(before) == 4
     for path in before:

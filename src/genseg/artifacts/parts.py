@@ -33,6 +33,15 @@ Piece = tuple[pd.DataFrame, Levels | None]
 """Predictions of a unit in key order, and their soft maps [n, h, w] if they have any."""
 
 
+def part_bytes(height: int, width: int) -> int:
+    """Return the largest memory, in bytes, of the rows of a part with soft maps [height, width].
+
+    A job holds one part of each of its files, e.g. of each attention method for phrases and class phrases. Gathering holds one
+    unit of each shard.
+    """
+    return PART_ROWS * (height * width + 1024)
+
+
 class Parts:
     """The parts in a folder that have a key, a hash of everything that the predictions depend on.
 
@@ -45,9 +54,9 @@ class Parts:
         self.total: int | None = None
         self._seconds: dict[Path, float] = {}
         self._shape: list[int] | None = None
-        self._rows: dict[int, tuple[Path, int, int]] = {}  # unit -> part, and its rows there (start, stop)
+        self._rows: dict[int, tuple[Path, int, int]] = {}  # unit -> part, row group (-1 without rows) and number of rows
         self._last: dict[Path, int] = {}  # last unit that is read from each part
-        self._open: dict[Path, pa.Table] = {}
+        self._open: dict[Path, pq.ParquetFile] = {}
         for path in sorted(folder.glob("part-*.parquet")):
             metadata = read_metadata(path)
             if metadata.get("key") == key:
@@ -57,12 +66,12 @@ class Parts:
         self._seconds[path] = facts["seconds"]
         self.total = self.total if facts["total"] is None else facts["total"]
         self._shape = facts["shape"] or self._shape
-        start = 0
+        group = 0
         for unit, rows in zip(facts["units"], facts["rows"], strict=True):
             if unit not in self._rows:  # two jobs at once may have made a unit twice, with equal rows
-                self._rows[unit] = path, start, start + rows
+                self._rows[unit] = path, group if rows else -1, rows
                 self._last[path] = max(unit, self._last.get(path, unit))
-            start += rows
+            group += rows > 0
 
     def __contains__(self, unit: int) -> bool:
         return unit in self._rows
@@ -73,44 +82,38 @@ class Parts:
 
     def write(self, pieces: Mapping[int, Piece], seconds: float, total: int | None = None) -> None:
         """Write the rows of some units, made in `seconds`, as a part. Parts with other keys are removed."""
-        frames, levels = [frame for frame, _ in pieces.values()], [maps for _, maps in pieces.values() if maps is not None]
-        table = pa.table({name: [] for name in SCHEMA.names}, schema=SCHEMA)
-        if frames:
-            table = pa.Table.from_pandas(pd.concat(frames)[SCHEMA.names], schema=SCHEMA, preserve_index=False)
-        shape = None
-        if levels:
-            maps = np.ascontiguousarray(np.concatenate(levels))
-            shape = maps.shape[1:]
-            column = pa.Array.from_buffers(pa.binary(int(np.prod(shape))), len(maps), [None, pa.py_buffer(maps)])
-            table = table.append_column("maps", column)
-        facts: dict[str, Any] = {"units": list(pieces), "rows": [len(frame) for frame in frames], "shape": shape}
+        shape = next((levels.shape[1:] for _, levels in pieces.values() if levels is not None), None)
+        facts: dict[str, Any] = {"units": list(pieces), "rows": [len(frame) for frame, _ in pieces.values()], "shape": shape}
         facts |= {"seconds": round(seconds, 3), "total": total}
-        path = self.folder / f"part-{min(pieces, default=0):012d}.parquet"
+        path = self.folder / f"part-{min(pieces, default=0):012d}-{max(pieces, default=0):012d}.parquet"
         for other in () if self._rows else self.folder.glob("part-*.parquet"):
             if read_metadata(other).get("key") != self.key:
                 other.unlink(missing_ok=True)
-        with atomic_path(path) as temporary:
-            metadata = {"key": self.key, "part": json.dumps(facts)}
-            pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+        schema = SCHEMA if shape is None else SCHEMA.append(pa.field("maps", pa.binary(int(np.prod(shape)))))
+        schema = schema.with_metadata({"key": self.key, "part": json.dumps(facts)})
+        with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for frame, levels in pieces.values():
+                if len(frame):
+                    writer.write_table(_as_table(frame, levels).cast(schema))  # one row group
         self._add(path, facts)
 
     def read(self, unit: int) -> Piece:
         """Read a unit. Parts stay open until their last unit is read. Raises UserError if the part is damaged."""
-        path, start, stop = self._rows[unit]
-        if path not in self._open:
-            try:
-                self._open[path] = pq.read_table(path).combine_chunks()
-            except (pa.ArrowException, OSError) as error:
-                detail = str(error).splitlines()[0]
-                raise UserError(f"{path}: not a readable part ({detail}); remove it and run the command again") from None
-        rows = self._open[path].slice(start, stop - start)
-        if unit == self._last[path]:
-            del self._open[path]
+        path, group, _ = self._rows[unit]
+        try:
+            if path not in self._open:
+                self._open[path] = pq.ParquetFile(path)
+            file = self._open[path]
+            rows = file.schema_arrow.empty_table() if group < 0 else file.read_row_group(group)
+            if unit == self._last[path]:
+                self._open.pop(path).close()
+        except (pa.ArrowException, OSError) as error:
+            detail = str(error).splitlines()[0]
+            raise UserError(f"{path}: not a readable part ({detail}); remove it and run the command again") from None
         levels = None
-        if len(rows) and self._shape is not None:
-            maps = pa.concat_arrays(rows.column("maps").chunks)
-            stored = np.frombuffer(maps.buffers()[1], np.uint8).reshape(-1, *self._shape)
-            levels = stored[maps.offset : maps.offset + len(maps)]
+        if self._shape is not None:
+            stored = b"" if group < 0 else rows.column("maps").combine_chunks().buffers()[1]
+            levels = np.frombuffer(stored, np.uint8, len(rows) * int(np.prod(self._shape))).reshape(-1, *self._shape)
         return rows.select(SCHEMA.names).to_pandas(), levels
 
     def pieces(self) -> Iterator[Piece]:
@@ -119,7 +122,7 @@ class Parts:
 
     def gather(self, path: Path, **metadata: str) -> int:
         """Write the predictions of all units, with their soft maps if they have any, and return the number of rows."""
-        count = sum(stop - start for _, start, stop in self._rows.values())
+        count = sum(rows for _, _, rows in self._rows.values())
         shape = None if self._shape is None else (count, *self._shape)
         write_in_pieces(self.pieces(), shape, path, key=self.key, **metadata)
         return count
@@ -130,6 +133,15 @@ class Parts:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty
             self.folder.rmdir()
+
+
+def _as_table(frame: pd.DataFrame, levels: Levels | None) -> pa.Table:
+    table = pa.Table.from_pandas(frame[SCHEMA.names], schema=SCHEMA, preserve_index=False)
+    if levels is None:
+        return table
+    maps = np.ascontiguousarray(levels)
+    column = pa.Array.from_buffers(pa.binary(maps[0].size), len(maps), [None, pa.py_buffer(maps)])
+    return table.append_column("maps", column)
 
 
 def make_parts(
@@ -152,13 +164,15 @@ def make_parts(
     for position, unit in enumerate(missing, start=len(units) - len(missing) + 1):
         made = make(unit)
         for name, piece in made.items():
-            pending[name][unit] = piece
+            if unit not in parts[name]:
+                pending[name][unit] = piece
         rows += max(len(frame) for frame, _ in made.values())
         now = time.monotonic()
         if unit == missing[-1] or now - started > PART_SECONDS or rows >= PART_ROWS:
             for name, pieces in pending.items():
-                parts[name].write(pieces, now - started, total)
-                pieces.clear()
+                if pieces:
+                    parts[name].write(pieces, now - started, total)
+                    pieces.clear()
             started, rows = time.monotonic(), 0
         if now - last_line > PROGRESS_SECONDS:
             last_line = now

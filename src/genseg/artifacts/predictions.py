@@ -124,7 +124,8 @@ def iterate_maps(predictions: str | Path) -> Iterator[NDArray[np.float32]]:
     """Yield the soft label map [h, w] of every row, with a few of them in memory. Raises UserError as `read_maps` does."""
     count = (maps_shape(predictions) or (0,))[0]
     for start in range(0, count, MAPS_AT_ONCE):
-        yield from read_maps(predictions, slice(start, start + MAPS_AT_ONCE))
+        stop = min(start + MAPS_AT_ONCE, count)  # safetensors refuses slices beyond the end
+        yield from read_maps(predictions, slice(start, stop))
 
 
 def maps_shape(predictions: str | Path) -> tuple[int, int, int] | None:

@@ -13,6 +13,9 @@ from genseg.metrics.bootstrap import recall_intervals
 from genseg.metrics.ious import PROTOCOLS, Pairs, boundary_ious, latent_ceiling, phrase_ious, plural_flags, protocol_ceiling
 from genseg.metrics.recall import Integers, group_means, group_members, recall_values, size_members, threshold_grid
 
+ROW_BYTES = 1300
+"""Memory of `score_run` and its tables for each phrase, in bytes, measured on 726,445 masks. Other memory does not grow."""
+
 
 def score_run(
     phrases: pd.DataFrame,
