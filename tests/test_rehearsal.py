@@ -19,14 +19,17 @@ def test_paper_study_is_trained_from_what_its_hosts_publish(tmp_path: Path) -> N
         rehearsal.data.faults = [Fault(cut=5000), Fault(status=503), Fault(announced=1000, cut=1000)]
         log, model = tmp_path / "log", "results/rehearsal/model/gs"
         command = ["snakemake", "--cores", "1", "--resources", "gpu=8", "--configfile", *CONFIGS, str(steps)]
+        rehearsal.hub.faults = [Fault(cut=5000), Fault(flip=-1)]  # the weights of the VAE arrive with one changed byte
+        assert rehearsal.run([*command, "--", f"{model}/manifest.json"], log) != 0
+        assert "run again to download it again" in log.read_text(), log.read_text()[-5000:]
         assert rehearsal.run([*command, "--", f"{model}/manifest.json"], log) == 0, log.read_text()[-5000:]
 
-    # The backbone is the repository's commit, in full precision, and its shards were downloaded once.
+    # The backbone is the repository's commit, in full precision, and its weights were downloaded once, but for the faults.
     repository = rehearsal.hub.repositories[sdxl.HUB_ID]
     manifest = json.loads((rehearsal.folder / "results/rehearsal/backbone/manifest.json").read_text())
     assert (manifest["pipeline"], manifest["revision"]) == (sdxl.HUB_ID, repository.commit)
     downloads = [path for path, _ in rehearsal.hub.requests if path.startswith("/cdn/")]
-    assert len(downloads) == len(set(downloads))
+    assert len(downloads) == len(set(downloads)) + 2
     assert {f"/cdn/{sdxl.HUB_ID}/{shard}" for shard in SHARDS} <= set(downloads)
     assert not [path for path in downloads if "fp16" in path]
     # The training made one step, and the data are those that the host served.

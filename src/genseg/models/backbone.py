@@ -1,5 +1,6 @@
 """Load the components of a pipeline in diffusers format from a local directory or the hub."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from genseg.artifacts.files import file_sha256
 from genseg.errors import UserError
 
 
@@ -23,19 +26,39 @@ class TextEncoders:
 def load_component(cls: Any, source: str, subfolder: str, revision: str | None, dtype: torch.dtype | None = None) -> Any:
     """Load one component of a pipeline directory or hub repository, in evaluation mode and without gradients.
 
-    Raises UserError if the directory, the repository or the component is missing or unreadable.
+    Raises UserError if the directory, the repository or the component is missing or unreadable, or downloaded weights differ
+    from those on the hub.
     """
     transformers.utils.logging.disable_progress_bar()
     if not Path(source).exists() and (source.startswith((".", "/")) or source.count("/") != 1):
         raise UserError(f"{source}: no such directory and not a hub id (owner/name); set the backbone to one of them")
     if Path(source).is_dir() and not (Path(source) / subfolder).is_dir():
         raise UserError(f"{source}: missing folder {subfolder}/; the backbone must be a pipeline in diffusers format")
-    options = {} if dtype is None else {"dtype": dtype}
+    # Otherwise the libraries also look for pickled weights, which can run code, and report them as missing if a download fails.
+    options = {} if dtype is None else {"dtype": dtype, "use_safetensors": True}
     try:
         component = cls.from_pretrained(source, subfolder=subfolder, revision=revision, **options)
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise many unrelated types
+        _check_download(source, subfolder, revision)
         raise UserError(f"{source}/{subfolder}: cannot load ({' '.join(str(error).split())[:300]})") from error
+    _check_download(source, subfolder, revision)
     return component.eval().requires_grad_(False) if isinstance(component, torch.nn.Module) else component
+
+
+def _check_download(source: str, subfolder: str, revision: str | None) -> None:
+    """Compare weights in the hub's cache, which are named by their SHA-256, with their names; the hub's client compares only
+    sizes. Raises UserError if a file differs, and removes it, so that the next run downloads it again.
+    """
+    config = None if Path(source).is_dir() else try_to_load_from_cache(source, f"{subfolder}/config.json", revision=revision)
+    if not isinstance(config, str):
+        return
+    for file in Path(config).parent.glob("*.safetensors"):
+        blob = file.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and (sha256 := file_sha256(blob)) != blob.name:
+            blob.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
+            problem = f"the download has SHA-256 {sha256} instead of {blob.name}"
+            raise UserError(f"{source}/{subfolder}/{file.name}: {problem}; run again to download it again")
 
 
 def load_vae(source: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
