@@ -1,4 +1,4 @@
-"""Hub repositories of SDXL-inpainting and Stable Diffusion 2.1 in the published form, with narrow networks and random weights.
+"""Hub repositories of SDXL-inpainting and Stable Diffusion 1.4 and 2.1 in the published form, with narrow networks.
 
 The weights are written by diffusers and transformers: shards with an index, and a half-precision variant. Configs of schedulers
 and tokenizers have the published keys and values.
@@ -40,11 +40,10 @@ SDXL_UNET = sdxl.UNET | {
     "projection_class_embeddings_input_dim": 48 + 6 * 16,
     "transformer_layers_per_block": [1, 1, 2],
 }
-SD_UNET = stable_diffusion.CONFIGS[stable_diffusion.SD_21]["unet"] | {
-    "attention_head_dim": [1, 2, 2, 2],
-    "block_out_channels": [32, 64, 64, 64],
-    "cross_attention_dim": 32,
-    "layers_per_block": 1,
+SD_UNET = {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 32, "layers_per_block": 1}
+SD_UNETS: dict[str, dict[str, Any]] = {
+    stable_diffusion.SD_14: SD_UNET | {"attention_head_dim": 2},
+    stable_diffusion.SD_21: SD_UNET | {"attention_head_dim": [1, 2, 2, 2]},
 }
 SCHEDULER: dict[str, Any] = {
     "_diffusers_version": "0.21.0",
@@ -62,7 +61,7 @@ SCHEDULER: dict[str, Any] = {
 
 
 def write_repositories(root: Path, captions: Iterable[str]) -> None:
-    """Write `root`/owner/name for the two hub ids of the paper's study; tokenizers learn their vocabulary from the captions."""
+    """Write `root`/owner/name for the three hub ids of the paper's study; tokenizers are trained on the captions."""
     torch.manual_seed(0)
     vocabulary = _vocabulary(sorted(captions))
 
@@ -75,13 +74,14 @@ def write_repositories(root: Path, captions: Iterable[str]) -> None:
     _write_text(folder, "", CLIPTextModel, sdxl.TEXT_ENCODER | TEXT, vocabulary, "<|endoftext|>")
     _write_text(folder, "_2", CLIPTextModelWithProjection, sdxl.TEXT_ENCODER_2 | TEXT_2, vocabulary, "!")
 
-    folder = root / stable_diffusion.SD_21
-    configs = stable_diffusion.CONFIGS[stable_diffusion.SD_21]
-    _write_index(folder, "StableDiffusionPipeline", "PNDMScheduler", second=False)
-    _write_json(folder / "scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"} | SCHEDULER)
-    _write_weights(UNet2DConditionModel(**SD_UNET), folder / "unet")
-    _write_weights(AutoencoderKL(**configs["vae"] | VAE), folder / "vae")
-    _write_text(folder, "", CLIPTextModel, configs["text_encoder"] | TEXT, vocabulary, "!")
+    for name, config in SD_UNETS.items():
+        folder, configs = root / name, stable_diffusion.CONFIGS[name]
+        _write_index(folder, "StableDiffusionPipeline", "PNDMScheduler", second=False)
+        _write_json(folder / "scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"} | SCHEDULER)
+        _write_weights(UNet2DConditionModel(**configs["unet"] | config), folder / "unet")
+        _write_weights(AutoencoderKL(**configs["vae"] | VAE), folder / "vae")
+        pad = "!" if name == stable_diffusion.SD_21 else "<|endoftext|>"
+        _write_text(folder, "", CLIPTextModel, configs["text_encoder"] | TEXT, vocabulary, pad)
 
 
 def _write_index(folder: Path, pipeline: str, scheduler: str, second: bool) -> None:
