@@ -24,6 +24,7 @@ from genseg.artifacts.predictions import maps_path, read_maps, read_predictions,
 from genseg.artifacts.reuse import has_key, has_maps, prune, with_maps
 from genseg.baselines.colour import choose_threshold, fit_colours, predict_colours
 from genseg.diffusion.pipeline import GSPipeline, load_pipeline
+from genseg.diffusion.sampling import phrase_generators
 from genseg.errors import UserError
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.device import DTYPES, choose_device, describe
@@ -190,7 +191,8 @@ class Sampler:
             latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(self.device)
             keys_of_rows = list(zip(*(rows[name] for name in KEY), strict=True))
             texts = [self.texts[text] for text in rows["text"]]
-            soft = pipeline.label_maps(latents, texts, keys_of_rows, point, self.params.seed)
+            generators = phrase_generators(self.params.seed, keys_of_rows, point)
+            soft = pipeline.label_maps(latents, texts, generators, point).mean(0)
             if time.monotonic() - last_line > PROGRESS_SECONDS:
                 last_line = time.monotonic()
                 print(f"sample: {run.name}: block {number + 1} of {len(blocks)}", flush=True)
