@@ -114,6 +114,7 @@ def test_published_model_loads_by_its_id_where_only_the_package_is(finished_stud
     card = repository.files.pop("README.md").decode()
     assert repository.files == {name: data for name, data in files.items() if name != "README.md"}
     assert "| AR, overall |" in card
+    assert 'GSPipeline.from_pretrained("lab/gs")' in card
     repository.files["README.md"] = card.encode()
 
     # 2. Another process without the project loads it.
@@ -127,14 +128,16 @@ def test_published_model_loads_by_its_id_where_only_the_package_is(finished_stud
     assert "1 masks in out" in run(*predict, cwd=tmp_path / "elsewhere", **environment).stdout
 
 
-def test_publishing_without_a_token_is_refused_in_one_line(finished_study, tmp_path, hub):
-    environment = {"HF_ENDPOINT": hub[0], "HF_HOME": str(tmp_path), "HF_TOKEN": "wrong"}
+@pytest.mark.parametrize("is_reachable", [True, False])
+def test_publishing_that_fails_is_reported_in_one_line(finished_study, tmp_path, hub, is_reachable):
+    endpoint = hub[0] if is_reachable else "http://127.0.0.1:9"
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": "wrong"}
     command = ("genseg", "publish", "lab/gs", "--params", "params/smoke.yaml")
     done = run(*command, cwd=finished_study, check=False, **environment)
     assert done.returncode == 2
-    message = done.stderr.strip().splitlines()[-1]
+    (message,) = done.stderr.strip().splitlines()
     assert message.startswith("genseg publish: error: lab/gs: not published (")
-    assert message.endswith("log in with `hf auth login`, or set HF_TOKEN")
+    assert message.endswith("check HF_ENDPOINT, and log in with `hf auth login`")
     assert not hub[1].files
 
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from genseg.artifacts.files import file_sha256
 from genseg.artifacts.manifest import read_manifest
@@ -21,19 +20,20 @@ def publish(params: Params, kind: Kind, repo_id: str, private: bool) -> str:
 
     The card gets the scores of the study if they are those of this model.
 
-    Raises UserError if the model is missing or incomplete, the id is not valid, or the hub refuses the upload.
+    Raises UserError if the model is missing or incomplete, the id is not valid, or the upload fails.
     """
     folder = params.model_dir(kind)
     read_manifest(folder / "manifest.json", verify=True)
     card = scored_card(params, kind)
+    card.text = card.text.replace('from_pretrained("ID")', f'from_pretrained("{repo_id}")')
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns="README.md")
         api.upload_file(repo_id=repo_id, path_or_fileobj=str(card).encode(), path_in_repo="README.md")
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # huggingface_hub and its HTTP client raise many types
         detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{repo_id}: not published ({detail}); log in with `hf auth login`, or set HF_TOKEN") from None
+        raise UserError(f"{repo_id}: not published ({detail}); check HF_ENDPOINT, and log in with `hf auth login`") from None
     return str(url)
 
 
