@@ -8,6 +8,7 @@ from PIL import Image
 
 from genseg.diffusion.objectives import make_scheduler
 from genseg.diffusion.pipeline import TAIL, GSPipeline, soften
+from genseg.diffusion.sampling import phrase_generators
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
 from genseg.models.attention import InjectedAttnProcessor, _explicit_attention, self_attention_widths
@@ -295,7 +296,7 @@ def test_ensemble_is_the_mean_of_samples_including_the_single_sample(pipeline):
 
     def maps(ensemble, chosen=slice(None)):
         point = OperatingPoint(size=64, num_inference_steps=2, guidance_scale=3.0, ensemble_size=ensemble)
-        return pipeline.label_maps(latents[chosen], texts[chosen], keys[chosen], point, seed=3)
+        return pipeline.label_maps(latents[chosen], texts[chosen], phrase_generators(3, keys[chosen], point), point).mean(0)
 
     one, two, three = maps(1), maps(2), maps(3)
     second, third = 2 * two - one, 3 * three - 2 * two
@@ -317,7 +318,8 @@ def test_every_second_sample_of_a_mirrored_ensemble_is_that_of_the_mirrored_imag
         for size in (1, 2, 3):
             options = {"ensemble_size": size, "mirror": mirror and size > 1}
             point = OperatingPoint(size=64, num_inference_steps=2, guidance_scale=3.0, **options)
-            means.append(pipeline.label_maps(latents, texts, [(1, "n", 0), (1, "n", 1)], point, seed=3))
+            generators = phrase_generators(3, [(1, "n", 0), (1, "n", 1)], point)
+            means.append(pipeline.label_maps(latents, texts, generators, point).mean(0))
         return [means[0], 2 * means[1] - means[0], 3 * means[2] - 2 * means[1]]
 
     plain, flipped, mirrored = samples(latents, False), samples(latents.flip(-1), False), samples(latents, True)

@@ -1,5 +1,6 @@
 """`GSPipeline` as diffusers users call it: inputs, outputs, dtype, offload, files."""
 
+import inspect
 import itertools
 import subprocess
 import sys
@@ -8,13 +9,25 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
+from genseg.artifacts.resample import bilinear
 from genseg.diffusion.pipeline import GSPipeline
+from genseg.diffusion.sampling import draw_noise, phrase_generators
 from genseg.models.adapter import TextAdapter
+from genseg.models.attention import InjectedAttnProcessor
+from genseg.models.backbone import TextEncoders
 from genseg.models.text import encode_phrases
+from genseg.models.unet import run_unet
 from genseg.models.vae import decode_latents, encode_images, image_tensor
 from genseg.params import OperatingPoint
 from test_models import backbone, encoders, pipeline  # noqa: F401  (fixtures)
@@ -81,7 +94,8 @@ def test_output_types_agree(pipeline):  # noqa: F811
     output = pipeline(PIXELS, PHRASES, threshold=0.4)
     assert output.masks.dtype == bool
     assert output.masks.shape == (3, 50, 80)
-    masks, maps = pipeline(PIXELS, PHRASES, threshold=0.4, return_dict=False)
+    masks, maps, uncertainty = pipeline(PIXELS, PHRASES, threshold=0.4, return_dict=False)
+    assert uncertainty is None
     assert np.array_equal(masks, output.masks)
     assert np.array_equal(maps, output.maps)
     tensors = pipeline(PIXELS, PHRASES, threshold=0.4, output_type="pt")
@@ -101,7 +115,7 @@ def test_every_field_of_an_operating_point_is_an_argument(pipeline, encoders, sa
     for options in ({"sampler": "dpmpp"}, {"sampler": "ddpm"}, {"guidance_interval": (0.0, 0.6)}, {"ensemble_size": 2}):
         outputs.append(pipeline(PIXELS, PHRASES, 4, 2.0, **options).maps)
         point = OperatingPoint(size=64, num_inference_steps=4, guidance_scale=2.0, **options)
-        expected = pipeline.label_maps(latent.repeat(3, 1, 1, 1), texts, keys, point)
+        expected = pipeline.label_maps(latent.repeat(3, 1, 1, 1), texts, phrase_generators(0, keys, point), point).mean(0)
         assert np.array_equal(outputs[-1], expected.numpy())
     clipped = GSPipeline.from_pretrained(saved)
     clipped.configure_sampling("trailing", True)
@@ -215,6 +229,13 @@ def test_callback_on_step_end_sees_each_step_and_may_replace_the_labels(pipeline
     assert calls[0][2] == 999
     assert {(pipe, tuple(shape)) for pipe, *_, shape in calls} == {(pipeline, (len(PHRASES), 1, *maps.shape[1:]))}
 
+    def see_nothing(pipe, step, timestep, callback_kwargs):
+        assert not callback_kwargs
+        return {}
+
+    options = {"callback_on_step_end": see_nothing, "callback_on_step_end_tensor_inputs": []}
+    assert np.array_equal(maps, pipeline(PIXELS, PHRASES, num_inference_steps=3, **options).maps)
+
     def erase(pipe, step, timestep, callback_kwargs):
         return {"latents": torch.zeros_like(callback_kwargs["latents"])}
 
@@ -232,7 +253,14 @@ def test_callback_on_step_end_sees_each_step_and_may_replace_the_labels(pipeline
         ({"image": torch.zeros(50, 80, 3)}, r"\[3, H, W\]"),
         ({"image": np.zeros((50, 80, 4), np.uint8)}, r"\[H, W, 3\]"),
         ({"num_inference_steps": 0}, r"num_inference_steps must be in 1\.\.1000"),
-        ({"guidance_scale": 0.5}, "guidance_scale at least 1"),
+        ({"guidance_scale": 100}, "guidance_scale below 100"),
+        ({"processing_resolution": 30}, "must be 0 or a multiple of 4"),
+        ({"processing_resolution": -64}, "must be 0 or a multiple of 4"),
+        ({"image": [PIXELS, OTHER], "phrases": [["a"], ["b"]], "processing_resolution": 0}, "differ in their larger side"),
+        ({"output_uncertainty": True}, "needs an ensemble_size of at least 2"),
+        ({"generator": [torch.Generator()]}, "expected a list of 3 phrases x ensemble_size 1 generators, got 1"),
+        ({"latents": torch.zeros(1, 1, 16, 16)}, r"expected the shape \[3, 1, 16, 16\], got \[1, 1, 16, 16\]"),
+        ({"latents": torch.zeros(3, 1, 16, 16), "generator": torch.Generator()}, "cannot be used together"),
         ({"output_type": "latent"}, "np, pt or pil"),
         ({"sampler": "euler"}, "must be one of ddim, ddpm, dpmpp, mean"),
         ({"guidance_interval": (0.8, 0.2)}, "must be ascending"),
@@ -245,11 +273,147 @@ def test_invalid_argument_is_rejected(pipeline, arguments, message):  # noqa: F8
         pipeline(**{"image": PIXELS, "phrases": PHRASES} | arguments)
 
 
-def test_another_scheduler_is_rejected(saved):
+def test_a_list_of_generators_equals_single_calls(pipeline):  # noqa: F811
+    def generator(number):
+        return torch.Generator().manual_seed(number)
+
+    images, texts = [PIXELS, OTHER], [PHRASES[:2], PHRASES[2:]]
+    output = pipeline(images, texts, ensemble_size=2, sampler="ddpm", generator=[generator(k) for k in range(6)])
+    maps = np.concatenate(output.maps)
+    for k, (image, phrase) in enumerate(zip((PIXELS, PIXELS, OTHER), PHRASES, strict=True)):
+        single = [pipeline(image, phrase, sampler="ddpm", generator=generator(2 * k + member)).maps[0] for member in range(2)]
+        assert np.allclose(maps[k], np.mean(single, 0), atol=1e-5)
+        assert np.abs(single[0] - single[1]).max() > 1e-3
+
+
+def test_uncertainty_is_the_standard_deviation_of_the_samples(pipeline):  # noqa: F811
+    def generators():
+        return [torch.Generator().manual_seed(number) for number in range(6)]
+
+    output = pipeline(PIXELS, PHRASES[:2], ensemble_size=3, generator=generators(), output_uncertainty=True)
+    singles = [pipeline(PIXELS, PHRASES[k // 3], generator=generators()[k]).maps[0] for k in range(6)]
+    assert np.allclose(output.uncertainty, np.reshape(singles, (2, 3, *singles[0].shape)).std(1, ddof=1), atol=1e-5)
+    lists = pipeline([PIXELS, OTHER], [["a"], ["b"]], ensemble_size=2, output_uncertainty=True, output_type="pt").uncertainty
+    assert [tuple(item.shape) for item in lists] == [(1, 16, 16)] * 2
+
+
+def test_latents_are_the_initial_noise(pipeline):  # noqa: F811
+    point = OperatingPoint(size=64, num_inference_steps=2, guidance_scale=3.0, ensemble_size=2)
+    rows = phrase_generators(5, [("image", "predict", k) for k in range(3)], point)
+    noise = torch.cat([draw_noise(row, (1, 16, 16)) for row in rows])
+    expected = pipeline(PIXELS, PHRASES, ensemble_size=2, seed=5).maps
+    assert np.allclose(pipeline(PIXELS, PHRASES, ensemble_size=2, latents=noise, batch_size=2).maps, expected, atol=1e-5)
+    assert np.abs(pipeline(PIXELS, PHRASES, ensemble_size=2, latents=-noise).maps - expected).max() > 1e-3
+
+
+def test_guidance_scale_of_at_most_1_is_off(pipeline, monkeypatch):  # noqa: F811
+    batches = []
+    forward = pipeline.unet.forward
+    monkeypatch.setattr(
+        pipeline.unet, "forward", lambda x, *args, **kwargs: batches.append(len(x)) or forward(x, *args, **kwargs)
+    )
+    off = [pipeline(PIXELS, PHRASES, guidance_scale=scale).maps for scale in (1.0, 0.5, 0, -1)]
+    assert all(np.array_equal(off[0], maps) for maps in off[1:])
+    assert set(batches) == {3}, "one evaluation per phrase and step"
+    assert not np.array_equal(off[0], pipeline(PIXELS, PHRASES, guidance_scale=1.5).maps)
+
+
+def test_processing_resolution_and_size_of_the_masks(pipeline, saved):  # noqa: F811
+    other = GSPipeline.from_pretrained(saved, default_processing_resolution=80)
+    other.set_progress_bar_config(disable=True)
+    assert np.array_equal(pipeline(PIXELS, PHRASES, processing_resolution=80).maps, other(PIXELS, PHRASES).maps)
+    assert np.array_equal(pipeline(PIXELS, PHRASES, processing_resolution=0).maps, other(PIXELS, PHRASES).maps)  # 80 wide
+    assert pipeline(PIXELS[:, :77], PHRASES, processing_resolution=0).maps.shape == (3, 20, 20), "rounded up to 80"
+    output = pipeline(PIXELS, PHRASES, processing_resolution=32, match_input_resolution=False)
+    assert np.array_equal(output.masks, bilinear(output.maps, 32, 32) >= 0.5)
+    assert pipeline(PIXELS, PHRASES, processing_resolution=32).masks.shape == (3, 50, 80)
+
+
+def stepped_by_hand(pipe, phrases, steps, scale):
+    """Return the labels of a loop as in diffusers' pipelines, with the noise of seed 0."""
+    models = TextEncoders((pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2))
+    latent = encode_images(pipe.vae, image_tensor(Image.fromarray(PIXELS), 64)[None]).repeat(len(phrases), 1, 1, 1)
+    point = OperatingPoint(size=64, num_inference_steps=steps, guidance_scale=scale)
+    rows = phrase_generators(0, [("image", "predict", k) for k in range(len(phrases))], point)
+    generators = [row[0] for row in rows]
+    pipe.scheduler.set_timesteps(steps)
+    x = draw_noise(generators, (1, 16, 16)) * pipe.scheduler.init_noise_sigma
+    takes_generator = "generator" in inspect.signature(pipe.scheduler.step).parameters
+    with torch.no_grad():
+        condition, null = pipe.adapter(encode_phrases(models, phrases)), pipe.adapter.unconditional(len(phrases))
+        for t in pipe.scheduler.timesteps:
+            sample = pipe.scheduler.scale_model_input(x, t)
+            text, empty = (run_unet(pipe.unet, sample, latent, t, item, (64, 64)) for item in (condition, null))
+            output = empty + scale * (text - empty)
+            if pipe.scheduler.config.prediction_type == "sample":
+                output = output * pipe.config.label_scale
+            x = pipe.scheduler.step(output, t, x, **({"generator": generators} if takes_generator else {})).prev_sample
+    return pipe.soft_labels(x).numpy()
+
+
+SCHEDULERS = {
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {}),
+    "DPM++ 2M SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "UniPC": (UniPCMultistepScheduler, {}),
+    "DEIS": (DEISMultistepScheduler, {}),
+    "Euler": (EulerDiscreteScheduler, {}),
+    "PNDM": (PNDMScheduler, {}),
+}
+
+
+@pytest.mark.parametrize(("scheduler", "options"), SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_schedulers_of_diffusers_sample_as_in_a_loop_by_hand(saved, scheduler, options, prediction_type):
+    if prediction_type == "sample" and scheduler is PNDMScheduler:
+        pytest.skip("PNDM does not support it")
+    pipe = GSPipeline.from_pretrained(saved, prediction_type=prediction_type, label_scale=0.5)
+    pipe.set_progress_bar_config(disable=True)
+    betas = {"prediction_type": prediction_type, "rescale_betas_zero_snr": False, "timestep_spacing": "leading"}
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **betas, **options)
+    maps = [pipe(PIXELS, PHRASES, 6, 2.0, **batch).maps for batch in ({}, {"batch_size": 2})]
+    assert np.allclose(maps[0], stepped_by_hand(pipe, PHRASES, 6, 2.0), atol=1e-4)
+    assert np.allclose(*maps, atol=1e-3), "the scheduler starts afresh with each batch"
+    assert maps[0].std() > 0.01
+
+
+def test_own_dpmpp_agrees_with_the_scheduler_of_diffusers(saved):
     pipe = GSPipeline.from_pretrained(saved)
-    pipe.scheduler = DPMSolverMultistepScheduler()
-    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler"):
+    ours = pipe(PIXELS, PHRASES, 100, 2.0, sampler="dpmpp").maps
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert np.abs(pipe(PIXELS, PHRASES, 100, 2.0).maps - ours).mean() < 0.01
+
+
+def test_scheduler_that_does_not_fit_is_rejected(saved):
+    pipe = GSPipeline.from_pretrained(saved)
+    pipe.scheduler = HeunDiscreteScheduler()
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler: evaluates the network twice per step"):
         pipe(PIXELS, PHRASES)
+    pipe.scheduler = UniPCMultistepScheduler()
+    with pytest.raises(ValueError, match="'dpmpp': needs a DDIMScheduler, but the scheduler is UniPCMultistepScheduler"):
+        pipe(PIXELS, PHRASES, sampler="dpmpp")
+
+
+def test_attention_slicing_keeps_the_injected_text(saved):
+    pipe = GSPipeline.from_pretrained(saved)
+    with torch.no_grad():
+        for linear in pipe.adapter.project.values():
+            linear.weight.mul_(5)  # the text matters
+    expected, calls = pipe(PIXELS, PHRASES).maps, []
+    attend = InjectedAttnProcessor.attend
+    with pytest.MonkeyPatch.context() as patch:
+        record = staticmethod(lambda query, *rest: calls.append(query.shape[2]) or attend(query, *rest))
+        patch.setattr(InjectedAttnProcessor, "attend", record)
+        for size, heads in (("auto", {1}), ("max", {1}), (2, {1, 2}), (None, {2, 3})):
+            pipe.enable_attention_slicing(size)
+            calls.clear()
+            assert np.allclose(pipe(PIXELS, PHRASES).maps, expected, atol=1e-5)
+            assert set(calls) == heads
+    for change in (lambda: pipe.unet.set_attention_slice(1), lambda: pipe.unet.set_default_attn_processor()):
+        change()
+        with pytest.raises(ValueError, match=r"AttnProcessor.* would drop the injected text"):
+            pipe(PIXELS, PHRASES)
+        pipe.disable_attention_slicing()
+        assert np.array_equal(pipe(PIXELS, PHRASES).maps, expected)
 
 
 def test_output_that_is_not_finite_is_rejected(saved):

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "make": "the main job",
     "make test": "this test suite",
     "snakemake --cores all --resources gpu=8": "the fixture finished_study",
+    "genseg publish NAME/gs-mini --private": "test_publish.py",
 }
 SLURM = "sbatch "  # the command for two nodes runs in tests/cluster/test_slurm.py
 DRY = (

@@ -26,6 +26,8 @@ from genseg.diffusion.pipeline import GSPipeline, load_pipeline
 from genseg.models.vae import decode_latents, encode_images
 from genseg.params import load_params
 from genseg.report.figures.evolution import read_evolution
+from genseg.report.figures.narratives import colour_of
+from genseg.report.figures.prediction import draw_prediction
 from genseg.sampling.readout import VaeReadout, read_mask
 from genseg.sampling.runs import permute_texts, sample_times_path, study_runs
 from genseg.sampling.shard import shard_blocks
@@ -201,7 +203,7 @@ def test_prediction_replaces_an_earlier_one_and_invalid_options_are_rejected(fin
     for options, message in (
         (["--out", str(tmp_path / "file" / "sub")], "file is a file; pass a folder"),
         (["--out", str(out), "--steps", "1001"], "num_inference_steps must be in 1..1000"),
-        (["--out", str(out), "--guidance", "inf"], "--guidance inf: must be a number of at least 1"),
+        (["--out", str(out), "--guidance", "inf"], "guidance_scale below 100"),
     ):
         capsys.readouterr()
         assert main([*command, "--phrase", "a", *options]) == 2
@@ -231,6 +233,58 @@ def test_prediction_with_params_is_sampled_as_the_main_row(study_copy, monkeypat
     assert "sample.readout nearest" in capsys.readouterr().err
     assert main(["predict", str(picture), "--phrase", "a", "--out", "out"]) == 2
     assert "pass a trained model with --model DIR" in capsys.readouterr().err
+
+
+def test_folder_of_images_is_segmented_by_the_phrases_of_a_caption(finished_study, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished_study)
+    pictures, out = sorted(Path("data/smoke/scenes/val2017").glob("*.jpg"))[:2], tmp_path / "out"
+    (tmp_path / "in").mkdir()
+    Image.open(pictures[0]).save(tmp_path / "in/first.PNG")
+    Image.open(pictures[1]).convert("L").resize((50, 90)).save(tmp_path / "in/second.jpg")
+    (tmp_path / "in/notes.txt").touch()
+    command = ["predict", str(tmp_path / "in"), "--model", "results/smoke/model/gs", "--out", str(out)]
+    assert main([*command, "--caption", "In this picture I can see some grass, near the star.", "--soft-maps"]) == 0
+    assert f"2 masks of each of 2 images in {out}" in capsys.readouterr().out
+    pipe = GSPipeline.from_pretrained("results/smoke/model/gs")
+    for name in ("first.PNG", "second.jpg"):
+        image, folder = Image.open(tmp_path / "in" / name), out / name.partition(".")[0]
+        expected = pipe(image, ["some grass", "the star"])
+        for k in range(2):
+            soft = np.asarray(Image.open(folder / f"map_{k}.png"))
+            assert np.array_equal(soft, np.rint(255 * bilinear(expected.maps[k], image.height, image.width)))
+            assert np.array_equal(np.asarray(Image.open(folder / f"mask_{k}.png")) == 255, expected.masks[k])
+        assert [entry["phrase"] for entry in read_json(folder / "predictions.json")] == ["some grass", "the star"]
+    assert main([*command, "--phrase", "the grass"]) == 0
+    assert {path.name for path in (out / "first").iterdir()} == {"mask_0.png", "overlay.png", "predictions.json"}
+
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/first.png")
+    for source, text, message in (
+        (tmp_path / "in", ["--phrase", "a"], "two images differ only in their suffix"),
+        (tmp_path / "empty", ["--phrase", "a"], "no images in this folder"),
+        (tmp_path / "none", ["--phrase", "a"], "no such image or folder"),
+        (tmp_path / "in", ["--caption", "In the background."], "it has no noun phrase"),
+    ):
+        capsys.readouterr()
+        assert main([command[0], str(source), *command[2:], *text]) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_overlay_colours_each_mask_as_its_phrase(tmp_path):
+    image, masks = np.full((40, 60, 3), 255, np.uint8), np.zeros((9, 40, 60), bool)
+    for k in range(9):
+        masks[k, 4:36, 6 * k + 2 : 6 * k + 6] = True
+    path = tmp_path / "overlay.png"
+    draw_prediction(image, masks, [f"the stripe {k}" for k in range(9)], None, path)
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    height, width = picture.shape[:2]
+    legend = {tuple(pixel) for pixel in picture[round(width / 2 * 40 / 60) :].reshape(-1, 3)}
+    assert len({colour_of(k) for k in range(9)}) == 9
+    for k in range(9):
+        colour = tuple(int(colour_of(k)[i : i + 2], 16) for i in (1, 3, 5))
+        x = width / 2 + (6 * k + 4) / 60 * width / 2
+        assert np.abs(picture[height // 3, round(x)] - colour).max() < 12
+        assert colour in legend
 
 
 def frame_of(masks_of_phrases: list[np.ndarray], image_id: int = 1) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """`GSPipeline`: image and phrases to masks, with the interface of a diffusers pipeline."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import BaseOutput, logging
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,20 +19,28 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from genseg.artifacts.resample import bilinear
 from genseg.data.images import to_rgb
 from genseg.diffusion.objectives import with_sampling
-from genseg.diffusion.sampling import Observe, OnStepEnd, draw_noise, phrase_generator, sample_labels
+from genseg.diffusion.sampling import (
+    Observe,
+    OnStepEnd,
+    draw_noise,
+    phrase_generator,
+    phrase_generators,
+    sample_labels,
+    sample_with_scheduler,
+)
 from genseg.errors import UserError
 from genseg.models.adapter import TextAdapter
-from genseg.models.attention import use_injected_attention
+from genseg.models.attention import InjectedAttnProcessor, use_injected_attention
 from genseg.models.backbone import TextEncoders
-from genseg.models.device import DTYPES
 from genseg.models.text import TextEmbedding, encode_phrases
 from genseg.models.unet import run_unet
-from genseg.models.vae import decode_latents, encode_images, image_tensor
-from genseg.params.base import Precision
-from genseg.params.sample import GuidanceInterval, OperatingPoint, Sample, SamplerName, TimestepSpacing
+from genseg.models.vae import decode_latents, encode_images, image_tensor, vae_factor
+from genseg.params.sample import GuidanceInterval, OperatingPoint, SamplerName, TimestepSpacing
 
 ImageInput: TypeAlias = Image.Image | NDArray[Any] | torch.Tensor
 """PIL image of any mode; array [H, W, 3] or [H, W]; tensor [3, H, W] or [1, H, W]. Integers are 0..255, floats 0..1."""
+# Diffusers downloads only components that it knows: without this entry, a model would load from a folder but not from a hub.
+LOADABLE_CLASSES["genseg.models.adapter"] = {"TextAdapter": ["save_pretrained", "from_pretrained"]}
 TAIL = 0.05
 """Width of the range at each end of [0, 1] that represents labels below -1 or above 1 (see `soften`)."""
 DISCRIMINATIVE_TIMESTEP = 999
@@ -46,10 +54,12 @@ class GSOutput(BaseOutput):
     Attributes:
         masks: [N, H, W] bool at the image's own size: array, tensor ("pt"), or N PIL images of mode L with 0 and 255 ("pil").
         maps: soft labels [N, h, w] float32 in [0, 1] at latent size (VAE labels: at processing size): array or "pt" tensor.
+        uncertainty: standard deviation of the ensemble's soft labels, in the form of `maps`; None if it was not requested.
     """
 
     masks: Any
     maps: Any
+    uncertainty: Any = None
 
 
 class GSPipeline(DiffusionPipeline):
@@ -111,6 +121,10 @@ class GSPipeline(DiffusionPipeline):
         )
         use_injected_attention(unet)
 
+    def set_attention_slice(self, slice_size: int | Literal["auto", "max"] | None) -> None:
+        """Compute attention over a part of the heads at a time (see `enable_attention_slicing`), with the injected text."""
+        use_injected_attention(self.unet, slice_size)
+
     def configure_sampling(self, timestep_spacing: TimestepSpacing, clip_sample: bool) -> None:
         """Set the spacing of the timesteps and whether estimates of x_0 are clipped to the label scale."""
         clip_range = self.config.label_scale if clip_sample else None
@@ -124,41 +138,56 @@ class GSPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: GuidanceInterval | None = None,
-        sampler: SamplerName = "ddim",
+        sampler: SamplerName | None = None,
         ensemble_size: int = 1,
         mirror: bool = False,
+        processing_resolution: int | None = None,
+        match_input_resolution: bool = True,
         threshold: float = 0.5,
         seed: int = 0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         batch_size: int = 16,
         output_type: Literal["np", "pt", "pil"] = "np",
+        output_uncertainty: bool = False,
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> GSOutput | tuple[Any, Any]:
+    ) -> GSOutput | tuple[Any, Any, Any]:
         """Segment an image by each of its phrases. The image is encoded once.
+
+        Arguments that `MarigoldDepthPipeline` of diffusers also has mean the same here, with phrases in place of images.
 
         Args:
             image: one image, a list of images, or a batch [B, ...].
             phrases: one phrase or N phrases; for several images, one list of phrases per image.
-            num_inference_steps, guidance_scale: None for the checkpoint's defaults. A guidance scale of 1 disables guidance,
-                which halves the number of evaluations.
+            num_inference_steps, guidance_scale: None for the checkpoint's defaults. A guidance scale of at most 1 disables
+                guidance, which halves the number of evaluations.
             guidance_interval: part of the schedule with guidance, (from, to), where 1 is pure noise; None: all of it.
-            sampler: update rule, "ddim", "ddpm", "dpmpp" (DPM-Solver++(2M)) or "mean" (of all estimates, with fresh noise).
+            sampler: update rule of a `DDIMScheduler`: "ddim" (the default), "ddpm", "dpmpp" (DPM-Solver++(2M)) or "mean" (of
+                all estimates, with fresh noise). Any other first-order or multistep scheduler of diffusers that is set as
+                `scheduler` brings its own rule.
             ensemble_size: number of samples with different seeds whose maps are averaged.
             mirror: whether every second sample is that of the mirrored image, mirrored back. Not for phrases that say left or
                 right.
+            processing_resolution: side that images are resized to, a multiple of the VAE's factor; None for the checkpoint's
+                default, 0 for the larger side of the image, rounded up.
+            match_input_resolution: whether masks have the size of their image, or are squares of the processing resolution.
             threshold: minimum value of a foreground pixel in the bilinearly up-sampled soft map.
             seed: seed of the initial noise. A phrase's mask depends on it and on the phrase's position in the list of its
                 image, not on `batch_size` or other images.
-            generator: if given, `seed` is drawn from it.
+            generator: if given, `seed` is drawn from it. A list has one generator for each sample: `ensemble_size` generators
+                for each phrase of each image, in order. A sample then equals that of a call with its generator alone.
+            latents: initial noise [samples, K, h, w], ordered as a list of generators, in place of the noise from `seed`.
             batch_size: number of phrases, of any images, that are denoised at once.
             output_type: "np", "pt" or "pil" (see `GSOutput`).
+            output_uncertainty: whether to return the standard deviation of the samples of each ensemble.
             callback_on_step_end: called after each step of each batch as `callback(pipeline, step, timestep, callback_kwargs)`.
                 `callback_kwargs["latents"]` are the noisy labels [B, K, h, w]; sampling continues from the returned labels.
+            callback_on_step_end_tensor_inputs: keys of `callback_kwargs`; "latents" is the only one.
 
         Returns:
-            `GSOutput`, or (masks, maps) with `return_dict=False`.
+            `GSOutput`, or (masks, maps, uncertainty) with `return_dict=False`.
 
         Raises:
             ValueError: an argument is invalid, or the network output is not finite.
@@ -169,56 +198,73 @@ class GSPipeline(DiffusionPipeline):
         pictures = [_to_picture(item) for item in images]
         phrase_lists: Any = [[phrases] if isinstance(phrases, str) else phrases] if is_single else phrases
         self._check_inputs(pictures, phrase_lists, batch_size, output_type, callback_on_step_end_tensor_inputs)
-        point = self._operating_point(num_inference_steps, guidance_scale, guidance_interval, sampler, ensemble_size, mirror)
-        if generator is not None:
-            seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+        point = self._operating_point(
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            sampler,
+            ensemble_size,
+            mirror,
+            self._processing_resolution(processing_resolution, pictures),
+        )
+        if output_uncertainty and ensemble_size == 1:
+            raise ValueError("output_uncertainty needs an ensemble_size of at least 2")
+        positions = [(number, k) for number, texts in enumerate(phrase_lists) for k in range(len(texts))]
+        generators = _generators(generator, seed, [k for _, k in positions], point)
+        noise = None if latents is None else self._check_latents(latents, generator, len(positions), point)
 
         # 2. Encode every image and every phrase once.
         device = self._execution_device
         encoders = TextEncoders((self.tokenizer, self.tokenizer_2), (self.text_encoder, self.text_encoder_2))
         embeddings = encode_phrases(encoders, [phrase for texts in phrase_lists for phrase in texts], device=device)
-        latents = [encode_images(self.vae, image_tensor(picture, point.size, device)[None])[0] for picture in pictures]
+        image_latents = [encode_images(self.vae, image_tensor(picture, point.size, device)[None])[0] for picture in pictures]
 
         # 3. Denoise the labels in batches of phrases. (B, h, w)
-        positions = [(number, k) for number, texts in enumerate(phrase_lists) for k in range(len(texts))]
         starts = range(0, len(positions), batch_size)
         is_discriminative = self.config.prediction_type == "logits"
+        steps = 1 if is_discriminative else point.num_inference_steps * point.ensemble_size
 
         def on_step_end(step: int, t: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-            assert callback_on_step_end is not None
-            return callback_on_step_end(self, step, t, {"latents": x_t}).pop("latents", x_t)
+            bar.update()
+            if callback_on_step_end is None:
+                return x_t
+            tensors = {"latents": x_t} if "latents" in callback_on_step_end_tensor_inputs else {}
+            return callback_on_step_end(self, step, t, tensors).pop("latents", x_t)
 
         batches = []
-        with self.progress_bar(total=len(starts) * (1 if is_discriminative else point.num_inference_steps)) as bar:
+        with self.progress_bar(total=len(starts) * steps) as bar:
             for start in starts:
-                batch = positions[start : start + batch_size]
-                soft = self.label_maps(
-                    torch.stack([latents[number] for number, _ in batch]),
-                    embeddings[start : start + batch_size],
-                    [("image", "predict", k) for _, k in batch],
+                rows = slice(start, start + batch_size)
+                samples = self.label_maps(
+                    torch.stack([image_latents[number] for number, _ in positions[rows]]),
+                    embeddings[rows],
+                    generators[rows],
                     point,
-                    seed,
-                    observe=lambda t, x_t, x_0: bar.update(),
-                    on_step_end=None if callback_on_step_end is None else on_step_end,
-                )
+                    None if noise is None else noise[rows],
+                    on_step_end=on_step_end,
+                ).float()
                 if is_discriminative:
                     bar.update()
-                batches.append(soft.float().cpu())
-        soft_maps = torch.cat(batches).numpy()
+                deviation = samples.std(0) if output_uncertainty else torch.empty(samples.shape[1:])
+                batches.append((samples.mean(0).cpu(), deviation.cpu()))
+        soft_maps, deviations = (torch.cat(parts).numpy() for parts in zip(*batches, strict=True))
         self.maybe_free_model_hooks()
         if not np.isfinite(soft_maps).all():
             raise ValueError(f"the network output is not finite in {self.unet.dtype}; use torch.bfloat16 or torch.float32")
 
         # 4. Read out the masks at each image's own size. (N, H, W)
-        mask_lists, map_lists, start = [], [], 0
+        results, start = [], 0
         for picture, texts in zip(pictures, phrase_lists, strict=True):
-            maps = soft_maps[start : start + len(texts)]
-            upsampled = (bilinear(soft[None], picture.height, picture.width)[0] for soft in maps)
-            mask_lists.append(_as_type(np.stack([soft >= threshold for soft in upsampled]), output_type))
-            map_lists.append(torch.from_numpy(maps) if output_type == "pt" else maps)
-            start += len(texts)
-        output = GSOutput(masks=mask_lists[0], maps=map_lists[0]) if is_single else GSOutput(masks=mask_lists, maps=map_lists)
-        return output if return_dict else (output.masks, output.maps)
+            rows = slice(start, start + len(texts))
+            width, height = picture.size if match_input_resolution else (point.size, point.size)
+            masks = np.stack([bilinear(soft[None], height, width)[0] >= threshold for soft in soft_maps[rows]])
+            maps, uncertainty = (torch.from_numpy(a) if output_type == "pt" else a for a in (soft_maps[rows], deviations[rows]))
+            results.append((_as_type(masks, output_type), maps, uncertainty if output_uncertainty else None))
+            start = rows.stop
+        fields: Any = results[0] if is_single else tuple(map(list, zip(*results, strict=True)))
+        if not output_uncertainty:
+            fields = (*fields[:2], None)
+        return GSOutput(*fields) if return_dict else fields
 
     def _check_inputs(
         self, pictures: list[Image.Image], phrase_lists: Any, batch_size: int, output_type: str, tensor_inputs: Sequence[str]
@@ -238,37 +284,72 @@ class GSPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, got {tensor_inputs}"
             )
-        if not isinstance(self.scheduler, DDIMScheduler):
-            raise ValueError(f"{type(self.scheduler).__name__}: the scheduler must be a DDIMScheduler")
+        if getattr(self.scheduler, "order", 1) != 1:
+            raise ValueError(
+                f"{type(self.scheduler).__name__}: evaluates the network twice per step; use a multistep scheduler"
+            )
+        processors = self.unet.attn_processors.values()
+        if others := {type(item).__name__ for item in processors if not isinstance(item, InjectedAttnProcessor)}:
+            raise ValueError(
+                f"unet: the attention processor {', '.join(sorted(others))} would drop the injected text; set a subclass of "
+                "genseg.models.attention.InjectedAttnProcessor, or call disable_attention_slicing() to restore the own one"
+            )
+
+    def _processing_resolution(self, resolution: int | None, pictures: list[Image.Image]) -> int:
+        """Return the side of the processed images. Raises ValueError if it is not a multiple of the VAE's factor."""
+        factor = vae_factor(self.vae)
+        if resolution is None:
+            return self.config.default_processing_resolution
+        if resolution == 0:
+            sides = {max(picture.size) for picture in pictures}
+            if len(sides) > 1:
+                raise ValueError("processing_resolution 0: the images differ in their larger side; pass them one by one")
+            return -(-sides.pop() // factor) * factor
+        if resolution < 0 or resolution % factor:
+            raise ValueError(f"processing_resolution {resolution}: must be 0 or a multiple of {factor}")
+        return resolution
+
+    def _check_latents(self, latents: torch.Tensor, generator: object, phrases: int, point: OperatingPoint) -> torch.Tensor:
+        """Return initial noise [phrases * E, K, h, w] as [phrases, E, K, h, w]. Raises ValueError if it has another shape."""
+        side = point.size // vae_factor(self.vae)
+        shape = (phrases * point.ensemble_size, self.unet.config.out_channels, side, side)
+        if generator is not None:
+            raise ValueError("latents and generator cannot be used together")
+        if latents.shape != shape:
+            raise ValueError(f"latents: expected the shape {list(shape)}, got {list(latents.shape)}")
+        return latents.unflatten(0, (phrases, point.ensemble_size))
 
     def _operating_point(
         self,
         num_inference_steps: int | None,
         guidance_scale: float | None,
         guidance_interval: GuidanceInterval | None,
-        sampler: SamplerName,
+        sampler: SamplerName | None,
         ensemble_size: int,
         mirror: bool,
+        size: int,
     ) -> OperatingPoint:
         steps = self.config.default_denoising_steps if num_inference_steps is None else num_inference_steps
         scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         most = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= most or not 1 <= scale < 100 or not 1 <= ensemble_size < 100:
-            raise ValueError(
-                f"num_inference_steps must be in 1..{most}, guidance_scale at least 1 and below 100, and ensemble_size in 1..99"
-            )
-        if sampler not in get_args(SamplerName):
+        if not 1 <= steps <= most or not scale < 100 or not 1 <= ensemble_size < 100:
+            raise ValueError(f"num_inference_steps must be in 1..{most}, guidance_scale below 100, and ensemble_size in 1..99")
+        if sampler not in (None, *get_args(SamplerName)):
             raise ValueError(f"sampler {sampler!r}: must be one of {', '.join(get_args(SamplerName))}")
+        if sampler is not None and not isinstance(self.scheduler, DDIMScheduler):
+            raise ValueError(
+                f"sampler {sampler!r}: needs a DDIMScheduler, but the scheduler is {type(self.scheduler).__name__}"
+            )
         if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(f"guidance_interval {guidance_interval}: must be ascending and between 0 and 1")
         if mirror and ensemble_size == 1:
             raise ValueError("mirror needs an ensemble_size of at least 2")
         return OperatingPoint(
-            size=self.config.default_processing_resolution,
+            size=size,
             num_inference_steps=steps,
-            guidance_scale=scale,
+            guidance_scale=max(scale, 1.0),
             guidance_interval=guidance_interval,
-            sampler=sampler,
+            sampler=sampler or "ddim",
             ensemble_size=ensemble_size,
             mirror=mirror,
         )
@@ -278,20 +359,23 @@ class GSPipeline(DiffusionPipeline):
         self,
         image_latents: torch.Tensor,
         texts: list[TextEmbedding],
-        keys: Sequence[tuple[object, object, object]],
+        generators: Sequence[Sequence[torch.Generator]],
         point: OperatingPoint,
-        seed: int = 0,
+        noise: torch.Tensor | None = None,
         observe: Observe | None = None,
         on_step_end: OnStepEnd | None = None,
     ) -> torch.Tensor:
-        """Return soft label maps in [0, 1]: [B, h, w] at latent size, or [B, H, W] at processing size for VAE labels.
+        """Return the soft label maps in [0, 1] of each of the E samples of an ensemble, whose mean is the prediction.
+
+        They are [E, B, h, w] at latent size, or [E, B, H, W] at processing size for VAE labels.
 
         Args:
             image_latents: [B, 4, h, w].
             texts: embeddings of B phrases.
-            keys: (image_id, narrative_id, phrase_id) of each phrase. All randomness derives from them, the image size and
-                `seed`.
-            observe: see `diffusion.sampling.Observe`; it is called for the first sample of an ensemble only.
+            generators: [B][E], the sources of all randomness (see `phrase_generators`).
+            noise: initial noise [B, E, K, h, w]; None: draw it.
+            observe: see `diffusion.sampling.Observe`; it is called for the first sample of an ensemble only, by samplers of a
+                `DDIMScheduler`.
         """
         # 1. Prepare the conditions.
         unet, device, size = self.unet, image_latents.device, (point.size, point.size)
@@ -310,7 +394,7 @@ class GSPipeline(DiffusionPipeline):
                 return run_unet(unet, x_t.repeat(2, 1, 1, 1).to(dtype), latents.repeat(2, 1, 1, 1), t, both, size)
             return run_unet(unet, x_t.to(dtype), latents, t, condition, size)
 
-        # 3. Average the samples.
+        # 3. Draw the samples.
         samples = []
         for member in range(point.ensemble_size):
             latents = views[member % len(views)]
@@ -318,22 +402,16 @@ class GSPipeline(DiffusionPipeline):
                 t = torch.full((len(texts),), DISCRIMINATIVE_TIMESTEP, device=device)
                 soft = denoise(latents, latents.new_zeros((len(texts), *shape)), t, False).float().sigmoid()[:, 0]
             else:
-                generators = [phrase_generator(seed, *key, point.size, member) for key in keys]
-                x_t = draw_noise(generators, shape).to(device)
-                member_observe = observe if member == 0 else None
-                x_0 = sample_labels(
-                    partial(denoise, latents),
-                    self.scheduler,
-                    x_t,
-                    point,
-                    generators,
-                    self.config.label_scale,
-                    member_observe,
-                    on_step_end,
-                )
+                own = [row[member] for row in generators]
+                x_t = (draw_noise(own, shape) if noise is None else noise[:, member].float()).to(device)
+                arguments = (partial(denoise, latents), self.scheduler, x_t, point, own, self.config.label_scale)
+                if isinstance(self.scheduler, DDIMScheduler):
+                    x_0 = sample_labels(*arguments, observe if member == 0 else None, on_step_end)
+                else:
+                    x_0 = sample_with_scheduler(*arguments, on_step_end)
                 soft = self.soft_labels(x_0)
             samples.append(soft if latents is views[0] else soft.flip(-1))
-        return torch.stack(samples).mean(0)
+        return torch.stack(samples)
 
     def soft_labels(self, x_0: torch.Tensor) -> torch.Tensor:
         """Return soft labels in [0, 1] (see `soften`).
@@ -376,6 +454,27 @@ def _to_picture(image: ImageInput) -> Image.Image:
     return to_rgb(Image.fromarray(np.rint(pixels * (255 / limit)).astype(np.uint8)))
 
 
+def _generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, seed: int, positions: list[int], point: OperatingPoint
+) -> list[list[torch.Generator]]:
+    """Return the generators [N][E] of N phrases, given their positions in the lists of their images (see `__call__`)."""
+
+    def draw(source: torch.Generator) -> int:
+        return int(torch.randint(2**63 - 1, (1,), generator=source, device=source.device))
+
+    if not isinstance(generator, Sequence):
+        seed = seed if generator is None else draw(generator)
+        return phrase_generators(seed, [("image", "predict", k) for k in positions], point)
+    if len(generator) != len(positions) * point.ensemble_size:
+        expected = f"{len(positions)} phrases x ensemble_size {point.ensemble_size}"
+        raise ValueError(f"generator: expected a list of {expected} generators, got {len(generator)}")
+    samples = iter(generator)
+    return [
+        [phrase_generator(draw(next(samples)), "image", "predict", 0, point.size) for _ in range(point.ensemble_size)]
+        for _ in positions
+    ]
+
+
 def _as_type(masks: NDArray[np.bool_], output_type: str) -> Any:
     if output_type == "pil":
         return [Image.fromarray(mask.astype(np.uint8) * 255) for mask in masks]
@@ -383,45 +482,11 @@ def _as_type(masks: NDArray[np.bool_], output_type: str) -> Any:
 
 
 def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.float32) -> GSPipeline:
-    """Load a saved model without progress bars. Raises UserError if the folder holds no complete `GSPipeline`."""
+    """Load a model from a folder or a hub id, without progress bars. Raises UserError if it is no complete `GSPipeline`."""
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return GSPipeline.from_pretrained(folder, dtype=dtype)
+        return GSPipeline.from_pretrained(str(folder), dtype=dtype)
     except Exception as error:  # diffusers, safetensors and json raise many types
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: not a readable GS model ({detail}); run `genseg train`, or pass another folder") from error
-
-
-def segment_image(
-    image: Image.Image,
-    phrases: Sequence[str],
-    model: Path,
-    device: torch.device,
-    sample: Sample | None = None,
-    precision: Precision | None = None,
-    **options: Any,
-) -> GSOutput:
-    """Segment an image by phrases with a trained model, at the model's default operating point or at that of a study.
-
-    Args:
-        model: folder of the trained model.
-        sample: section of a study's params; its main point, threshold, sampler settings and precision are the defaults. If
-            None, the defaults are those of the model, threshold 0.5 and fp32.
-        options: arguments of `GSPipeline.__call__` that replace the defaults, unless they are None.
-
-    Raises UserError if the model cannot be loaded, an option is invalid, or the network output is not finite.
-    """
-    pipeline = load_pipeline(model, DTYPES[precision or (sample.precision if sample else "fp32")]).to(device)
-    defaults: dict[str, Any] = {}
-    if sample is not None:
-        if sample.readout != "bilinear":
-            raise UserError(f"sample.readout {sample.readout}: only bilinear read-out is available for single images")
-        pipeline.configure_sampling(sample.timestep_spacing, sample.clip_sample)
-        pipeline.register_to_config(default_processing_resolution=sample.main.size)
-        defaults = sample.main.model_dump(exclude={"size"}) | {"threshold": sample.threshold}
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="predict")
-    try:
-        return pipeline(image, phrases, **defaults | {name: value for name, value in options.items() if value is not None})
-    except ValueError as error:
-        raise UserError(str(error)) from None

@@ -1,10 +1,11 @@
 """Sampling with classifier-free guidance (Eq. 8-11). The update rules are listed in `SAMPLERS`."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, SchedulerMixin
 
 from genseg.artifacts.seeds import derive_seed
 from genseg.diffusion.guidance import step_is_guided
@@ -29,6 +30,13 @@ def phrase_generator(
     """
     ids = (image_id, narrative_id, phrase_id, size, *([member] if member else []))
     return torch.Generator().manual_seed(derive_seed(seed, "sample", *ids))
+
+
+def phrase_generators(
+    seed: int, keys: Iterable[tuple[object, object, object]], point: OperatingPoint
+) -> list[list[torch.Generator]]:
+    """Return the generators [B][E] of the ensembles of B phrases with the keys (image_id, narrative_id, phrase_id)."""
+    return [[phrase_generator(seed, *key, point.size, member) for member in range(point.ensemble_size)] for key in keys]
 
 
 def draw_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -> torch.Tensor:
@@ -109,6 +117,16 @@ SAMPLERS: dict[SamplerName, Callable[[torch.Tensor, torch.Tensor, StepContext], 
 """Update rules: (x_t [B, K, h, w], estimate of x_0 [B, K, h, w], context) -> x_t at the next timestep."""
 
 
+def _guide(denoise: Denoise, x_t: torch.Tensor, t: torch.Tensor, point: OperatingPoint, step: int) -> torch.Tensor:
+    """Evaluate the network, and mix its outputs as uncond + w (cond - uncond) (Eq. 10) where the operating point is guided."""
+    guided = step_is_guided(point, step)
+    output = denoise(x_t, t, guided)
+    if guided:
+        conditional, unconditional = output.chunk(2)
+        output = unconditional + point.guidance_scale * (conditional - unconditional)
+    return output.float()
+
+
 @torch.no_grad()
 def sample_labels(
     denoise: Denoise,
@@ -124,8 +142,7 @@ def sample_labels(
 
     The scheduler defines schedule, timesteps, prediction type and clipping. The update is our own: diffusers computes the next
     timestep as t - 1000 // steps, which is not a scheduled timestep if `steps` does not divide 1000, and ends with residual
-    noise. A guided step mixes the outputs as uncond + w (cond - uncond) (Eq. 10). Guidance intervals follow Kynkaanniemi et
-    al. 2024, arXiv 2404.07724.
+    noise. Guidance intervals follow Kynkaanniemi et al. 2024, arXiv 2404.07724.
 
     Args:
         generators: one per row, for stochastic update rules.
@@ -139,16 +156,10 @@ def sample_labels(
     previous: tuple[torch.Tensor, torch.Tensor] | None = None
     mean: torch.Tensor | None = None
     for step, t in enumerate(timesteps):
-        # 1. Evaluate the network, with guidance where the operating point uses it.
-        guided = step_is_guided(point, step)
-        output = denoise(x_t, t, guided)
-        if guided:
-            conditional, unconditional = output.chunk(2)
-            output = unconditional + point.guidance_scale * (conditional - unconditional)
-
-        # 2. Estimate x_0. The final estimate is not clipped: values beyond the bounds still show which of two phrases a pixel
+        # 1. Estimate x_0. The final estimate is not clipped: values beyond the bounds still show which of two phrases a pixel
         # belongs to.
-        x_0 = estimate_x_0(config.prediction_type, output.float(), x_t, alphas_bar, t.expand(len(x_t)), label_scale)
+        output = _guide(denoise, x_t, t, point, step)
+        x_0 = estimate_x_0(config.prediction_type, output, x_t, alphas_bar, t.expand(len(x_t)), label_scale)
         if point.sampler == "mean":
             mean = x_0 if mean is None else mean + (x_0 - mean) / (step + 1)
             x_0 = mean
@@ -158,7 +169,7 @@ def sample_labels(
         if observe is not None:
             observe(int(t), x_t, x_0)
 
-        # 3. Step to the next timestep.
+        # 2. Step to the next timestep.
         if is_last:
             return x_0 if on_step_end is None else on_step_end(step, t, x_0)
         context = StepContext(alphas_bar[t], alphas_bar[timesteps[step + 1]], generators, previous)
@@ -166,3 +177,31 @@ def sample_labels(
         if on_step_end is not None:
             x_t = on_step_end(step, t, x_t)
     raise ValueError("num_inference_steps must be positive")
+
+
+@torch.no_grad()
+def sample_with_scheduler(
+    denoise: Denoise,
+    scheduler: SchedulerMixin,
+    x_t: torch.Tensor,
+    point: OperatingPoint,
+    generators: Sequence[torch.Generator],
+    label_scale: float = 1.0,
+    on_step_end: OnStepEnd | None = None,
+) -> torch.Tensor:
+    """Denoise noise [B, K, h, w] to x_0 [B, K, h, w] with the update rule of a scheduler of diffusers (DPM++, UniPC, ...).
+
+    The arguments are those of `sample_labels`, but the scheduler replaces `point.sampler`.
+    """
+    scheduler.set_timesteps(point.num_inference_steps, device=x_t.device)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": list(generators)} if takes_generator else {}
+    x_t = x_t * scheduler.init_noise_sigma
+    for step, t in enumerate(scheduler.timesteps):
+        output = _guide(denoise, scheduler.scale_model_input(x_t, t), t, point, step)
+        if scheduler.config.prediction_type == "sample":  # the network predicts x_0 / b
+            output = output * label_scale
+        x_t = scheduler.step(output, t, x_t, return_dict=False, **options)[0]
+        if on_step_end is not None:
+            x_t = on_step_end(step, t, x_t)
+    return x_t

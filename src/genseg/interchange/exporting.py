@@ -1,17 +1,14 @@
-"""Predictions in formats that other tools read: COCO results, index masks, and a folder of masks for one image."""
+"""Predictions in formats that other tools read: COCO results and index masks."""
 
-import colorsys
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from PIL import Image
 
 from genseg.artifacts import masks as rle
-from genseg.artifacts.files import atomic_directory, atomic_path, write_json, write_text
+from genseg.artifacts.files import atomic_directory, write_text
 from genseg.artifacts.parquet import KEY
 from genseg.artifacts.predictions import read_maps
 from genseg.artifacts.resample import bilinear
@@ -139,43 +136,3 @@ def palette() -> np.ndarray:
     index = np.arange(256)
     channels = [sum(((index >> (3 * k + c)) & 1) << (7 - k) for k in range(8)) for c in range(3)]
     return np.stack(channels, 1).astype(np.uint8)
-
-
-def write_prediction_folder(
-    folder: Path, image: Image.Image, phrases: Sequence[str], masks: NDArray[np.bool_], maps: NDArray[np.float32]
-) -> None:
-    """Write `mask_<k>.png` (0 or 255), `overlay.png` and `predictions.json`, replacing an earlier prediction.
-
-    The JSON is written last, so a folder without it is incomplete. It lists the phrase, file, run-length code and score of each
-    mask. The score is the mean of the soft map inside the mask, 0 for an empty mask.
-
-    Args:
-        masks: [N, H, W] of N phrases, at the size of the image.
-        maps: soft maps [N, h, w] in [0, 1].
-    """
-    (folder / "predictions.json").unlink(missing_ok=True)
-    for path in folder.glob("mask_*.png"):
-        if path.stem.removeprefix("mask_").isdigit():
-            path.unlink()
-    overlay = np.asarray(image, np.float32)
-    entries = []
-    for number, (phrase, mask, soft) in enumerate(zip(phrases, masks, maps, strict=True)):
-        _save_png(mask.astype(np.uint8) * 255, folder / f"mask_{number}.png")
-        colour = np.array(colorsys.hsv_to_rgb(number * 0.618 % 1, 0.8, 1.0), np.float32) * 255
-        overlay = np.where(mask[..., None], 0.5 * overlay + 0.5 * colour, overlay)
-        upsampled = bilinear(soft[None], image.height, image.width)[0]
-        entries.append(
-            {
-                "phrase": phrase,
-                "file": f"mask_{number}.png",
-                "score": float(upsampled[mask].mean()) if mask.any() else 0.0,
-                "segmentation": {"size": [image.height, image.width], "counts": rle.encode(mask).decode()},
-            }
-        )
-    _save_png(overlay.round().astype(np.uint8), folder / "overlay.png")
-    write_json(folder / "predictions.json", entries)
-
-
-def _save_png(pixels: NDArray[np.uint8], path: Path) -> None:
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")

@@ -1,5 +1,7 @@
 """Self-attention with injected text tokens (GS, Eq. 3-5)."""
 
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -18,7 +20,14 @@ class InjectedAttnProcessor:
     Receives through `cross_attention_kwargs`:
         injected: {width C: tokens [B, M, C]}, or None.
         text_mask: [B, M] bool, True for real tokens, or None if all tokens are real.
+
+    Args:
+        slice_size: number of heads that are computed at once: a number, "auto" (half of them), "max" (one), or None (all), as
+            in diffusers' `enable_attention_slicing`. The result is the same.
     """
+
+    def __init__(self, slice_size: int | Literal["auto", "max"] | None = None) -> None:
+        self.slice_size: Any = slice_size
 
     def __call__(
         self,
@@ -40,7 +49,13 @@ class InjectedAttnProcessor:
         query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))  # (B, N, heads, C / heads)
         key = attn.to_k(context).unflatten(-1, (attn.heads, -1))
         value = attn.to_v(context).unflatten(-1, (attn.heads, -1))
-        attended = self.attend(query, key, value, None if mask is None else mask[:, None, None, :])
+        mask = None if mask is None else mask[:, None, None, :]
+        heads = {None: attn.heads, "auto": max(1, attn.heads // 2), "max": 1}.get(self.slice_size, self.slice_size)
+        if heads == attn.heads:
+            attended = self.attend(query, key, value, mask)
+        else:
+            slices = zip(query.split(heads, 2), key.split(heads, 2), value.split(heads, 2), strict=True)
+            attended = torch.cat([self.attend(q, k, v, mask) for q, k, v in slices], 2)
         return attn.to_out[1](attn.to_out[0](attended.flatten(2).to(query.dtype))) / attn.rescale_output_factor
 
     @staticmethod
@@ -70,6 +85,6 @@ def self_attention_widths(unet: UNet2DConditionModel) -> list[int]:
     return sorted({module.to_q.in_features for name, module in unet.named_modules() if name.endswith("attn1")})
 
 
-def use_injected_attention(unet: UNet2DConditionModel) -> None:
-    """Set `InjectedAttnProcessor` on every attention layer. It is stateless, so `save_pretrained` does not store it."""
-    unet.set_attn_processor(InjectedAttnProcessor())
+def use_injected_attention(unet: UNet2DConditionModel, slice_size: int | Literal["auto", "max"] | None = None) -> None:
+    """Set `InjectedAttnProcessor` on every attention layer. It has no weights, so `save_pretrained` does not store it."""
+    unet.set_attn_processor(InjectedAttnProcessor(slice_size))

@@ -14,6 +14,7 @@ from genseg.artifacts.files import atomic_path
 from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.parquet import KEY
 from genseg.diffusion.pipeline import GSPipeline
+from genseg.diffusion.sampling import phrase_generators
 from genseg.latents import Texts, image_store
 from genseg.params import Params, canonical_json, digest
 from genseg.sampling.readout import VaeReadout
@@ -60,9 +61,10 @@ def write_evolution(path: Path, params: Params, pipeline: GSPipeline, texts: Tex
     def observe(t: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
         states.append((t, x_t, x_0))
 
-    pipeline.label_maps(latents, texts_of_rows, keys, base, params.seed, observe=observe)
+    pipeline.label_maps(latents, texts_of_rows, phrase_generators(params.seed, keys, base), base, observe=observe)
     without_guidance = base.model_copy(update={"guidance_scale": 1.0})
-    unguided = pipeline.label_maps(latents, texts_of_rows, keys, without_guidance, params.seed)
+    generators = phrase_generators(params.seed, keys, without_guidance)
+    unguided = pipeline.label_maps(latents, texts_of_rows, generators, without_guidance).mean(0)
 
     def as_uint8(maps: NDArray[np.float32]) -> NDArray[np.uint8]:
         return np.rint(maps * 255).astype(np.uint8)

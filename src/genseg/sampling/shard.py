@@ -22,6 +22,7 @@ from genseg.artifacts.predictions import Levels, as_levels, as_maps, read_levels
 from genseg.artifacts.reuse import has_key, prune, with_maps
 from genseg.baselines.colour import choose_threshold, fit_colours, predict_colours
 from genseg.diffusion.pipeline import GSPipeline, load_pipeline
+from genseg.diffusion.sampling import phrase_generators
 from genseg.errors import UserError
 from genseg.latents import Texts, image_store, text_store
 from genseg.models.device import DTYPES, choose_device, describe
@@ -181,7 +182,8 @@ class Sampler:
         latents = torch.stack([images[image_id]["latent"] for image_id in rows["image_id"]]).to(self.device)
         keys = list(zip(*(rows[name] for name in KEY), strict=True))
         texts = [self.texts[text] for text in rows["text"]]
-        return as_levels(pipeline.label_maps(latents, texts, keys, point, self.params.seed).float().cpu().numpy())
+        generators = phrase_generators(self.params.seed, keys, point)
+        return as_levels(pipeline.label_maps(latents, texts, generators, point).mean(0).float().cpu().numpy())
 
     def _stored_maps(self, run: Run) -> Path | Parts | None:
         """Return where this run's soft maps (for a read-out, the base run's) are: gathered predictions, parts, or nowhere."""

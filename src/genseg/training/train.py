@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from genseg.artifacts.files import file_sha256
+from genseg.artifacts.files import file_sha256, read_json, write_text
 from genseg.artifacts.latents import LatentStore
 from genseg.artifacts.manifest import is_current, read_manifest, write_manifest
 from genseg.artifacts.phrases import read_phrases
@@ -20,6 +20,7 @@ from genseg.models.device import choose_device, describe, run_deterministically
 from genseg.params import Params, digest
 from genseg.phases import PHASES, code_hash
 from genseg.training import losses
+from genseg.training.card import make_card
 from genseg.training.data import PhraseData, micro_batches, prefetched
 from genseg.training.distributed import Ranks, full_state_dict, process_group
 from genseg.training.log import Meter, TrainLog
@@ -156,11 +157,16 @@ def _train(params: Params, kind: Kind, inputs: list[Path], ranks: Ranks) -> None
     folder = params.model_dir(kind)
     save_pipeline(folder, params, kind, networks, scheduler, backbone)
     (folder / "log.csv").write_bytes((work / "log.csv").read_bytes())
+    parameters = sum(parameter.numel() for parameter in networks.parameters())
+    card = make_card(
+        params, kind, phrases, backbone, read_json(folder / "model_index.json"), steps=steps, parameters=parameters
+    )
+    write_text(folder / "README.md", str(card))
     facts = {
         "kind": kind,
         "steps": steps,
         "samples": steps * train.batch,
-        "parameters": sum(parameter.numel() for parameter in networks.parameters()),
+        "parameters": parameters,
         "weights": digest([file_sha256(path) for path in sorted(folder.glob("*/*.safetensors"))]),
     }
     write_manifest(folder / "manifest.json", "train", params, inputs, [folder], device_name, **facts)

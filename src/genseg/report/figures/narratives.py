@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
@@ -18,7 +19,7 @@ from genseg.report.render import plural
 
 _COUNT = 4
 _MAX_HEIGHT = 1.6  # maximum height of a picture, in inches
-_LINE = 1.3 * canvas.LINE  # height of a line of a narrative, in inches
+LINE = 1.3 * canvas.LINE  # height of a line of a narrative, in inches
 _PAD = 0.011  # width of the coloured border of a phrase, in inches
 _FONT = FontProperties(family="DejaVu Sans", size=canvas.FONT)
 
@@ -96,11 +97,7 @@ def draw_narratives(methods: dict[str, tuple[pd.DataFrame, pd.DataFrame]], phras
     groups = [by_narrative.loc[[key]] for key in choose_narratives(scored, _COUNT)[KEY[:2]].itertuples(index=False, name=None)]
 
     # 2. Lay out the panels and captions; lengths in inches.
-    renderer = FigureCanvasAgg(Figure(dpi=dpi)).get_renderer()
-
-    def measure(text: str) -> float:
-        return renderer.get_text_width_height_descent(text, _FONT, ismath=False)[0] / dpi
-
+    measure = text_width(dpi)
     heads = ["image", "ground truth", *methods]
     width = (canvas.WIDTH - canvas.GAP * (len(heads) - 1)) / len(heads)
     centres = [index * (width + canvas.GAP) + width / 2 for index in range(len(heads))]
@@ -108,7 +105,7 @@ def draw_narratives(methods: dict[str, tuple[pd.DataFrame, pd.DataFrame]], phras
     captions = [split_caption(group["caption"].iloc[0], group["phrase"].tolist()) for group in groups]
     lines_of_groups = [lay_out(words, canvas.WIDTH - 0.1, measure) for words in captions]
     top = 1.6 * canvas.LINE
-    total_height = top + sum(heights) + _LINE * (sum(map(len, lines_of_groups)) + 2 * len(groups))
+    total_height = top + sum(heights) + LINE * (sum(map(len, lines_of_groups)) + 2 * len(groups))
 
     # 3. Draw them.
     with canvas.open_figure(canvas.WIDTH, total_height, path, dpi) as figure:
@@ -120,20 +117,21 @@ def draw_narratives(methods: dict[str, tuple[pd.DataFrame, pd.DataFrame]], phras
             image, drawn_width = canvas.load_phrase_image(first), min(width, height * canvas.drawn_aspect(first))
             for x, name in zip(centres, heads, strict=True):
                 masks = enumerate(group[name]) if name in group else ()
-                painted = [(decode(rle, *image.shape[:2]), _colour(number)) for number, rle in masks if isinstance(rle, bytes)]
+                painted = [
+                    (decode(rle, *image.shape[:2]), colour_of(number)) for number, rle in masks if isinstance(rle, bytes)
+                ]
                 picture = canvas.overlay_all(image, painted) if name in group else image
                 axes = canvas.add_picture(figure, x - drawn_width / 2, y - height, drawn_width, height, picture)
                 for mask, colour in painted:
                     canvas.outline(axes, mask, colour, "solid")
                 if name in methods:
                     text = f"mean IoU {group[f'IoU {name}'].mean():.2f}"
-                    canvas.add_text(figure, x, y - height - 0.55 * _LINE, text)
-            y -= height + _LINE
+                    canvas.add_text(figure, x, y - height - 0.55 * LINE, text)
+            y -= height + LINE
             for line in lines:
-                y -= _LINE
-                for left, text, number in line:
-                    canvas.add_text(figure, 0.05 + left, y, text, ha="left", va="baseline", **_text_options(number))
-            y -= _LINE
+                y -= LINE
+                draw_words(figure, 0.05, y, line)
+            y -= LINE
     few = f"with at most {len(canvas.PALETTE)} phrases " if len(groups[0]) <= len(canvas.PALETTE) else ""
     return (
         "Whole narratives (the paper's Figs. 3, 6 and 7), each phrase in the colour of its text: "
@@ -142,13 +140,29 @@ def draw_narratives(methods: dict[str, tuple[pd.DataFrame, pd.DataFrame]], phras
     )
 
 
+def text_width(dpi: int) -> Callable[[str], float]:
+    """Return the function that measures the width of a text of a narrative in inches."""
+    renderer = FigureCanvasAgg(Figure(dpi=dpi)).get_renderer()
+    return lambda text: renderer.get_text_width_height_descent(text, _FONT, ismath=False)[0] / dpi
+
+
+def draw_words(figure: Figure, x: float, y: float, line: list[tuple[float, str, int | None]]) -> None:
+    """Draw a line of `lay_out` from (x, y) in inches; phrases are on their colour."""
+    for left, text, number in line:
+        canvas.add_text(figure, x + left, y, text, ha="left", va="baseline", **_text_options(number))
+
+
 def _text_options(number: int | None) -> dict[str, Any]:
     if number is None:
         return {"fontproperties": _FONT}
-    colour = _colour(number)
+    colour = colour_of(number)
     box = {"facecolor": colour, "edgecolor": "none", "pad": 72 * _PAD}
     return {"fontproperties": _FONT, "bbox": box, "color": "white" if colour == canvas.PALETTE[-1] else "black"}
 
 
-def _colour(number: int) -> str:
-    return canvas.PALETTE[number % len(canvas.PALETTE)]
+def colour_of(number: int) -> str:
+    """Return the colour of a phrase: those of the palette, then lighter ones."""
+    colour = canvas.PALETTE[number % len(canvas.PALETTE)]
+    if number // len(canvas.PALETTE) % 2 == 0:
+        return colour
+    return to_hex([0.45 + 0.55 * channel for channel in to_rgb(colour)])
