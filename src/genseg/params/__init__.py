@@ -121,7 +121,7 @@ class Params(Section):
     device: DevicePreference = "auto"
     """Device of the networks; auto: a GPU if there is one; cuda: an error if there is none."""
     seed: int = 0
-    """Seed of all random numbers after data assembly."""
+    """Seed of all random numbers after data assembly, except those of training (`train.seed`)."""
     data: Data = Data()
     backbone: Backbone = Backbone()
     latents: Latents = Latents()
