@@ -1,7 +1,7 @@
 """Training of the label-diffusion model (GS, section 3) and its discriminative control: same U-Net, inputs, data and budget.
 
-All random numbers of a step derive from (train.seed, step). An interrupted and resumed run therefore takes the same steps, and the
-micro-batch size and the number of processes affect only rounding.
+All random numbers of a step derive from (train.seed, step). An interrupted and resumed run therefore takes the same steps, and
+the micro-batch size and the number of processes affect only rounding.
 """
 
 import time
