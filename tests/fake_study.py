@@ -27,6 +27,11 @@ GENSEG = """#!/bin/bash
 set -euo pipefail
 command=$1; shift
 if [ "$command" = lease ]; then exec BIN/genseg lease "$@"; fi
+if [ "$command" = sweep ]; then  # FILE --params PARAMS (--choose STUDY | --tables)
+  if [ "$4" = --choose ]; then echo "choose" >> ran.txt; echo "$RANDOM" > "work/$5/chosen.json"; exit; fi
+  echo "sweep" >> ran.txt
+  touch "results/$(cut -d/ -f2 <<< "$3")/sweeps/$(basename "$1" .yaml)"/{manifest.json,sweep.csv,sweep.tex,sweep.md}; exit
+fi
 model= size= shard= shards= gather= training= network=
 while [ $# -gt 0 ]; do
   case $1 in --gather) gather=1; shift;; --only-training) training=1; shift;;

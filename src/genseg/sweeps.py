@@ -194,9 +194,7 @@ class Sweep:
             if chosen and self.compared == "masks" and document.select == "val":
                 raise UserError(f"{self.file}: {key} is selected on val; remove it, or set `select: fixed`")
         if self.compared == "refinement" and document.seeds != [0]:
-            raise UserError(
-                f"{self.file}: seeds are those of training, and {self.keys[0]} changes refinement only; remove them"
-            )
+            raise UserError(f"{self.file}: seeds of training do not change refinement, which {self.keys[0]} does; remove them")
 
     # ---------------------------------------------------------------------------------------------------------- studies
     def studies(self) -> dict[str, Params]:

@@ -91,7 +91,7 @@ def _sweep_stage(compared: str, names: list[str]) -> dict[str, Any]:
         "matrix": {"name": names},
         "wdir": "..",
         "cmd": f"snakemake --quiet rules host reason --config sweep={file}",
-        "deps": [file, *(PHASES[phase].outs[0].replace("{study}", "${study}") for phase in shared)],
+        "deps": [file, "src/genseg", *(PHASES[phase].outs[0].replace("{study}", "${study}") for phase in shared)],
         "params": list(dict.fromkeys(key for phase in (*phases, "score") for key in PHASES[phase].keys)),
         "outs": ["results/${study}/sweeps/${item.name}"],
     }
