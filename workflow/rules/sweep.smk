@@ -8,13 +8,13 @@ for phase in STUDY.links():
     rule:
         name:
             f"share_{phase}"
-        localrule: True
-        wildcard_constraints:
-            study=STUDY.linking(phase),
         input:
             STUDY.donor_manifests(phase),
         output:
             STUDY.linked_manifests(phase),
+        wildcard_constraints:
+            study=STUDY.linking(phase),
+        localrule: True
         params:
             donor=STUDY.donor_folder(phase),
             folder=STUDY.linked_folder(phase),
@@ -33,13 +33,13 @@ ruleorder: share_sample > sample
 
 # Selects the operating point and the threshold of a training on val.
 rule choose:
-    localrule: True
     input:
         "results/{study}-val/scores/manifest.json",
     output:
         "work/{study}/chosen.json",
     log:
         STUDY.log("choose"),
+    localrule: True
     params:
         **STUDY.sweep_params(of_member=True),
     shell:
@@ -55,8 +55,6 @@ rule sweep:
             report(f"{STUDY.sweep.folder}/sweep.{suffix}", caption="../report/sweep.rst", category="Sweep")
             for suffix in ("csv", "tex", "md")
         ],
-    params:
-        **STUDY.sweep_params(),
     log:
         f"{STUDY.values.work_dir}/logs/sweep.{STUDY.sweep.name}.log",
     benchmark:
@@ -66,6 +64,8 @@ rule sweep:
     threads: STUDY.threads("tables")
     resources:
         **STUDY.resources("tables"),
+    params:
+        **STUDY.sweep_params(),
     shell:
         "exec genseg lease --log {log} --gpus {resources.gpu} -- "
         "genseg sweep {params.sweep} --params {params.file} --tables"
