@@ -98,6 +98,7 @@ def test_evaluation_does_not_depend_on_the_seed_of_training():
         ({"matrix": {"refine.crf.iterations": [3], "refine.controls": [["crf"]]}}, "refine.controls is read by no run"),
         ({"matrix": {"seed": [0, 1]}}, "seed cannot differ between variants"),
         ({"matrix": {"train.seed": [0, 1]}}, "list the seeds of training as `seeds`"),
+        ({"matrix": {"refine.test_fraction": [0.3]}}, "all variants are scored on the same images"),
         ({"matrix": {"sample.threshold": [0.3]}}, "sample.threshold is selected on val"),
         ({"matrix": {"sample.select_fraction": [0.3]}, "select": "fixed"}, "sample.select_fraction is read by no run"),
         ({"matrix": {"refine.alpha": [1.0], "train.text": ["pooled"]}}, "write two sweeps"),

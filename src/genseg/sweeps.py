@@ -48,6 +48,7 @@ _SET_BY_SWEEP = {
     "train.seed": "list the seeds of training as `seeds`",
     "sample.runs": "the sweep chooses the runs",
     "study": "the sweep names the studies",
+    "refine.test_fraction": "all variants are scored on the same images",
 }
 _NAME = r"[a-z0-9][a-z0-9_.=-]*"
 

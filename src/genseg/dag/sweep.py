@@ -99,7 +99,7 @@ class SweepStudies(Study):
         def file(wildcards: Any, resources: Any) -> str:
             return self.params_file
 
-        code = module_hash("sweeps" if of_member else "report.compare")
+        code = module_hash("metrics.soft_maps" if of_member else "report.compare")
         return {"uses": uses, "code": code, "file": file, "sweep": self.sweep.file}
 
     def scores(self) -> list[str]:
