@@ -30,7 +30,8 @@ if [ "$command" = lease ]; then exec BIN/genseg lease "$@"; fi
 if [ "$command" = sweep ]; then  # FILE --params PARAMS (--choose STUDY | --tables)
   if [ "$4" = --choose ]; then echo "choose" >> ran.txt; echo "$RANDOM" > "work/$5/chosen.json"; exit; fi
   echo "sweep" >> ran.txt
-  touch "results/$(cut -d/ -f2 <<< "$3")/sweeps/$(basename "$1" .yaml)"/{manifest.json,sweep.csv,sweep.tex,sweep.md}; exit
+  name=$(basename "$1" .yaml)
+  touch "results/$(cut -d/ -f2 <<< "$3")/sweeps/$name"/{manifest.json,"$name".csv,"$name".tex,"$name".md}; exit
 fi
 model= size= shard= shards= gather= training= network=
 while [ $# -gt 0 ]; do

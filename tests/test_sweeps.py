@@ -133,9 +133,10 @@ def test_shipped_sweep_of_objectives_contains_the_paper():
     trainings = {training.variant: training.params for training in sweep.trainings}
     paper = load_params(ROOT / "params/paper.yaml")
     keys = ("prediction_type", "zero_terminal_snr", "label_scale", "mask_loss_weight", "terminal_timestep_prob")
+    keys += ("terminal_warmup", "conv_in_init", "stages", "ema")
     for name in ("literal-lr1e-4", "literal-lr5e-4"):
         train = trainings[name].train
-        assert all(getattr(train, key) == getattr(paper.train, key) for key in (*keys, "conv_in_init", "stages", "ema"))
+        assert all(getattr(train, key) == getattr(paper.train, key) for key in keys)
         assert train.optimizer.model_copy(update={"lr": 1e-7}) == paper.train.optimizer
         assert count_evaluations(trainings[name].sample.main) == 100
     assert {comparison.training_samples(params) for params in trainings.values()} == {(0, 19200)}
@@ -324,7 +325,7 @@ def finished(tmp_path, monkeypatch):
 def test_table_agrees_with_brute_force(finished):
     sweep, ious, pixels = finished(matrix={**INJECTION, "train.cond_drop_prob": [0.1, 0.3]}, seeds=[0, 1, 2])
     folder = compare(sweep)
-    table = pd.read_csv(folder / "sweep.csv").set_index("variant")
+    table = pd.read_csv(folder / "some.csv").set_index("variant")
     assert list(table.index) == ["baseline", "token_injection=false", "cond_drop_prob=0.3"]
     assert table["train.token_injection"].tolist() == [True, False, True]
     assert table["train.cond_drop_prob"].tolist() == [0.1, 0.1, 0.3]
@@ -351,10 +352,10 @@ def test_table_agrees_with_brute_force(finished):
         gains = [iou[name, seed] - iou["baseline", seed] for seed in range(3)]
         assert row["miou_difference"] == pytest.approx(100 * np.mean(gains))
     best = max(means, key=lambda name: means[name].mean())
-    [line] = [line for line in (folder / "sweep.tex").read_text().splitlines() if line.count(r"\textbf") >= 5]
+    [line] = [line for line in (folder / "some.tex").read_text().splitlines() if line.count(r"\textbf") >= 5]
     assert f"smoke-some-{best}-seed0" in line
-    assert (folder / "sweep.tex").read_text().count(r"\toprule") == 1
-    markdown = (folder / "sweep.md").read_text()
+    assert (folder / "some.tex").read_text().count(r"\toprule") == 1
+    markdown = (folder / "some.md").read_text()
     assert "| token\\_injection | cond\\_drop\\_prob | Operating point | overall |" in markdown
     assert f"{table.loc['baseline', 'overall']:.1f} ± {table.loc['baseline', 'overall_sd']:.1f}" in markdown
 
@@ -373,7 +374,7 @@ def test_unfinished_variant_and_other_budget_are_named(finished):
     sweep, _, _ = finished(variants={"slow": {"train.text": "pooled"}, "short": {"train.steps": 4}}, select="fixed")
     [slow] = [training.params for training in sweep.trainings if training.variant == "slow"]
     (slow.results_dir / "scores/main.json").unlink()
-    text = (compare(sweep) / "sweep.md").read_text()
+    text = (compare(sweep) / "some.md").read_text()
     assert "Not run: slow." in text
     assert "another number of samples than the baseline: short." in text
 
@@ -412,7 +413,7 @@ def test_refinement_is_compared_on_the_real_baselines(tmp_path, monkeypatch):
 
     monkeypatch.setattr(comparison, "RefinedPart", lambda *_: SimpleNamespace(measure=measure))
     monkeypatch.setattr(comparison, "read_phrases", lambda path: None)
-    table = pd.read_csv(compare(sweep) / "sweep.csv").set_index("variant")
+    table = pd.read_csv(compare(sweep) / "some.csv").set_index("variant")
     draws = {name: np.mean([replicates[f"{name}/{b}/predictions"] for b in ("diffseg", "gs")], 0) for name in sweep.variants}
     [variant] = [name for name in draws if name != "baseline"]
     difference = draws[variant] - draws["baseline"]

@@ -31,7 +31,7 @@ def run_sweep(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     elif args.tables:
         from genseg.report.compare import compare
 
-        print(f"{compare(sweep)}: sweep.csv, sweep.tex, sweep.md")
+        print(f"{compare(sweep)}: {sweep.name}.csv, .tex, .md")
     elif args.track:
         from genseg.dag.stages import track_sweep
 

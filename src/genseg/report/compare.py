@@ -41,7 +41,7 @@ _DIFFERENCES = [
 
 
 def compare(sweep: Sweep) -> Path:
-    """Write `sweep.csv`, `.tex` and `.md` and then the manifest of a sweep, and return their folder.
+    """Write `<sweep>.csv`, `.tex` and `.md` and then the manifest of a sweep, and return their folder.
 
     If the baseline is the study itself with several trainings, also write `seeds.json`, which the study's own tables read.
     Raises UserError if the baseline has no scores, or scores were made with other params or of other phrases.
@@ -124,7 +124,7 @@ def masks_table(sweep: Sweep, members: dict[str, list[Training]]) -> Table:
     columns += [Column(split, split, "spread", over="Average recall", best=True) for split in SPLITS]
     columns += [Column("miou", "mIoU", "spread", best=True), *_DIFFERENCES]
     caption = f"Variants of {parts.describe_study(sweep.base)}: average recall and mIoU (points)."
-    return Table("sweep", caption, frame, columns, _masks_notes(sweep, baseline.runs[0], members), small=True)
+    return Table(sweep.name, caption, frame, columns, _masks_notes(sweep, baseline.runs[0], members), small=True)
 
 
 def _main_path(training: Training) -> Path:
@@ -232,7 +232,7 @@ def refinement_table(sweep: Sweep, members: dict[str, list[Training]]) -> Table:
         f"{plural(len(images), 'image')}: {', '.join(name for name, _ in names)}. AR: native protocol.",
         "Δ: after refinement, variant minus baseline, plus is better; paired bootstrap over images.",
     ]
-    return Table("sweep", caption, parts.build_frame(rows), [*columns, *_DIFFERENCES], notes, small=True)
+    return Table(sweep.name, caption, parts.build_frame(rows), [*columns, *_DIFFERENCES], notes, small=True)
 
 
 def _refined_path(training: Training) -> Path:
