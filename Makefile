@@ -4,7 +4,7 @@
 # make lint    check style, types and the DAG
 # make rehearsal  run the paper's study in small: a local host of the data, a local hub, and every phase
 # make bench   run the benchmarks, on the study of params.yaml (after make) and on a GPU if there is one
-# make full    run the embedded study with other seeds, and compare trainings
+# make full    run the embedded study and all sweeps, with several seeds of training
 # make clean   remove the study's outputs (DVC's cache keeps a copy)
 # make lock    write requirements.txt from the environment
 
@@ -51,10 +51,8 @@ bench: $(INSTALLED)
 	if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then python -m benchmarks.gpu; fi
 
 full: all
-	for seed in 1 2; do \
-	  snakemake --cores all --configfile params.yaml --config study=mini-seed$$seed seed=$$seed || exit; \
-	done
-	genseg sweep --sweep sweeps/objectives.yaml
+	for sweep in seeds architecture objectives; do snakemake --cores all --config sweep=sweeps/$$sweep.yaml || exit; done
+	snakemake --cores all
 
 clean:
 	rm -rf data/$(STUDY) results/$(STUDY) work/$(STUDY)

@@ -1,5 +1,5 @@
 # Entry point of the DAG: params, targets, and one file of rules per phase. `dvc.yaml` has one stage per phase and is generated
-# (`genseg dvc --write`). `--configfile params/X.yaml` runs another study.
+# (`genseg dvc --write`). `--configfile params/X.yaml` runs another study, `--config sweep=sweeps/X.yaml` a sweep of the study.
 from genseg.dag.rules import open_study
 
 # `--configfile` replaces params.yaml. If they were merged, keys of an edited params.yaml would change the other study.
@@ -35,4 +35,16 @@ include: "workflow/rules/baselines.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/refine.smk"
 include: "workflow/rules/score.smk"
-include: "workflow/rules/tables.smk"
+
+
+if "sweep" in config:
+
+    # All paths of the rules above have the wildcard `study`: the study itself, and one for each training of each variant.
+    wildcard_constraints:
+        study=STUDY.names(),
+
+    include: "workflow/rules/sweep.smk"
+
+else:
+
+    include: "workflow/rules/tables.smk"

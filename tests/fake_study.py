@@ -27,6 +27,12 @@ GENSEG = """#!/bin/bash
 set -euo pipefail
 command=$1; shift
 if [ "$command" = lease ] || [ "$command" = dvc ]; then exec BIN/genseg "$command" "$@"; fi
+if [ "$command" = sweep ]; then  # FILE --params PARAMS (--choose STUDY | --tables)
+  if [ "$4" = --choose ]; then echo "choose" >> ran.txt; echo "$RANDOM" > "work/$5/chosen.json"; exit; fi
+  echo "sweep" >> ran.txt
+  name=$(basename "$1" .yaml)
+  touch "results/$(cut -d/ -f2 <<< "$3")/sweeps/$name"/{manifest.json,"$name".csv,"$name".tex,"$name".md}; exit
+fi
 model= size= shard= shards= gather= training= network=
 while [ $# -gt 0 ]; do
   case $1 in --gather) gather=1; shift;; --only-training) training=1; shift;;

@@ -41,6 +41,7 @@ CHANGES = [
     ("latents.batch", 77, LATENTS),
     ("train.size", 72, LATENTS),
     ("train.optimizer.lr", 0.123, TRAIN),
+    ("train.seed", 7, TRAIN),
     ("sample.grid.sizes", [72], NEW_SIZE - SHARDS | {"sample_shard 0072", MAIN, BASE}),  # no training
     ("sample.grid.guidance_scale", [9.5], {BASE} | GATHER),
     ("sample.grid.num_inference_steps", [17], {BASE} | GATHER),

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "make test": "this test suite",
     "snakemake --cores all --resources gpu=8": "the fixture finished_study",
     "genseg publish NAME/gs-mini --private": "test_publish.py",
+    "genseg sweep sweeps/architecture.yaml --tables": "tests/test_sweeps.py",
 }
 SLURM = "sbatch "  # the command for two nodes runs in tests/cluster/test_slurm.py
 DRY = (
@@ -29,18 +30,8 @@ DRY = (
     ("python -m benchmarks.run ", "python -m benchmarks.run --tiny "),
 )
 
-SWEEP = """
-variants:
-  few:
-    evaluations: 2
-    params:
-      sample.operating_points:
-        - {num_inference_steps: 1, guidance_scale: 1.0}
-        - {num_inference_steps: 2, guidance_scale: 1.0}
-picks:
-  few: {evaluations: [1, 2]}
-"""
-"""A sweep of the smoke study, because the shipped sweep needs more training steps than this study has."""
+SWEEP = "matrix: {train.token_injection: [true, false]}\n"
+"""A sweep of two trainings, because a dry run of the shipped ones takes longer."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +39,7 @@ def repository(finished_study, tmp_path_factory) -> Path:
     """The finished study as a repository whose environment is marked as installed."""
     target = make_repository(finished_study, tmp_path_factory.mktemp("readme") / "study")
     (target / "sweeps").mkdir()
-    (target / "sweeps/objectives.yaml").write_text(SWEEP)
+    (target / "sweeps/architecture.yaml").write_text(SWEEP)
     (target / ".venv").mkdir()
     (target / ".venv/installed").touch()
     return target

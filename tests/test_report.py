@@ -35,6 +35,7 @@ from genseg.report.figures.narratives import choose_narratives, lay_out, split_c
 from genseg.report.figures.readouts import read_out
 from genseg.report.page import manifest_paths
 from genseg.report.render import Column, Table, escape_tex, plural, to_markdown, to_tex
+from genseg.report.scores import SEEDS_KEYS
 from genseg.report.tables.failures import find_failures
 from genseg.report.tables.parts import comparability_note
 from genseg.report.tables.shares import implied_share, largest_agreement, shares
@@ -749,3 +750,32 @@ def test_inconsistent_figure_inputs_are_named(report_copy: Path, capsys: pytest.
     for image in (report_copy / "data/made_up/images").iterdir():
         Image.fromarray(np.zeros((10, 10, 3), np.uint8)).save(image)
     assert "the image is 10 x 10 pixels, the phrase table says 24 x 32" in error_of(capsys)
+
+
+def test_trainings_of_a_seeds_sweep_are_a_row_of_table_2(report_copy):
+    params = load_params("params.yaml")
+    points = {split: [70.0 + index, 1.25] for index, split in enumerate(SPLITS)} | {"miou": [50.0, 0.5]}
+    summary = {"seeds": [0, 1, 2], "points": points, "scores": [], "params": params.subtree(*SEEDS_KEYS)}
+    path = RESULTS / "sweeps/seeds/seeds.json"
+    write_json(path, summary)
+    write_json(RESULTS / "sweeps/old/seeds.json", summary | {"seeds": [0, 1, 2, 3], "params": {}})  # of other params
+    assert main(["tables", "--params", "params.yaml"]) == 0
+    table = pd.read_csv(RESULTS / "tables/table2.csv").set_index("method")
+    row = table.loc["GS, mean of 3 trainings"]
+    assert row[SPLITS].tolist() == [points[split][0] for split in SPLITS]
+    assert row["scores"] == str(path)
+    text = (RESULTS / "tables/table2.md").read_text()
+    assert "overall 70.0 ± 1.2" in text
+    assert "mIoU 50.0 ± 0.5" in text
+    assert str(path) in read_manifest(RESULTS / "tables/manifest.json")["inputs"]
+    path.unlink()
+    assert main(["tables", "--params", "params.yaml"]) == 0
+    assert "mean of 3 trainings" not in (RESULTS / "tables/table2.csv").read_text()
+
+
+def test_highest_value_of_a_column_is_bold():
+    frame = pd.DataFrame({"a": [1.0, 3.0, 2.0], "a_sd": [0.5, None, 0.5], "b": [None, 1.0, None], "scores": "f"})
+    table = Table("t", "c", frame, [Column("a", "A", "spread", best=True), Column("b", "B", best=True)])
+    rows = [line.split(" \\\\ ")[0] for line in to_tex(table).splitlines() if line.endswith("% f")]
+    assert rows == [r"1.0 $\pm$ 0.5 & ---", r"\textbf{3.0} & 1.0", r"2.0 $\pm$ 0.5 & ---"]
+    assert "| **3.0** | 1.0 |" in to_markdown(table)

@@ -1,6 +1,7 @@
 rule tables:
     input:
         STUDY.published(),
+        STUDY.seeds(),
         f"{DATA}/manifest.json",
         STUDY.models()[:1],
         STUDY.predictions(),

@@ -8,48 +8,37 @@ from genseg.phases import PHASES
 
 
 def run_sweep(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Train variants of a study, select an operating point of each on val, and compare them on test (see `genseg compare`).
+    """List the studies of a sweep: the params in which each differs from the study, and the outputs that it shares.
 
-    Each variant is a study of its own, `<study>-<variant>`, which Snakemake runs up to its scores. Variants with equal params
-    share data, backbone, latents and trainings. After a kill, running the command again continues.
+    `snakemake --cores all --config sweep=FILE` runs the sweep and writes its table to results/<study>/sweeps/<sweep>/.
     """
-    _add_params_and_sweep(parser)
-    help_only = "run only these variants, their groups, and variants whose training they share"
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=help_only)
-    parser.add_argument(
-        "--cores", default="all", type=_cores, metavar="N", help="number of CPU cores for Snakemake, or all (default: all)"
-    )
-    args = parser.parse_args(arguments)
-    from genseg.dag.sweep import run_sweep
-    from genseg.params import load_params
-    from genseg.report.compare import compare
-    from genseg.sweeps import load_sweep
-
-    sweep = load_sweep(args.sweep, load_params(args.params))
-    run_sweep(sweep, args.only, args.cores)
-    print(f"{compare(sweep)}: variants, points, picks, differences (.csv, .tex, .md), evaluations.png")
-
-
-def _add_params_and_sweep(parser: argparse.ArgumentParser) -> None:
     add_params(parser)
-    parser.add_argument("--sweep", required=True, metavar="FILE", help="sweep document, e.g. sweeps/objectives.yaml")
-
-
-def _cores(text: str) -> str:
-    if text != "all" and not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text}: must be all or a positive integer")
-    return text
-
-
-def run_compare(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
-    """Compare a sweep's variants from their scores: tables and a figure in results/<study>/sweeps/<sweep>/."""
-    _add_params_and_sweep(parser)
+    parser.add_argument("file", metavar="FILE", help="sweep document, e.g. sweeps/architecture.yaml")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--tables", action="store_true", help="write the table from the scores of the finished variants")
+    action.add_argument("--choose", metavar="STUDY", help="write work/STUDY/chosen.json: its params with the choice on val")
+    action.add_argument("--track", action="store_true", help="add the sweep to sweeps/dvc.yaml, which DVC runs and tracks")
     args = parser.parse_args(arguments)
     from genseg.params import load_params
-    from genseg.report.compare import compare
     from genseg.sweeps import load_sweep
 
-    print(compare(load_sweep(args.sweep, load_params(args.params))))
+    sweep = load_sweep(args.file, load_params(args.params))
+    if args.choose:
+        from genseg.artifacts.files import write_json
+
+        params = sweep.choose(args.choose)
+        write_json(params.work_dir / "chosen.json", params.model_dump(mode="json"))
+        print(f"sweep: {params.study}: {params.sample.main.label}, threshold {params.sample.threshold:g}")
+    elif args.tables:
+        from genseg.report.compare import compare
+
+        print(f"{compare(sweep)}: {sweep.name}.csv, .tex, .md")
+    elif args.track:
+        from genseg.dag.stages import track_sweep
+
+        print(f"{track_sweep(sweep)}: run `dvc repro sweeps/dvc.yaml`")
+    else:
+        print("\n".join(sweep.describe()))
 
 
 def run_sync(parser: argparse.ArgumentParser, arguments: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""The DAG of a study: Snakemake rules, DVC stages, GPU leases and sweeps."""
+"""The DAG of a study: Snakemake rules, DVC stages, GPU leases and the DAG of a sweep."""

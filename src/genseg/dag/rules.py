@@ -15,15 +15,23 @@ from genseg.phases import GS_PHASES, PHASES, code_hash
 def open_study(config: dict[str, Any], files: list[str | Path]) -> "Study":
     """Validate the params that Snakemake read from `files`, and complete its config with the defaults.
 
-    A user error ends Snakemake with a message of one line and exit code 2.
+    With `--config sweep=FILE`, return the studies of this sweep of the study. A user error ends Snakemake with a message of
+    one line and exit code 2.
     """
     try:
         for file in files:
             read_document(os.path.relpath(file), "configfile")  # Snakemake's own reader accepts duplicate keys
-        params = validate_params(dict(config), ", ".join(os.path.relpath(file) for file in files))
+        document = {key: value for key, value in config.items() if key != "sweep"}
+        params = validate_params(document, ", ".join(os.path.relpath(file) for file in files))
         study = Study(params)
-        if not Path(study.params_file).exists():
-            write_text(study.params_file, canonical_json(params.model_dump(mode="json")))
+        if "sweep" in config:
+            from genseg.dag.sweep import SweepStudies  # imports this module
+            from genseg.sweeps import load_sweep
+
+            study = SweepStudies(load_sweep(config["sweep"], params))
+        for each in study.all():
+            if not Path(each.params_file).exists():
+                write_text(each.params_file, canonical_json(each.values.model_dump(mode="json")))
     except UserError as error:
         print(f"snakemake: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -44,6 +52,18 @@ class Study:
         # The resolved params, which the commands read; the file is named by its content.
         self.params_file = f"{self.work}/params/{digest(params.model_dump(mode='json'))}.json"
 
+    def at(self, wildcards: Any) -> "Study":
+        """Return the study of a job."""
+        return self
+
+    def all(self) -> list["Study"]:
+        """Return all studies of the DAG."""
+        return [self]
+
+    def file(self, phase: str) -> str:
+        """Return the params file that the commands of a phase read."""
+        return self.params_file
+
     def params(self, phase: str, only: Sequence[str] = (), at_size: bool = False) -> dict[str, Any]:
         """Return the params of a rule: the values that it depends on and the hash of its code. A change reruns the rule.
 
@@ -54,12 +74,13 @@ class Study:
         # These are functions because Snakemake looks for wildcards in strings with braces. It does not track functions that
         # take `resources`, so a new name of the params file alone reruns nothing.
         def uses(wildcards: Any) -> str:
+            study = self.at(wildcards)
             if at_size:
-                return self._uses_at_size(int(wildcards.size))
-            return canonical_json(self.values.subtree(*(only or PHASES[phase].keys)))
+                return study._uses_at_size(int(wildcards.size))
+            return canonical_json(study.values.subtree(*(only or PHASES[phase].keys)))
 
         def file(wildcards: Any, resources: Any) -> str:
-            return self.params_file
+            return self.at(wildcards).file(phase)
 
         return {"uses": uses, "code": code_hash(phase), "file": file}
 
@@ -159,6 +180,10 @@ class Study:
     def imported(self) -> list[str]:
         """Return the imported predictions of other methods."""
         return sorted(path.as_posix() for path in self.values.imported_dir.glob("*.parquet"))
+
+    def seeds(self) -> list[str]:
+        """Return the scores over several trainings, which sweeps of the study have written and its tables read."""
+        return sorted(path.as_posix() for path in Path(self.results).glob("sweeps/*/seeds.json"))
 
     def published(self) -> list[str]:
         """Return the published results that tables quote."""

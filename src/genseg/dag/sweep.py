@@ -1,154 +1,129 @@
-"""Run a sweep: Snakemake runs each variant as a study, and variants share outputs with equal params."""
+"""A sweep as the Snakefile uses it: the rules of a study with the wildcard `study`, and links to shared outputs."""
 
-import fcntl
-import os
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterable
-from functools import partial
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from genseg.artifacts.files import read_json, write_json
-from genseg.dag.jobs import devices, die_with_parent
-from genseg.errors import UserError
-from genseg.params import OperatingPoint, Params
-from genseg.phases import PHASES
-from genseg.sweeps import Choice, Sweep
+from genseg.dag.rules import Study
+from genseg.params import Params, canonical_json
+from genseg.phases import PHASES, module_hash
+from genseg.sweeps import Sweep
 
-_SHARED = ("data", "backbone", "latents", "train")
-"""Phases whose folders variants share if their params for these and earlier phases are equal."""
+Files = Callable[[Any], list[str]]
+"""Input function of a rule: wildcards -> files."""
 
-
-def run_sweep(sweep: Sweep, only: Iterable[str], cores: str) -> None:
-    """Run the study and its variants: all operating points on val, then the selected point of each group's best variant on
-    test.
-
-    After a kill, running it again continues. Raises UserError if a variant is unknown or Snakemake failed.
-
-    Args:
-        only: variants to run, with their groups and the variants whose training they share; all variants if empty.
-        cores: number of CPU cores for Snakemake, or "all".
-    """
-    # 1. Operating points on val.
-    variants = selected(sweep, only)
-    _run_study(sweep.base, cores)
-    for variant in variants:
-        share(sweep, variant)
-        _run_study(sweep.params(variant, _recorded_choice(sweep, variant)), cores)
-
-    # 2. The main point of the best variant of each group on test.
-    for group in sweep.groups().values():
-        if group[0] not in variants:
-            continue
-        best = sweep.best_of(group)
-        for variant in group:
-            choice = sweep.choose(variant)[0] if variant == best else None
-            if choice == _recorded_choice(sweep, variant):
-                continue
-            if choice:
-                record = {"point": choice.point.model_dump(mode="json"), "threshold": choice.threshold}
-                write_json(_choice_file(sweep, variant), record)
-            else:
-                _choice_file(sweep, variant).unlink()
-            _run_study(sweep.params(variant, choice), cores)
+_CHOSEN = ("sample", "score")
+"""Phases whose params are completed by the choice on val."""
+_LINKED = {phase: (PHASES[phase].outs[0], PHASES[phase].manifests) for phase in ("data", "backbone", "baselines", "sample")}
+_LINKED["latents"] = ("results/{study}/latents", ("results/{study}/latents/train.json", *PHASES["latents"].manifests))
+_LINKED["train"] = ("results/{study}/model/gs", ("results/{study}/model/gs/manifest.json",))
+"""Phase that studies can share -> its folder and its manifests."""
 
 
-def selected(sweep: Sweep, only: Iterable[str]) -> list[str]:
-    """Return the variants to run in the document's order: `only`, their groups, and variants whose training they share."""
-    queue, groups = list(only) or list(sweep.variants), sweep.groups()
-    for unknown in set(queue) - set(sweep.variants):
-        raise UserError(f"--only {unknown}: unknown variant; the variants are {', '.join(sweep.variants)}")
-    needed: set[str] = set()
-    while queue:
-        variant = queue.pop()
-        if variant not in needed:
-            needed.add(variant)
-            queue += next(group for group in groups.values() if variant in group)
-            donors = _donors(sweep, variant).values()
-            queue += [name for name, params in sweep.variants.items() if params.study in donors]
-    return [variant for variant in sweep.variants if variant in needed]
+class SweepStudies(Study):
+    """The studies of a sweep. Paths contain the wildcard `study`, and inputs and params are those of the study it names."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        super().__init__(sweep.base)
+        self.sweep = sweep
+        self.data, self.results, self.work = "data/{study}", "results/{study}", "work/{study}"
+        self.donors = sweep.donors()
+        self.studies = {name: _Member(params, sweep.is_chosen(name)) for name, params in sweep.studies().items()}
+
+    def at(self, wildcards: Any) -> Study:
+        return self.studies[wildcards.study]
+
+    def all(self) -> list[Study]:
+        return list(self.studies.values())
+
+    def manifests(self) -> list[str]:
+        return [f"{self.sweep.folder}/manifest.json"]
+
+    def names(self) -> str:
+        """Return the regular expression of the wildcard `study`."""
+        return _one_of(self.studies)
+
+    # Inputs that differ between the studies. Snakemake calls these functions for each job.
+    def local_backbone(self) -> Files:  # type: ignore[override]
+        return lambda wildcards: self.at(wildcards).local_backbone()
+
+    def imported(self) -> Files:  # type: ignore[override]
+        return lambda wildcards: self.at(wildcards).imported()
+
+    def models(self) -> Files:  # type: ignore[override]
+        return lambda wildcards: self.at(wildcards).models()
+
+    def predictions(self) -> Files:  # type: ignore[override]
+        return lambda wildcards: self.at(wildcards).predictions()
+
+    def refinement(self) -> Files:  # type: ignore[override]
+        return lambda wildcards: self.at(wildcards).refinement()
+
+    def sample_markers(self) -> Files:  # type: ignore[override]
+        return lambda wildcards: self.at(wildcards).sample_markers()
+
+    # The rules of workflow/rules/sweep.smk.
+    def links(self) -> list[str]:
+        """Return the phases that studies can share."""
+        return list(_LINKED)
+
+    def linking(self, phase: str) -> str:
+        """Return the regular expression of the studies that link the outputs of a phase."""
+        return _one_of([study for study, shared in self.donors.items() if phase in shared])
+
+    def linked_manifests(self, phase: str) -> list[str]:
+        """Return the manifests of a phase, with the wildcard `study`."""
+        return list(_LINKED[phase][1])
+
+    def linked_folder(self, phase: str) -> str:
+        """Return the folder of a phase, with the wildcard `study`."""
+        return _LINKED[phase][0]
+
+    def donor_manifests(self, phase: str) -> Files:
+        """Return the input function of the link: the manifests of the study whose outputs are linked."""
+        return lambda wildcards: [path.format(study=self.donors[wildcards.study][phase]) for path in _LINKED[phase][1]]
+
+    def donor_folder(self, phase: str) -> Callable[[Any], str]:
+        """Return the function from wildcards to the folder that is linked."""
+        return lambda wildcards: _LINKED[phase][0].format(study=self.donors[wildcards.study][phase])
+
+    def sweep_params(self, of_member: bool = False) -> dict[str, Any]:
+        """Return the params of the rules that call `genseg sweep`, for one member of the sweep or for the comparison."""
+
+        def uses(wildcards: Any) -> str:
+            sweep = self.sweep
+            if of_member:
+                return canonical_json(self.at(wildcards).values.model_dump(mode="json"))
+            return canonical_json([sweep.document.model_dump(mode="json"), sweep.base.subtree("seed", "score", "tables")])
+
+        def file(wildcards: Any, resources: Any) -> str:
+            return self.params_file
+
+        code = module_hash("metrics.soft_maps" if of_member else "report.compare")
+        return {"uses": uses, "code": code, "file": file, "sweep": self.sweep.file}
+
+    def scores(self) -> list[str]:
+        """Return the manifests of the scores, or of the refined masks, that the sweep compares."""
+        folder = "refined" if self.sweep.compared == "refinement" else "scores"
+        return [f"results/{training.params.study}/{folder}/manifest.json" for training in self.sweep.trainings]
 
 
-def _choice_file(sweep: Sweep, variant: str) -> Path:
-    return sweep.variants[variant].work_dir / "choice.json"
+class _Member(Study):
+    """One study of a sweep. `is_chosen`: its operating point and threshold are in a file that the rule `choose` writes."""
+
+    def __init__(self, params: Params, is_chosen: bool) -> None:
+        super().__init__(params)
+        self.chosen = [f"{self.work}/chosen.json"] if is_chosen else []
+
+    def file(self, phase: str) -> str:
+        return self.chosen[0] if self.chosen and phase in _CHOSEN else super().file(phase)
+
+    def models(self) -> list[str]:
+        return [*super().models(), *self.chosen]
+
+    def predictions(self) -> list[str]:
+        return [*super().predictions(), *self.chosen]
 
 
-def _recorded_choice(sweep: Sweep, variant: str) -> Choice | None:
-    """Return the choice recorded by an earlier call; with it, the main row is kept until val is scored again."""
-    file = _choice_file(sweep, variant)
-    if not file.exists():
-        return None
-    record = read_json(file)
-    return Choice(OperatingPoint.model_validate(record["point"]), record["threshold"])
-
-
-def _run_study(params: Params, cores: str) -> None:
-    """Run Snakemake up to the scores of a study. Snakemake and its jobs end when this process ends.
-
-    A lock held while Snakemake runs keeps two processes from running the same study. Unlike Snakemake's own lock, it does not
-    outlive a killed process.
-    """
-    file = params.work_dir / "sweep.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    print(f"sweep: study {params.study}, {', '.join(params.sample.runs)}", flush=True)
-    command = [sys.executable, "-m", "snakemake", "--cores", cores, "--nolock", "--rerun-incomplete"]
-    command += ["--quiet", "rules", "host", "reason", "--configfile", str(file)]
-    if available := devices():
-        command += ["--resources", f"gpu={len(available)}"]
-    die_at_once = partial(die_with_parent, signal.SIGKILL)  # on SIGTERM, Snakemake would wait for the running training
-    with open(params.work_dir / "sweep.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"sweep: another sweep is running study {params.study}; waiting", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        write_json(file, params.model_dump(mode="json"))
-        process = subprocess.run([*command, "--", "score"], check=False, preexec_fn=die_at_once, pass_fds=[lock.fileno()])
-    if process.returncode:
-        raise UserError(f"study {params.study} failed; read {params.work_dir}/logs, then run again: finished work is kept")
-
-
-# ------------------------------------------------------------------------------------------------------------ sharing
-def share(sweep: Sweep, variant: str) -> None:
-    """Hard-link the folders that an earlier study of the sweep wrote with the same params.
-
-    A linked folder follows its origin: it is linked again when the origin has changed, and removed when the params are no
-    longer equal. Folders that the variant wrote itself are left to Snakemake. No artifact is modified in place, so the studies
-    do not affect each other.
-    """
-    study, donors = sweep.variants[variant].study, _donors(sweep, variant)
-    record = sweep.variants[variant].work_dir / "shared.json"
-    linked: dict[str, str] = read_json(record) if record.exists() else {}
-    for phase in _SHARED:
-        [folder], manifest, donor = PHASES[phase].outs, PHASES[phase].manifests[0], donors.get(phase)
-        target, origin = Path(folder.format(study=study)), Path(folder.format(study=donor)) if donor else None
-        if target.exists() and phase not in linked:
-            continue
-        manifests = [Path(manifest.format(study=name)) for name in (study, donor) if name]
-        if donor and all(file.exists() for file in manifests) and manifests[0].samefile(manifests[1]):
-            continue
-        linked.pop(phase, None)
-        shutil.rmtree(target, ignore_errors=True)
-        if origin:
-            temporary = target.with_name(f".{target.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(origin, temporary, copy_function=os.link)
-            linked[phase] = str(origin)
-            write_json(record, linked)  # first, so that after a kill the folder is known to be linked
-            temporary.rename(target)
-    write_json(record, linked)
-
-
-def _donors(sweep: Sweep, variant: str) -> dict[str, str]:
-    """Return phase -> study (the base or an earlier variant) with equal params of that phase and of the phases before it."""
-    candidates = [sweep.base, *list(sweep.variants.values())[: list(sweep.variants).index(variant)]]
-    donors: dict[str, str] = {}
-    keys: list[str] = []
-    for phase in _SHARED:
-        keys += PHASES[phase].keys
-        values = sweep.variants[variant].subtree(*keys)
-        if donor := next((params.study for params in candidates if params.subtree(*keys) == values), None):
-            donors[phase] = donor
-    return donors
+def _one_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names)) or "(?!)"  # matches nothing

@@ -79,6 +79,23 @@ def paired_statistic_difference(
     return {"n": len(a)} | describe_difference(difference, replicated)
 
 
+def trainings_difference(
+    statistic: Callable[[Any], Floats], a: NDArray[Any], b: NDArray[Any], replicates: int, seed: int
+) -> dict[str, Any]:
+    """Return the mean over trainings of statistic(a) - statistic(b), in the form of `paired_difference`.
+
+    a, b [trainings, images, *rest] are of the same n images and of trainings with the same seeds, in the same order. A
+    replicate draws images and, if there are several, trainings, both with replacement, so the interval covers both.
+    `statistic` is a function of sums over images, [..., *rest] -> [...].
+    """
+    trainings, images = a.shape[:2]
+    difference = float((statistic(a.sum(1)) - statistic(b.sum(1))).mean())
+    sums_a, sums_b = (resampled_sums(np.moveaxis(values, 0, 1), replicates, seed) for values in (a, b))
+    drawn = np.random.default_rng(derive_seed(seed, "trainings", trainings)).integers(trainings, size=(replicates, trainings))
+    replicated = np.take_along_axis(statistic(sums_a) - statistic(sums_b), drawn, axis=1).mean(1)
+    return {"n": images} | describe_difference(difference, replicated)
+
+
 def describe_difference(difference: float, replicated: Floats) -> dict[str, Any]:
     """Return a `difference` and the bounds `ci_low` and `ci_high` of its 95 % interval; None for NaN or without replicates."""
     low, high = percentile_interval(replicated) or (None, None)

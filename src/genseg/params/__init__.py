@@ -119,12 +119,12 @@ class Resources(Section):
 class Params(Section):
     """Params of a study."""
 
-    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = "mini"
+    study: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=-]*$")] = "mini"
     """Name of the study, which is part of all its paths."""
     device: DevicePreference = "auto"
     """Device of the networks; auto: a GPU if there is one; cuda: an error if there is none."""
     seed: int = 0
-    """Seed of all random numbers after data assembly."""
+    """Seed of all random numbers after data assembly, except those of training (`train.seed`)."""
     data: Data = Data()
     backbone: Backbone = Backbone()
     latents: Latents = Latents()

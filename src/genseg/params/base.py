@@ -149,7 +149,7 @@ def _explain(item: Any, schema: type[Section]) -> str:
 def _sibling_names(location: list[str], model: type[Section]) -> list[str]:
     """Return the valid names at the place of an unknown key."""
     schema: dict[str, Any] = model.model_json_schema()
-    definitions = schema["$defs"]
+    definitions = schema.get("$defs", {})
 
     def resolve(node: dict[str, Any]) -> dict[str, Any]:
         while True:

@@ -60,6 +60,8 @@ class Stage(Section):
 class Train(Section):
     """Training of the label-diffusion model and of its discriminative control."""
 
+    seed: int = 0
+    """Seed of the initial weights and of the order, noise and mirroring of the samples. Evaluation does not depend on it."""
     size: ImageSize = 128
     """Side of the square images in pixels. The label latent has side size / VAE factor."""
     label: Label = "mask"

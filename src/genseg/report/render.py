@@ -16,13 +16,16 @@ DASH = "—"  # printed in place of a missing value
 
 @dataclass(frozen=True)
 class Column:
-    """A printed column. `interval` reads `<key>_low` and `<key>_high` of the frame, every other kind reads `key`."""
+    """A printed column. `interval` reads `<key>_low` and `<key>_high` of the frame, every other kind reads `key`; `spread`
+    also reads the standard deviation `<key>_sd`."""
 
     key: str
     head: str
-    kind: Literal["text", "points", "count", "number", "flag", "signed", "interval"] = "points"
+    kind: Literal["text", "points", "count", "number", "flag", "signed", "interval", "spread"] = "points"
     over: str = ""
     """Heading above this column and adjacent columns with the same value; empty: none."""
+    best: bool = False
+    """Whether the highest value of several printed rows is in bold."""
 
     @property
     def alignment(self) -> str:
@@ -102,6 +105,9 @@ def cell(row: pd.Series, column: Column) -> str:
         return DASH
     if column.kind == "interval":
         return f"[{', '.join(map(points_text, values))}]"
+    if column.kind == "spread":
+        spread = row[f"{column.key}_sd"]
+        return points_text(values[0]) + ("" if pd.isna(spread) else f" ± {points_text(spread)}")
     if column.kind in ("points", "signed"):
         return points_text(values[0], signed=column.kind == "signed")
     if column.kind == "count":
@@ -111,12 +117,25 @@ def cell(row: pd.Series, column: Column) -> str:
     return str(values[0])
 
 
+class Bold(str):
+    """The printed text of a cell in bold."""
+
+
+def _cells(row: pd.Series, columns: list[Column], best: dict[str, float]) -> list[str]:
+    """Return the printed texts of a row; `best` has the value of each column that is in bold."""
+    texts = (cell(row, column) for column in columns)
+    is_best = (column.key in best and row[column.key] == best[column.key] for column in columns)
+    return [Bold(text) if bold else text for text, bold in zip(texts, is_best, strict=True)]
+
+
 def _groups(table: Table) -> Iterator[tuple[str, list[tuple[list[str], str]]]]:
     """Yield for every group, in the frame's order, its heading (or "") and the printed cells and scores file of its rows."""
     frame = table.frame if table.printed is None else table.frame[table.printed]
     rows = [row for _, row in frame.iterrows()]
+    compared = [column.key for column in table.columns if column.best and frame[column.key].notna().sum() > 1]
+    best = {key: frame[key].max() for key in compared}
     for value, group in groupby(rows, lambda row: row[table.group_by] if table.group_by else ""):
-        printed = [([cell(row, column) for column in table.columns], str(row["scores"])) for row in group]
+        printed = [(_cells(row, table.columns, best), str(row["scores"])) for row in group]
         yield table.groups.get(value, ""), printed
 
 
@@ -137,6 +156,7 @@ _TEX = {
     "—": "---",
     "−": "$-$",
     "×": r"$\times$",
+    "±": r"$\pm$",
     "✓": r"$\surd$",
     "Δ": r"$\Delta$",
     "²": r"$^2$",
@@ -197,6 +217,8 @@ def _tex_head(table: Table) -> list[str]:
 def _tex_cell(text: str) -> str:
     """Escape a cell and protect a leading bracket, which LaTeX would read after `\\\\` as an optional argument."""
     escaped = escape_tex(text)
+    if isinstance(text, Bold):
+        return rf"\textbf{{{escaped}}}"
     return f"{{}}{escaped}" if escaped.startswith("[") else escaped
 
 
@@ -234,7 +256,8 @@ def _markdown_heads(columns: list[Column]) -> Iterator[str]:
 
 
 def _markdown_row(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(map(escape_markdown, texts)) + " |"
+    cells = (f"**{escape_markdown(text)}**" if isinstance(text, Bold) else escape_markdown(text) for text in texts)
+    return f"| {' | '.join(cells)} |"
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTML
@@ -262,6 +285,7 @@ def to_html(table: Table, files: Iterable[str]) -> str:
 
 
 def _html_row(table: Table, tag: str, texts: list[str], attributes: str = "") -> str:
-    columns = zip(table.columns, texts, strict=True)
-    cells = (f'<{tag} class="{column.alignment}">{html.escape(text)}</{tag}>' for column, text in columns)
+    contents = (f"<b>{html.escape(text)}</b>" if isinstance(text, Bold) else html.escape(text) for text in texts)
+    columns = zip(table.columns, contents, strict=True)
+    cells = (f'<{tag} class="{column.alignment}">{content}</{tag}>' for column, content in columns)
     return f"<tr{attributes}>{''.join(cells)}</tr>"

@@ -10,6 +10,11 @@ from genseg.errors import UserError
 from genseg.params import OperatingPoint, Params
 from genseg.params.sample import Readout
 
+SEEDS_KEYS = (
+    *("seed", "data", "backbone", "latents", "train", "score"),
+    *(f"sample.{key}" for key in ("main", "threshold", "readout", "clip_sample", "timestep_spacing")),
+)
+"""Params that determine the main row's scores over several trainings."""
 SPLITS = ("overall", "things", "stuff", "singulars", "plurals")
 
 _REQUIRED = ("protocol", "split", "run", "ar", "interval", "ceiling", "ceiling_latent", "boundary_iou", "counts")
@@ -77,6 +82,8 @@ class StudyScores(RefinementScores):
     GS, the discriminative control, and the baselines made without ground truth."""
     baselines: list[ScoredRun]
     """The baselines that are not sampled runs."""
+    seeds: dict[str, Any] | None
+    """The main row over several trainings (`report.compare`), from a sweep of this study's params; None if there is none."""
     comparisons: dict[str, dict[str, Any]]
     """"A - B" or "A - B (quantity)" -> paired difference of two runs."""
 
@@ -87,6 +94,7 @@ class StudyScores(RefinementScores):
             runs += group.values()
         runs += [run for by_protocol in self.measured.values() for run in by_protocol.values()]
         others = {self.folder / f"{name}.json" for name in ("comparisons", "operating_points", "refinement")}
+        others |= {Path(self.seeds["path"])} if self.seeds else set()
         return sorted({run.path for run in runs} | others)
 
     def controls(self) -> list[ScoredRun]:
@@ -156,8 +164,16 @@ def read_study_scores(params: Params) -> StudyScores:
         measured=measured,
         baselines=baselines,
         refinement=_read_object(folder / "refinement.json"),
+        seeds=_read_seeds(params),
         comparisons=_read_object(folder / "comparisons.json"),
     )
+
+
+def _read_seeds(params: Params) -> dict[str, Any] | None:
+    """Return the scores over the most trainings of exactly this study, with the `path` of the file, or None."""
+    expected = params.subtree(*SEEDS_KEYS)
+    found = [_read_object(path) | {"path": str(path)} for path in sorted((params.results_dir / "sweeps").glob("*/seeds.json"))]
+    return max((seeds for seeds in found if seeds["params"] == expected), key=lambda seeds: len(seeds["seeds"]), default=None)
 
 
 def _read_cells(folder: Path, cells: list[OperatingPoint]) -> dict[OperatingPoint, ScoredRun]:

@@ -87,10 +87,12 @@ def study_runs(params: Params) -> list[Run]:
     discriminative: dict[str, Any] = {"method": "discriminative", "point": once, "readout": readout}
     mirrored = discriminative | {"point": once.model_copy(update={"ensemble_size": 2, "mirror": True})}
     runs = {
-        "main": [Run(name="main", role="main", phrases="test", **gs)],
+        "main": [
+            Run(name="main", role="main", phrases="test", **gs),
+            Run(name="class_phrases", role="class_phrases", phrases="class_phrases", **gs),
+        ],
         "controls": [
             Run(name="text_permuted", role="control", phrases="permutable", **gs),
-            Run(name="class_phrases", role="class_phrases", phrases="class_phrases", **gs),
             Run(name="discriminative", role="control", phrases="test", **discriminative),
             Run(name="discriminative_class_phrases", role="class_phrases", phrases="class_phrases", **discriminative),
             Run(name="colour_threshold", role="control", method="colour_threshold", phrases="test"),

@@ -205,6 +205,7 @@ def gather(params: Params) -> None:
     outputs = with_maps(predictions_path(params, run) for run in runs)
     if "grid" in params.sample.runs:
         if evolution_path(params.work_dir / "samples").exists():
+            evolution_path(folder).unlink(missing_ok=True)  # it may be a hard link of a sweep
             shutil.copyfile(evolution_path(params.work_dir / "samples"), evolution_path(folder))
         outputs.append(evolution_path(folder))
     prune(folder, [*outputs, folder / "manifest.json"], "sample")

@@ -48,7 +48,7 @@ def build_networks(
 ) -> Networks:
     """Build the initial networks (fp32 master weights) from the backbone `source`. The learned null embeddings are initialised
     from `empty`, the embedding of the empty text. `label_channels` is K, the number of channels of x_0."""
-    torch.manual_seed(derive_seed(params.seed, "networks") % 2**31)
+    torch.manual_seed(derive_seed(params.train.seed, "networks") % 2**31)
     unet = label_unet(load_unet(source, revision), params.train.conv_in_init, label_channels)
     adapter = TextAdapter(
         token_width=empty.tokens.shape[-1],

@@ -1,7 +1,7 @@
 """Training of the label-diffusion model (GS, section 3) and its discriminative control: same U-Net, inputs, data and budget.
 
-All random numbers of a step derive from (seed, step). An interrupted and resumed run therefore takes the same steps, and the
-micro-batch size and the number of processes affect only rounding.
+All random numbers of a step derive from (train.seed, step). An interrupted and resumed run therefore takes the same steps, and
+the micro-batch size and the number of processes affect only rounding.
 """
 
 import time
@@ -90,7 +90,7 @@ def _train(params: Params, kind: Kind, inputs: list[Path], ranks: Ranks) -> None
 
     # 4. Take the steps.
     loop_start_time = time.monotonic()
-    draw_batches = partial(micro_batches, data, train, len(alphas_bar), params.seed, positions)
+    draw_batches = partial(micro_batches, data, train, len(alphas_bar), train.seed, positions)
     stream = prefetched(draw_batches, range(first_step, steps))
     meter = Meter(device, ranks.size)
     for span in spans:

@@ -6,7 +6,7 @@ from typing import Any
 
 from genseg.diffusion.guidance import count_evaluations
 from genseg.params import Params
-from genseg.report.render import Column, Table, interval_text, plural, sentence, to_points
+from genseg.report.render import Column, Table, interval_text, plural, points_text, sentence, to_points
 from genseg.report.scores import SPLITS, ScoredRun, StudyScores
 from genseg.report.tables import parts
 
@@ -36,6 +36,8 @@ def table2(params: Params, scores: StudyScores) -> Table:
         for protocol in params.score.protocols
         for (label, run), by_protocol in zip(runs.items(), scores.measured.values(), strict=True)
     ]
+    if scores.seeds:
+        measured_rows.append(_seeds_row(params, scores, scores.seeds))
     origin = {"source": "published", "data": "PNG", "scores": str(parts.published_path("table2"))}
     published_rows = [{**row, "shown": row["method"]} | origin for row in parts.read_published("table2")]
     first = ["method", "venue", "diffusion", "ps_pretrain", "source", *SPLITS, "data", "protocol", "n"]
@@ -57,12 +59,30 @@ def table2(params: Params, scores: StudyScores) -> Table:
         *(f"{label}: {skipped}." for label, run in runs.items() if (skipped := parts.describe_skipped(run))),
         _methods_note(params, imported),
     ]
+    if scores.seeds:
+        notes.append(_seeds_note(scores.seeds))
     groups = {
         "published": "Published, on PNG (Table 2 of the GS paper)",
         "measured": f"Measured here, on {study}, n = {scores.main.phrases}, protocol {params.score.protocol}",
     }
     printed = (frame["source"] == "published") | (frame["protocol"] == params.score.protocol)
     return Table("table2", caption, frame, columns, notes, group_by="source", groups=groups, printed=printed)
+
+
+def _seeds_row(params: Params, scores: StudyScores, seeds: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of Table 2 with the mean of GS over several trainings."""
+    label = f"GS, mean of {plural(len(seeds['seeds']), 'training')}"
+    means = {split: (seeds["points"][split] or [None])[0] for split in SPLITS}
+    facts = {key: parts.measured_columns(params, scores.main)[key] for key in ("source", "data", "protocol", "n", "images")}
+    row = {"method": label, "shown": label, "venue": "this study", "diffusion": True, "ps_pretrain": False}
+    return row | facts | means | {"scores": seeds["path"]}
+
+
+def _seeds_note(seeds: dict[str, Any]) -> str:
+    values = {("mIoU" if name == "miou" else name): value for name, value in seeds["points"].items() if value}
+    texts = (f"{name} {points_text(mean)} ± {points_text(sd)}" for name, (mean, sd) in values.items())
+    trainings = ", ".join(map(str, seeds["seeds"]))
+    return f"GS, mean ± standard deviation over trainings with the seeds {trainings}: {', '.join(texts)}."
 
 
 def protocols(params: Params, scores: StudyScores) -> Table:
