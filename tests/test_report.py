@@ -774,8 +774,8 @@ def test_trainings_of_a_seeds_sweep_are_a_row_of_table_2(report_copy):
 
 
 def test_highest_value_of_a_column_is_bold():
-    frame = pd.DataFrame({"a": [1.0, 3.0, 2.0], "a_sd": [0.5, None, 0.5], "b": [None, 1.0, None], "scores": "f"})
+    frame = pd.DataFrame({"a": [3.04, 3.0, 2.0], "a_sd": [0.5, None, 0.5], "b": [None, 1.0, None], "scores": "f"})
     table = Table("t", "c", frame, [Column("a", "A", "spread", best=True), Column("b", "B", best=True)])
     rows = [line.split(" \\\\ ")[0] for line in to_tex(table).splitlines() if line.endswith("% f")]
-    assert rows == [r"1.0 $\pm$ 0.5 & ---", r"\textbf{3.0} & 1.0", r"2.0 $\pm$ 0.5 & ---"]
+    assert rows == [r"\textbf{3.0 $\pm$ 0.5} & ---", r"\textbf{3.0} & 1.0", r"2.0 $\pm$ 0.5 & ---"]
     assert "| **3.0** | 1.0 |" in to_markdown(table)

@@ -25,7 +25,7 @@ class Column:
     over: str = ""
     """Heading above this column and adjacent columns with the same value; empty: none."""
     best: bool = False
-    """Whether the highest value of several printed rows is in bold."""
+    """Whether the highest value of several printed rows is in bold; equal printed values all are."""
 
     @property
     def alignment(self) -> str:
@@ -122,9 +122,11 @@ class Bold(str):
 
 
 def _cells(row: pd.Series, columns: list[Column], best: dict[str, float]) -> list[str]:
-    """Return the printed texts of a row; `best` has the value of each column that is in bold."""
+    """Return the printed texts of a row; `best` has the value of each column, as printed, that is in bold."""
     texts = (cell(row, column) for column in columns)
-    is_best = (column.key in best and row[column.key] == best[column.key] for column in columns)
+    is_best = (
+        column.key in best and pd.notna(row[column.key]) and round(row[column.key], 1) == best[column.key] for column in columns
+    )
     return [Bold(text) if bold else text for text, bold in zip(texts, is_best, strict=True)]
 
 
@@ -133,7 +135,7 @@ def _groups(table: Table) -> Iterator[tuple[str, list[tuple[list[str], str]]]]:
     frame = table.frame if table.printed is None else table.frame[table.printed]
     rows = [row for _, row in frame.iterrows()]
     compared = [column.key for column in table.columns if column.best and frame[column.key].notna().sum() > 1]
-    best = {key: frame[key].max() for key in compared}
+    best = {key: round(float(frame[key].max()), 1) for key in compared}
     for value, group in groupby(rows, lambda row: row[table.group_by] if table.group_by else ""):
         printed = [(_cells(row, table.columns, best), str(row["scores"])) for row in group]
         yield table.groups.get(value, ""), printed
