@@ -27,6 +27,7 @@ rule all:
         STUDY.manifests(),
 
 
+include: "workflow/rules/preflight.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/backbone.smk"
 include: "workflow/rules/latents.smk"

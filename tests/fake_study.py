@@ -49,6 +49,7 @@ manifest() {
 }
 results=results/$study
 case $command in
+  preflight) mkdir -p $results/preflight; echo "{}" > $results/preflight/backbones.json;;
   data) manifest data/$study;;
   train) manifest $results/model/$model; echo step,loss > $results/model/$model/log.csv;;
   sample)

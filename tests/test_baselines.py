@@ -311,7 +311,7 @@ def in_caption(texts):
 
 def attended(model, params, texts=TEXTS):
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    sides = [grid[0] for grid in attention_grids(model.unet, 8, 8)]
+    sides = [grid[0] for grid in attention_grids(model.unet.config, 8, 8)]
     params = params.model_copy(
         update={
             "diffpng": params.diffpng.model_copy(update={"cross_side": sides[0], "self_side": sides[0]}),

@@ -135,6 +135,7 @@ def test_each_job_ran_once(study):
         if name.startswith(start) and count != 1
     }
     assert ran.keys() == {
+        "preflight",
         "data",
         "backbone",
         "latents",
@@ -152,7 +153,17 @@ def test_each_job_ran_once(study):
     assert {path.name for path in (study.folder / "work/mini/logs").iterdir()} == {
         f"{rule}.log"
         for rule in (
-            *("data", "backbone", "latents", "latents_train", "train_gs", "train_discriminative", "baselines", "sample"),
+            *(
+                "preflight",
+                "data",
+                "backbone",
+                "latents",
+                "latents_train",
+                "train_gs",
+                "train_discriminative",
+                "baselines",
+                "sample",
+            ),
             *("refine_train", "refine", "score", "tables"),
         )
     } | {f"sample.size={size}.shard={shard}.log" for size in SIZES for shard in range(shards)} | {

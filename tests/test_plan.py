@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -105,7 +106,7 @@ def check_paper_refinement(planned, params):
     phrases, class_phrases = (planned["counts"]["refined"][name] for name in ("phrases", "class_phrases"))
     shared = params.resources.refine.shards * class_phrases * evidence_passes(params.refine)
     assert g4seg["evaluations"] == len(study_baselines(params)) * phrases * forward_passes(params.refine) + shared
-    generator = find_generator(params.refine.backbone, "refine.backbone", None)
+    generator = find_generator(params, "refine.backbone", None, None)
     batches = math.ceil((phrases + class_phrases) / params.refine.batch)
     pictures = planned["counts"]["refined"]["images"] + batches
     encoding = (phrases + class_phrases) * generator.text_flops() + pictures * vae_flops(generator.vae, params.refine.size)[0]
@@ -263,13 +264,14 @@ def test_text_output_contains_every_table(clone, capsys):
         (["--gpu", "GTX"], "--gpu GTX: unknown GPU; expected one of"),
         (["--gpus", "0"], "--gpus must be at least 1"),
         (["--mfu", "1.5"], "--mfu must be above 0 and at most 1"),
-        (["--params", "hub.yaml"], "backbone.init: some/one: no such directory"),
+        (["--params", "hub.yaml"], "backbone.init: some/one: cannot reach the hub"),
         (["--params", "sd.yaml"], "missing second text encoder; GS needs an SDXL-inpainting pipeline"),
-        (["--params", "refine.yaml"], "refine.backbone: some/one: no such directory"),
+        (["--params", "refine.yaml"], "refine.backbone: some/one: cannot reach the hub"),
         (["--params", "masks.yaml"], "the number of images is unknown"),
     ],
 )
-def test_invalid_plan_prints_a_one_line_error(clone, arguments, message, capsys):
+def test_invalid_plan_prints_a_one_line_error(clone, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     documents = {
         "params": {},
         "hub": {"backbone": {"init": "some/one"}},

@@ -38,18 +38,28 @@ class Phase:
     """Imported modules that the phase never calls. They do not belong to its code."""
 
 
+PREFLIGHT = "results/{study}/preflight"
+"""Output of the phase `preflight`: the commits of the backbones."""
+
 PHASES = {
+    "preflight": Phase(
+        keys=(),  # it runs once, before all other jobs of a study
+        modules=("plan.preflight",),
+        inputs=(),
+        outs=(PREFLIGHT,),
+        manifests=(f"{PREFLIGHT}/backbones.json",),
+    ),
     "data": Phase(
         keys=("data",),
         modules=("data.assemble",),
-        inputs=(),
+        inputs=(PREFLIGHT,),
         outs=("data/{study}",),
         manifests=("data/{study}/manifest.json",),
     ),
     "backbone": Phase(
         keys=("seed", "backbone"),
         modules=("training.backbone",),
-        inputs=("data/{study}", "data/backbone"),
+        inputs=(PREFLIGHT, "data/{study}", "data/backbone"),
         outs=("results/{study}/backbone",),
         manifests=("results/{study}/backbone/manifest.json",),
     ),
@@ -82,7 +92,7 @@ PHASES = {
     "baselines": Phase(
         keys=("seed", "baselines", "sample.runs", "score.miou"),
         modules=("baselines.make",),
-        inputs=("results/{study}/backbone", "data/imported"),
+        inputs=(PREFLIGHT, "results/{study}/backbone", "data/imported"),
         outs=("results/{study}/baselines",),
         manifests=("results/{study}/baselines/manifest.json",),
     ),
@@ -104,7 +114,7 @@ PHASES = {
             "score.background_threshold",
         ),
         modules=("refine.study",),
-        inputs=("results/{study}/predictions", "results/{study}/baselines"),
+        inputs=(PREFLIGHT, "results/{study}/predictions", "results/{study}/baselines"),
         outs=("results/{study}/refined",),
         manifests=("results/{study}/refined/manifest.json",),
     ),

@@ -1,4 +1,6 @@
 rule data:
+    input:
+        ancient(STUDY.preflight()),
     output:
         f"{DATA}/manifest.json",
     log:

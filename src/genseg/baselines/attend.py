@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 
 from genseg.artifacts.seeds import derive_seed
@@ -24,10 +24,11 @@ ANY_POSITIVE = 1e-6
 """A threshold below every positive value of a map."""
 
 
-def attention_grids(unet: UNet2DConditionModel, height: int, width: int) -> list[Grid]:
-    """Return the token grids of the U-Net's transformer blocks for latents of height x width, finest first."""
-    sizes, types = [(height, width)], [*unet.config.down_block_types, unet.config.mid_block_type or ""]
-    for _ in unet.config.down_block_types[1:]:
+def attention_grids(unet: Mapping[str, Any], height: int, width: int) -> list[Grid]:
+    """Return the token grids of the transformer blocks for latents of height x width, finest first. `unet`: its config."""
+    blocks = unet["down_block_types"]
+    sizes, types = [(height, width)], [*blocks, unet.get("mid_block_type") or ""]
+    for _ in blocks[1:]:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
     sizes.append(sizes[-1])  # the middle block
     return list(dict.fromkeys(size for size, block in zip(sizes, types, strict=True) if "CrossAttn" in block))
@@ -49,7 +50,7 @@ class ImageAttention:
     """(study's seed, image_id), which determine the noise; all phrases of the image share it."""
 
     def __post_init__(self) -> None:
-        self.grids = attention_grids(self.model.unet, *self.latent.shape[-2:])
+        self.grids = attention_grids(self.model.unet.config, *self.latent.shape[-2:])
         self._recorded: dict[Recording, dict[tuple[str, Grid], torch.Tensor]] = {}
 
     @cached_property

@@ -10,6 +10,7 @@ from genseg.errors import UserError
 
 COMMANDS = {
     "params": ("study", "print the resolved params of a study, or how two studies differ"),
+    "preflight": ("plan", "check backbones, sizes, disk, memory and hours of a study before its jobs"),
     "data": ("study", "assemble the data into the phrase table"),
     "backbone": ("study", "load, fine-tune or train the backbone (VAE, text encoders, U-Net)"),
     "latents": ("study", "compute image latents and text embeddings"),

@@ -1,4 +1,4 @@
-"""Command that plans a study."""
+"""Commands that plan a study, and check it before its first job."""
 
 import argparse
 
@@ -7,6 +7,9 @@ from genseg.cli.options import add_params
 
 def run_plan(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """Plan a study without a GPU, data or weights: parameters, memory, bytes, network evaluations, operations and hours.
+
+    Only the configs of the backbones are read, from directories or the hub. A warning names each job whose planned hours exceed
+    its `runtime`.
 
     Counts are taken from the phrase table if it exists, otherwise from published figures. If the study has run, measured values
     are shown next to the planned ones.
@@ -34,3 +37,16 @@ def run_plan(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         raise UserError(f"--mfu must be above 0 and at most 1, got {args.mfu}")
     plan = make_plan(load_params(args.params), args.gpu, args.gpus, args.mfu)
     print(json.dumps(plan, indent=2) if args.json else describe_plan(plan))
+
+
+def run_preflight(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Check a study before its other jobs: backbones, sizes, attention grids, layers, disk space, memory and hours.
+
+    The commit of each hub id is recorded in results/<study>/preflight/backbones.json, and all phases load that commit.
+    """
+    add_params(parser)
+    args = parser.parse_args(arguments)
+    from genseg.params import load_params
+    from genseg.plan.preflight import preflight
+
+    preflight(load_params(args.params))

@@ -161,6 +161,10 @@ class Study:
         folders = ("baselines", "refined") if self.values.sample.has_tables() else ()
         return [f"{self.results}/{folder}/manifest.json" for folder in folders]
 
+    def preflight(self) -> str:
+        """Return the file that the first job of the study writes."""
+        return f"{self.results}/preflight/backbones.json"
+
     def manifests(self) -> list[str]:
         """Return the manifests of all phases that the study's `sample.runs` allow."""
         manifests = [path.format(study=self.values.study) for phase in PHASES.values() for path in phase.manifests]

@@ -58,7 +58,7 @@ def _stage(name: str, phase: Phase) -> dict[str, Any]:
     return {
         "cmd": f"genseg dvc --run {name}",
         "deps": [*packages, f"{RULES.as_posix()}/{name}.smk", *inputs],
-        "params": list(phase.keys),
+        **({"params": list(phase.keys)} if phase.keys else {}),
         "outs": outs,
     } | ({"metrics": [{path: {"cache": False}} for path in metrics]} if metrics else {})
 

@@ -61,9 +61,15 @@ GPUS = {
 """Specifications by part of the device name; the first match applies. Source: NVIDIA's data sheets (SXM where it exists)."""
 
 
+def gpu_model(name: str) -> str | None:
+    """Return the key in `GPUS` of a device name (`torch.cuda.get_device_name()`), or None for an unknown GPU."""
+    return next((key for key in GPUS if re.search(rf"\b{key}(?!\w| Ti| D\b| Laptop)", name)), None)
+
+
 def find_gpu(name: str) -> Gpu | None:
-    """Return the specifications for a device name (`torch.cuda.get_device_name()`), or None for an unknown GPU."""
-    return next((gpu for key, gpu in GPUS.items() if re.search(rf"\b{key}(?!\w| Ti| D\b| Laptop)", name)), None)
+    """Return the specifications for a device name, or None for an unknown GPU."""
+    key = gpu_model(name)
+    return None if key is None else GPUS[key]
 
 
 def cache_by_config(compute: Callable[..., Result]) -> Callable[..., Result]:

@@ -1,6 +1,7 @@
 """Parameters, memory, disk space, operations and hours of a study, from its params and data counts."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from genseg.models.miniature import build_miniature
 from genseg.params import Params
 from genseg.plan import generator
 from genseg.plan.counts import TABLES, Counts, count_data
+from genseg.plan.jobs import plan_jobs
 from genseg.plan.rows import BYTES, Artifacts, Phases, maps_bytes, memory_row, read_benchmark, safetensors_bytes
 from genseg.sampling.runs import predictions_path, study_runs
 from genseg.training.losses import BANDS
@@ -26,8 +28,10 @@ from genseg.training.stages import Kind, stage_spans
 from genseg.training.steps import KEEP
 
 
-def make_plan(params: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]:
-    """Return the plan as JSON values: its assumptions, `counts`, `parameters`, `memory`, `artifacts` and `phases`.
+def make_plan(
+    params: Params, gpu: str, gpus: int, mfu: float, commits: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """Return the plan as JSON values: its assumptions, `counts`, `parameters`, `memory`, `artifacts`, `phases` and `jobs`.
 
     Only configs are loaded, no weights. If the study has run, measured values are added to the planned ones.
 
@@ -35,6 +39,7 @@ def make_plan(params: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]
         gpu: name of the GPU, a key of `GPUS`.
         gpus: number of GPUs that share the work.
         mfu: model FLOPs utilisation, the fraction of the peak rate that is reached, in (0, 1].
+        commits: commits of the hub ids by params key (see `generator.study_configs`).
 
     Raises:
         UserError: the GPU or a backbone is unknown, or the amount of data cannot be determined.
@@ -43,12 +48,12 @@ def make_plan(params: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]
         raise UserError(f"--gpu {gpu}: unknown GPU; expected one of {', '.join(GPUS)}")
 
     # 1. Count the data, and determine the shapes of the networks.
-    configs, origin = backbone_configs(params)
+    configs, origin = backbone_configs(params, commits)
     counts = count_data(params, origin if (Path(origin) / "tokenizer").is_dir() else None)
     networks = Networks(params, configs, origin, counts)
     backbone = generator.Generator(configs, origin)
-    baseline_generator = generator.find_generator(params.baselines.backbone, "baselines.backbone", backbone)
-    refine_generator = generator.find_generator(params.refine.backbone, "refine.backbone", backbone)
+    baseline_generator = generator.find_generator(params, "baselines.backbone", backbone, commits)
+    refine_generator = generator.find_generator(params, "refine.backbone", backbone, commits)
 
     # 2. Plan the study's own networks.
     memory: dict[str, Any] = {"training": [], "sampling": None, "measured_rss": {}, "generators": {}}
@@ -76,11 +81,11 @@ def make_plan(params: Params, gpu: str, gpus: int, mfu: float) -> dict[str, Any]
         generator.add_refine_phases(phases, params, counts, refine_generator)
     assumptions = {"study": params.study, "backbone": origin, "gpu": gpu, "gpus": gpus, "mfu": mfu, "counts": vars(counts)}
     results = {"parameters": networks.components, "memory": memory, "artifacts": artifacts.rows, "phases": phases.rows}
-    return assumptions | results
+    return assumptions | results | {"jobs": plan_jobs(params, counts, memory, phases, networks.parameters)}
 
 
 # ----------------------------------------------------------------------------------------------------------- networks
-def backbone_configs(params: Params) -> tuple[generator.Configs, str]:
+def backbone_configs(params: Params, commits: Mapping[str, str | None] | None) -> tuple[generator.Configs, str]:
     """Return the configs of unet, vae, text_encoder and text_encoder_2, and their directory, hub id or description.
 
     Raises UserError if the configs are missing or unreadable, or the pipeline has only one text encoder.
@@ -95,7 +100,11 @@ def backbone_configs(params: Params) -> tuple[generator.Configs, str]:
             config = getattr(pipeline, name).config.to_dict()
             configs[name] = config | {"vocab_size": max(config["vocab_size"], backbone.shape.vocabulary)}
         return configs, "backbone.shape with the largest possible vocabulary"
-    configs = generator.read_configs(source, "backbone.init")
+    configs = (
+        generator.read_configs(source, None, "backbone.init")
+        if Path(source).is_dir()
+        else generator.study_configs(params, "backbone.init", commits)
+    )
     if "text_encoder_2" not in configs:
         raise UserError(f"backbone.init: {source}: missing second text encoder; GS needs an SDXL-inpainting pipeline")
     return configs, source
@@ -251,7 +260,9 @@ def _add_model_phases(phases: Phases, params: Params, networks: Networks, counts
         encode, decode = vae_flops(networks.vae, size)
         flops += images * encode + min(images, PSNR_IMAGES) * (encode + decode)
     what = f"{sum(counts.image_latents.values()):,} images, {counts.texts:,} texts"
-    phases.add("latents", what, 0, flops, params.latents.encode_precision, phases.seconds("latents", "latents_train"))
+    phases.add(
+        "latents", what, 0, flops, params.latents.encode_precision, phases.seconds("latents", "latents_train"), "latents"
+    )
 
     train = params.train
     forward = networks.evaluation_flops(train.size)
@@ -267,7 +278,7 @@ def _add_model_phases(phases: Phases, params: Params, networks: Networks, counts
             flops += (samples + validations) * vae_flops(networks.vae, train.size)[0]
         what = f"{kind}: {steps:,} steps of batch {train.batch}"
         evaluations = samples + extra_passes + validations
-        phases.add("train", what, evaluations, flops, train.precision, phases.seconds(f"train_{kind}"))
+        phases.add("train", what, evaluations, flops, train.precision, phases.seconds(f"train_{kind}"), f"train_{kind}")
 
 
 def _add_sample_phases(phases: Phases, params: Params, networks: Networks, counts: Counts) -> None:
@@ -282,7 +293,7 @@ def _add_sample_phases(phases: Phases, params: Params, networks: Networks, count
             decoded += sum(rows[run.phrases] * run.point.ensemble_size for run in sampled if run.point and run.method == "gs")
         flops = decoded * vae_flops(networks.vae, size)[1] + evaluations * networks.evaluation_flops(size)
         seconds = phases.seconds(*(f"sample.size={size:04d}.shard={k}" for k in range(params.resources.sample.shards)))
-        phases.add("sample", f"all runs at {size}", evaluations, flops, sample.precision, seconds)
+        phases.add("sample", f"all runs at {size}", evaluations, flops, sample.precision, seconds, f"sample.size={size:04d}")
     forward = networks.evaluation_flops(sample.main.size)
     for what, part in (("main row", "test"), ("class phrases (mIoU)", "class_phrases")):
         if rows[part]:

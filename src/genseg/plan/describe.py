@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from genseg.plan.jobs import job_warnings
+
 STATE = ("weights", "gradients", "moments", "average", "teacher", "copies", "activations", "total")
 
 
@@ -26,7 +28,8 @@ def describe_plan(plan: dict[str, Any]) -> str:
     if memory["measured_rss"]:
         rss = ", ".join(f"{name} {_bytes(value)}" for name, value in memory["measured_rss"].items())
         parts.append(f"measured resident memory, including Python and libraries: {rss}")
-    return "\n\n".join([*parts, _artifacts_table(plan["artifacts"]), _phases_table(plan)])
+    parts += [_artifacts_table(plan["artifacts"]), _phases_table(plan), jobs_table(plan)]
+    return "\n\n".join([*parts, *(f"warning: {warning}" for warning in job_warnings(plan["jobs"]))])
 
 
 def _training_table(memory: dict[str, Any], gpu: str) -> str:
@@ -67,6 +70,25 @@ def _phases_table(plan: dict[str, Any]) -> str:
         rows.append([row["phase"], row["what"], f"{row['evaluations']:,}", _count(row["flops"]), time, measured])
     title = f"work on {plan['gpus']} x {plan['gpu']} at {plan['mfu']:.0%} of the peak (data, score and tables need no GPU)"
     return _table(title, ["phase", "what", "evaluations", "FLOPs", "time", "measured"], rows)
+
+
+def jobs_table(plan: dict[str, Any]) -> str:
+    """Return the table of planned hours and memory of one job of each kind, with the resources that it requests."""
+    rows = []
+    for row in plan["jobs"]:
+        requested = [str(row["gpu"]), f"{row['mem_mb']:,} MB", _hours(row["runtime"] / 60)]
+        rows.append(
+            [
+                row["job"],
+                str(row["jobs"]),
+                _hours(row["hours"]),
+                _bytes(row["gpu_bytes"]),
+                _bytes(row["host_bytes"]),
+                *requested,
+            ]
+        )
+    header = ["job", "jobs", "time", "per GPU", "host", "gpu", "mem_mb", "runtime"]
+    return _table("each job: planned time and memory (upper bounds), and requested resources", header, rows)
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,7 @@
 """Cost of the phases that use a pretrained text-to-image model: the attention baselines and refinement."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from genseg.models import sdxl, stable_diffusion
 from genseg.models.attention_control import AttentionControl, AttentionStore
 from genseg.models.flops import BACKWARD, Gpu, meta_text_encoder, meta_unet, text_flops, unet_flops, vae_flops
 from genseg.models.memory import LiveBytes, encoding_bytes, generator_bytes, meta_injection
+from genseg.models.source import backbones, find_commit, read_repository, recorded_backbone
 from genseg.params import Params
 from genseg.params.baselines import Baselines
 from genseg.params.refine import Refine
@@ -39,22 +41,46 @@ from genseg.refine.trained import RefinerNet
 
 Configs = dict[str, dict[str, Any]]
 PUBLISHED: dict[str, Configs] = {sdxl.HUB_ID: sdxl.CONFIGS, **stable_diffusion.CONFIGS}
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+"""Class of each component that has a config."""
 PADDED_TOKENS = 77  # tokens of a padded prompt (`TextToImage.embed`) with CLIP's tokenizers
 
 
-def read_configs(source: str, key: str) -> Configs:
-    """Return the configs of unet, vae, text_encoder and, if the U-Net has SDXL's conditioning, text_encoder_2.
+def study_configs(params: Params, key: str, commits: Mapping[str, str | None] | None) -> Configs:
+    """Return the configs of the pipeline of a params key such as "refine.backbone" (see `read_configs`).
 
-    Raises UserError, with the `key` of the params, if `source` is neither a known hub id nor a directory with these configs.
+    commits: commit by params key. With None, the configs are those of the commit that the phase `preflight` recorded,
+    else of `PUBLISHED`, else of the current commit on the hub.
     """
-    folder = Path(source)
-    if source in PUBLISHED:
-        return PUBLISHED[source]
-    if not folder.is_dir():
-        raise UserError(f"{key}: {source}: no such directory; expected a local directory or one of {', '.join(PUBLISHED)}")
-    unet = read_json(folder / "unet/config.json")
-    names = ["vae", "text_encoder"] + (["text_encoder_2"] if unet.get("addition_embed_type") == "text_time" else [])
-    return {"unet": unet} | {name: read_json(folder / name / "config.json") for name in names}
+    source, revision = backbones(params)[key]
+    if commits is not None:
+        return read_configs(source, commits[key], key)
+    if record := recorded_backbone(params, key, source, revision):
+        return read_configs(source, record["commit"], key)
+    return PUBLISHED.get(source) or read_configs(source, find_commit(source, revision, key).sha, key)
+
+
+def read_configs(source: str, commit: str | None, key: str) -> Configs:
+    """Return the configs of unet, vae, text_encoder and, if the U-Net has SDXL's conditioning, text_encoder_2, of a
+    directory or hub id.
+
+    Raises UserError, with the `key` of the params, if a config is missing or belongs to another class.
+    """
+    configs: Configs = {}
+    for name, expected in CLASSES.items():
+        if name == "text_encoder_2" and configs["unet"].get("addition_embed_type") != "text_time":
+            continue
+        config = read_repository(source, f"{name}/config.json", commit, key)
+        [found] = [config["_class_name"]] if "_class_name" in config else config.get("architectures") or [expected]
+        if found != expected:
+            raise UserError(f"{key}: {source}: its {name} is a {found}; expected a {expected}, as in Stable Diffusion and SDXL")
+        configs[name] = config
+    return configs
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -84,7 +110,7 @@ class Generator:
 
     def grids(self, size: int) -> list[Grid]:
         """Return the token grids of the attention layers, finest first."""
-        return attention_grids(self.meta_unet, self.latent(size), self.latent(size))
+        return attention_grids(self.unet, self.latent(size), self.latent(size))
 
     def evaluation_flops(self, size: int) -> int:
         """Return the operations of a forward pass of the U-Net for one phrase."""
@@ -101,9 +127,11 @@ class Generator:
         return generator_bytes(self.unet, self.latent(size), self.tokens, batch, precision, control, gradient)
 
 
-def find_generator(source: str | None, key: str, default: Generator) -> Generator:
+def find_generator(params: Params, key: str, default: Generator, commits: Mapping[str, str | None] | None) -> Generator:
     """Return the generator of `baselines.backbone` or `refine.backbone`, or the default if the key is null."""
-    return default if source is None else Generator(read_configs(source, key), source)
+    if key not in backbones(params):
+        return default
+    return Generator(study_configs(params, key, commits), backbones(params)[key][0])
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -263,7 +291,7 @@ def add_baseline_phases(phases: Phases, params: Params, counts: Counts, generato
     evaluations = sum(part[1] for part in parts)
     flops = sum(part[2] for part in parts) * forward + encoding
     what = f"{texts:,} phrases of {images:,} images"
-    phases.add("baselines", what, evaluations, flops, settings.precision, phases.seconds("baselines"))
+    phases.add("baselines", what, evaluations, flops, settings.precision, phases.seconds("baselines"), "baselines")
     for name, evaluations, forward_passes in parts:
         phases.add("baselines", f"  {name}", evaluations, forward_passes * forward, settings.precision)
 
@@ -308,7 +336,7 @@ def add_refine_phases(phases: Phases, params: Params, counts: Counts, generator:
         rows.append((f"  {group}, {len(pairs)} runs", evaluations, flops, seconds))
     what = f"up to {masks:,} masks for each of {len(baselines)} baselines"
     total = phases.seconds(*(f"refine.shard={shard}" for shard in range(params.resources.refine.shards)))
-    phases.add("refine", what, sum(row[1] for row in rows), sum(row[2] for row in rows), refine.precision, total)
+    phases.add("refine", what, sum(row[1] for row in rows), sum(row[2] for row in rows), refine.precision, total, "refine")
     for what, evaluations, flops, seconds in rows:
         if flops:
             phases.add("refine", what, evaluations, flops, refine.precision, seconds)

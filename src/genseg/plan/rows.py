@@ -36,20 +36,42 @@ class Phases:
     def __init__(self, params: Params, gpu: Gpu, gpus: int, mfu: float) -> None:
         self.params, self.gpu, self.gpus, self.mfu = params, gpu, gpus, mfu
         self.rows: list[dict[str, Any]] = []
+        self.job_hours: dict[str, tuple[str, float]] = {}
+        """(phase, hours of one job) by the name of the job, without its shard."""
 
     def add(
-        self, phase: str, what: str, evaluations: int, flops: float, precision: str | None, seconds: float | None = None
+        self,
+        phase: str,
+        what: str,
+        evaluations: int,
+        flops: float,
+        precision: str | None,
+        seconds: float | None = None,
+        job: str | None = None,
     ) -> None:
-        """Add a row for the work `what`; `precision` is None for work on the CPU, which has no planned hours."""
+        """Add a row for the work `what`; `precision` is None for work on the CPU, which has no planned hours.
+
+        `job` is the name of the jobs that share the work; it is None if another row contains the work.
+        """
         peak = self.gpu.single if precision == "fp32" else self.gpu.half
-        hours = None if precision is None else flops / (peak * self.mfu * self.gpus) / 3600
+        gpu_hours = None if precision is None else flops / (peak * self.mfu) / 3600
+        hours = None if gpu_hours is None else gpu_hours / self.gpus
         row = {"phase": phase, "what": what, "evaluations": evaluations, "flops": flops, "hours": hours}
         self.rows.append(row | {"measured_seconds": seconds})
+        if job is not None and gpu_hours is not None:
+            # Only training uses all GPUs of its job.
+            devices = self.params.job(phase).gpu if phase == "train" else 1
+            self.job_hours[job] = phase, gpu_hours / max(1, devices) / job_count(self.params, phase)
 
     def seconds(self, *benchmarks: str) -> float | None:
         """Return the total seconds of Snakemake's benchmarks with these names; None if one is missing."""
         times = [read_benchmark(self.params, name, "s") for name in benchmarks]
         return None if None in times else sum(filter(None, times))
+
+
+def job_count(params: Params, phase: str) -> int:
+    """Return the number of jobs among which the work of a phase (of sampling: at one size) is divided."""
+    return getattr(params.job(phase), "shards", 1)
 
 
 def memory_row(parameters: int, precision: str, activations: int, gpu: Gpu) -> dict[str, Any]:

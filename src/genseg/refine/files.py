@@ -69,7 +69,7 @@ def refine_file(
     if source is None:
         source, revision, weights = chosen_backbone(params, refine)
     else:
-        revision = find_commit(source, None)
+        revision = find_commit(source, None).sha
         weights = weights_hash(source, revision)
     input_paths = (phrases, predictions, *([maps_path(predictions)] if shape else []))
     input_hashes = [file_sha256(path) for path in input_paths]

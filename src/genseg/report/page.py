@@ -60,10 +60,10 @@ _PAGE = """<!DOCTYPE html>
 
 
 def manifest_paths(params: Params) -> dict[str, Path]:
-    """Return phase -> manifest for every phase of the study except `tables`. The phase `train` has one entry per model."""
+    """Return phase -> manifest for every phase except `preflight` and `tables`; `train` has one entry per model."""
     paths = {}
     for phase, declared in PHASES.items():
-        if phase == "tables" or (phase in GS_PHASES and not params.sample.runs):
+        if phase in ("preflight", "tables") or (phase in GS_PHASES and not params.sample.runs):
             continue
         for manifest in declared.manifests:
             path = Path(manifest.format(study=params.study))

@@ -24,7 +24,7 @@ from genseg.models.attention import use_injected_attention
 from genseg.models.backbone import noise_schedule
 from genseg.models.device import DTYPES, choose_device, describe
 from genseg.models.miniature import build_miniature
-from genseg.models.source import find_commit, load_unet_config, weights_hash
+from genseg.models.source import study_commit, weights_hash
 from genseg.models.vae import encode_images, image_tensor, psnr
 from genseg.params import Params, digest
 from genseg.params.backbone import BackboneTraining
@@ -47,9 +47,10 @@ def prepare_backbone(params: Params) -> None:
     copied, and the manifest names `backbone.init` itself.
 
     Raises:
-        UserError: the pipeline is missing or has another architecture, or there is no GPU for `device: cuda`.
+        UserError: the pipeline is missing, the commit of a hub id cannot be determined, or there is no GPU for `device: cuda`.
     """
     folder, backbone = params.results_dir / "backbone", params.backbone
+    commit = study_commit(params, "backbone.init", backbone.init, backbone.revision) if backbone.init else None
     local_files = sorted(path for path in Path(backbone.init).rglob("*") if path.is_file()) if backbone.init else []
     inputs = [params.data_dir / "manifest.json", *local_files]
     if is_current(folder / "manifest.json", "backbone", params, inputs):
@@ -58,22 +59,19 @@ def prepare_backbone(params: Params) -> None:
     print(f"backbone: device {describe(device)}", flush=True)
     if backbone.init is None or backbone.vae.steps or backbone.unet.steps:
         outputs = [folder / "pipeline"]
-        training_facts = _train(params, folder / "pipeline", device)
+        training_facts = _train(params, commit, folder / "pipeline", device)
         source, revision = str(folder / "pipeline"), None
     else:
         outputs, training_facts = [], {}
-        source, revision = backbone.init, find_commit(backbone.init, backbone.revision)
-    channels = load_unet_config(source, revision)["in_channels"]
-    if channels != 9:
-        raise UserError(f"{source}: its U-Net has {channels} input channels; GS needs an in-painting U-Net (9)")
+        source, revision = backbone.init, commit
     facts = {"pipeline": source, "revision": revision, "weights": weights_hash(source, revision)}
     facts |= {"betas": noise_schedule(source, revision)} | training_facts
     write_manifest(folder / "manifest.json", "backbone", params, inputs, outputs, describe(device), **facts)
     print(f"backbone: {source}", flush=True)
 
 
-def _train(params: Params, target: Path, device: torch.device) -> dict[str, Any]:
-    """Train the pipeline, save it to `target` and return facts for the manifest."""
+def _train(params: Params, commit: str | None, target: Path, device: torch.device) -> dict[str, Any]:
+    """Train the pipeline of `backbone.init` at a commit, save it to `target` and return facts for the manifest."""
     # 1. Load the data and the pipeline.
     backbone, phrases_path = params.backbone, params.data_dir / "phrases.parquet"
     phrases = read_phrases(phrases_path)
@@ -83,9 +81,7 @@ def _train(params: Params, target: Path, device: torch.device) -> dict[str, Any]
         pipeline = build_miniature(backbone.shape, backbone.size, [text for texts in captions for text in texts], params.seed)
     else:
         try:
-            pipeline = StableDiffusionXLInpaintPipeline.from_pretrained(
-                backbone.init, revision=backbone.revision, dtype=torch.float32
-            )
+            pipeline = StableDiffusionXLInpaintPipeline.from_pretrained(backbone.init, revision=commit, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise UserError(f"{backbone.init}: cannot load the pipeline ({' '.join(str(error).split())[:200]})") from error
     pixels = (image_tensor(load_image(path), backbone.size) for path in by_image["file_name"].first())
