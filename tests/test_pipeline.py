@@ -17,6 +17,7 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -408,7 +409,7 @@ def test_attention_slicing_keeps_the_injected_text(saved):
             calls.clear()
             assert np.allclose(pipe(PIXELS, PHRASES).maps, expected, atol=1e-5)
             assert set(calls) == heads
-    for change in (lambda: pipe.unet.set_attention_slice(1), lambda: pipe.unet.set_default_attn_processor()):
+    for change in (lambda: pipe.unet.set_attention_slice(1), lambda: pipe.unet.set_attn_processor(AttnProcessor2_0())):
         change()
         with pytest.raises(ValueError, match=r"AttnProcessor.* would drop the injected text"):
             pipe(PIXELS, PHRASES)

@@ -17,6 +17,7 @@ from PIL import Image
 from conftest import run
 from genseg.cli.main import main
 from genseg.diffusion.pipeline import GSPipeline
+from genseg.errors import UserError
 from genseg.params import load_params
 from genseg.publish import scored_card
 
@@ -166,3 +167,6 @@ def test_incomplete_model_is_not_published(study_copy, monkeypatch, capsys):
     Path("results/smoke/model/gs/unet/config.json").unlink()
     assert main(["publish", "lab/gs", "--params", "params/smoke.yaml"]) == 2
     assert "unet/config.json: missing" in capsys.readouterr().err
+    Path("results/smoke/model/gs/README.md").unlink()
+    with pytest.raises(UserError, match=r"README\.md: no model card; run `genseg train --model gs` again"):
+        scored_card(load_params("params/smoke.yaml"), "gs")

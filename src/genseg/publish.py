@@ -39,7 +39,10 @@ def publish(params: Params, kind: Kind, repo_id: str, private: bool) -> str:
 
 def scored_card(params: Params, kind: Kind) -> ModelCard:
     """Return the card of a trained model with the scores of the study, if they are those of this model."""
-    card = ModelCard.load(params.model_dir(kind) / "README.md")
+    path = params.model_dir(kind) / "README.md"
+    if not path.exists():
+        raise UserError(f"{path}: no model card; run `genseg train --model {kind}` again, which writes it")
+    card = ModelCard.load(path)
     run = "main" if kind == "gs" else kind
     scores, manifest = params.results_dir / "scores" / f"{run}.json", params.model_dir(kind) / "manifest.json"
     predictions = params.results_dir / "predictions" / run / "predictions.parquet"
