@@ -152,8 +152,16 @@ def test_missing_id_fails_with_key_id_and_remedy(hub, capsys):
 WRONG = [
     ({"train": {"size": 130}}, {}, "train.size: 130: not a multiple of the VAE's factor 4; set it to 128 or 132"),
     ({"sample": {"grid": {"sizes": [64, 50]}}}, {}, "sample.grid.sizes: 50: not a multiple of the VAE's factor 4"),
-    ({"baselines": {"diffpng": {"cross_side": 12}}}, {}, "baselines.diffpng.cross_side: 12: at baselines.size 128"),
-    ({"baselines": {"diffpng": {"self_side": 64}}}, {}, "side; set it to one of 8, 16"),
+    (
+        {"baselines": {"diffpng": {"cross_side": 12}}},
+        {},
+        "baselines.diffpng.cross_side: the U-Net has no attention on 12 x 12 tokens",
+    ),
+    (
+        {"baselines": {"diffpng": {"self_side": 64}}},
+        {},
+        "baselines.diffpng.self_side: the U-Net has no attention on 64 x 64 tokens at this image size; its sides are 16, 8",
+    ),
     ({"refine": {"layers": [1, 3]}}, {}, "refine.layers: 3: the backbone has no such up-block; it has 0, 1, 2"),
     ({"refine": {"sensitivity": {"layer": [9]}}}, {}, "refine.sensitivity.layer: 9"),
     ({}, {"unet": {"in_channels": 4}}, "its U-Net has 4 input channels; set backbone.init to an in-painting U-Net (9)"),

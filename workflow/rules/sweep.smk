@@ -52,7 +52,9 @@ rule sweep:
     output:
         f"{STUDY.sweep.folder}/manifest.json",
         [
-            report(f"{STUDY.sweep.folder}/{STUDY.sweep.name}.{suffix}", caption="../report/sweep.rst", category="Sweep")
+            report(
+                f"{STUDY.sweep.folder}/{STUDY.sweep.name}.{suffix}", caption="../report/sweep.rst", category="Sweep"
+            )
             for suffix in ("csv", "tex", "md")
         ],
     log:
