@@ -35,7 +35,7 @@ from genseg.metrics.soft_maps import calibration_counts
 from genseg.refine import coarse
 from test_training import variant
 
-SIDE = 48
+SIDE = 64
 
 
 def unit_rows(unit: int, rows: int, maps: bool = True) -> Piece:
@@ -48,7 +48,7 @@ def unit_rows(unit: int, rows: int, maps: bool = True) -> Piece:
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.booleans(), st.randoms())
 def test_gathered_bytes_do_not_depend_on_parts(tmp_path_factory, sizes, maps, random):
     folder = tmp_path_factory.mktemp("parts")
@@ -138,20 +138,20 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def test_memory_of_gathering_and_calibration_does_not_grow_with_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "ROW_GROUP", 128)
-    monkeypatch.setattr(predictions, "MAPS_AT_ONCE", 64)
-    monkeypatch.setattr("genseg.artifacts.parts.PART_ROWS", 64)
+    monkeypatch.setattr(parquet, "ROW_GROUP", 16)
+    monkeypatch.setattr(predictions, "MAPS_AT_ONCE", 16)
+    monkeypatch.setattr("genseg.artifacts.parts.PART_ROWS", 16)
 
     def peaks(folder: Path, units: int) -> dict[str, int]:
         out, parts = folder / "out.parquet", Parts(folder / "parts", "k")
-        make = peak_bytes(lambda: make_parts({"a": parts}, range(units), lambda unit: {"a": unit_rows(unit, 16)}, "unit"))
+        make = peak_bytes(lambda: make_parts({"a": parts}, range(units), lambda unit: {"a": unit_rows(unit, 8)}, "unit"))
         gather = peak_bytes(lambda: parts.gather(out))
         rows = read_predictions(out).assign(height=SIDE, width=SIDE)
         return {"make": make, "gather": gather, "calibrate": peak_bytes(lambda: calibration_counts(rows, iterate_maps(out)))}
 
-    peaks(tmp_path / "first", 20)  # fills caches
-    few, many = peaks(tmp_path / "few", 20), peaks(tmp_path / "many", 200)
-    additional_maps = (200 - 20) * 16 * SIDE * SIDE
+    peaks(tmp_path / "first", 10)  # fills caches
+    few, many = peaks(tmp_path / "few", 10), peaks(tmp_path / "many", 100)
+    additional_maps = (100 - 10) * 8 * SIDE * SIDE
     for name in few:
         assert many[name] - few[name] < 0.1 * additional_maps, f"{name} holds maps of all rows: {few}, {many}"
 
