@@ -140,7 +140,7 @@ def accuracy(study: Study, effort: Effort) -> list[Row]:
         masks: list[Any] = []
 
         def segment(steps: int = steps, guidance: float = guidance, masks: list[Any] = masks) -> None:
-            image_masks, _ = pipeline(images, phrases, steps, guidance, threshold=sample.threshold, return_dict=False)
+            image_masks, *_ = pipeline(images, phrases, steps, guidance, threshold=sample.threshold, return_dict=False)
             masks.extend(mask for part in image_masks for mask in part)
 
         [seconds] = time_call(segment, 1)

@@ -38,7 +38,7 @@ def test_changed_comments_rerun_no_snakemake_job_and_repeat_no_work(repository):
     for file in (repository / "src").rglob("*.py"):
         file.write_text(f"# A comment.\n{file.read_text()}\n# Another comment.\n")
     assert "Nothing to be done" in call(repository, "snakemake", "--dry-run")
-    assert len(changed_stages(repository)) == 9, "DVC compares the bytes of the source"
+    assert len(changed_stages(repository)) == 10, "DVC compares the bytes of the source"
     output = call(repository, "dvc", "repro")
     assert output.count("is up to date") == 9, "data, backbone, both latents, two models, the trained control, score, tables"
     assert "0 of 21 runs are missing" in output

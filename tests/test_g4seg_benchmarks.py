@@ -225,7 +225,18 @@ def test_voc_study_runs_through_the_dag(tmp_path, monkeypatch):
     command = ("snakemake", "--cores", "1", "--configfile", "params/g4seg_voc.yaml")
     done = run(*command, cwd=tmp_path)
     ran = set(re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE))
-    assert ran == {"all", "data", "backbone", "baselines", "refine_train", "refine_shard", "refine", "score", "tables"}
+    assert ran == {
+        "all",
+        "preflight",
+        "data",
+        "backbone",
+        "baselines",
+        "refine_train",
+        "refine_shard",
+        "refine",
+        "score",
+        "tables",
+    }
     again = run(*command, "--dry-run", cwd=tmp_path)
     assert "Nothing to be done" in again.stdout + again.stderr
 

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from conftest import PROJECT
 from genseg.artifacts import masks
 from genseg.baselines.attend import METHODS, ImageAttention
+from genseg.baselines.captions import Query
 from genseg.models import sdxl, stable_diffusion
 from genseg.models.flops import meta_inputs, meta_unet
 from genseg.models.memory import LiveBytes, activation_bytes, decoding_bytes, generator_bytes
@@ -154,6 +155,7 @@ def track_memory(model: TextToImage) -> LiveBytes:
 @pytest.mark.parametrize("hub_id", stable_diffusion.CONFIGS)
 def test_published_configs_have_the_published_number_of_parameters(hub_id):
     published = {
+        stable_diffusion.SD_14: 859_520_964 + 83_653_863 + 123_060_480,
         stable_diffusion.SD_15: 859_520_964 + 83_653_863 + 123_060_480,
         stable_diffusion.SD_21: 865_910_724 + 83_653_863 + 340_387_840,
     }
@@ -195,13 +197,15 @@ def test_refinement_uses_the_planned_memory(pipeline, tmp_path, changes, area):
 def test_attention_baselines_use_the_planned_memory(pipeline, texts, inversion):
     generator, model = pipeline
     diffpng = BASELINES.diffpng.model_copy(update={"inversion": inversion and Inversion(**inversion), "self_side": 16})
-    params = BASELINES.model_copy(update={"size": SIZE, "batch": 3, "precision": "fp32", "diffpng": diffpng})
+    methods = {"diffpng": diffpng, "diffseg": BASELINES.diffseg.model_copy(update={"sides": [16, 8]})}
+    params = BASELINES.model_copy(update={"size": SIZE, "batch": 3, "precision": "fp32", **methods})
     names = [f"{'a ' * k}red circle" for k in range(texts)]
+    queries = [Query(name, name, 0, len(name)) for name in names]
     with track_memory(model) as live:
         latent = model.encode(torch.zeros(1, 3, SIZE, SIZE))
-        image = ImageAttention(model, params, latent, (SIZE, SIZE), names, (0, 1))
+        image = ImageAttention(model, params, latent, (SIZE, SIZE), queries, (0, 1))
         for method in METHODS.values():
-            method.maps(image, names, False)
+            method.maps(image, queries, False)
     assert attention_bytes(params, generator, texts) == pytest.approx(live.peak, rel=0.1)
 
 

@@ -171,7 +171,8 @@ def test_baselines_run_the_planned_evaluations(study_copy, monkeypatch, capsys):
         return predict(self, x_t, *arguments)
 
     monkeypatch.setattr(TextToImage, "predict", counting_predict)
-    shutil.rmtree("results/smoke/baselines")
+    for folder in ("results/smoke/baselines", "work/smoke/baselines"):  # the masks, and the chosen thresholds
+        shutil.rmtree(folder)
     assert main(["baseline", "--params", "params/smoke.yaml"]) == 0
     assert load_params("params/smoke.yaml").baselines.diffpng.inversion.inner_steps == 1, "no early stop"
     assert sum(batch_sizes) == planned[0]["evaluations"] == sum(row["evaluations"] for row in planned[1:])

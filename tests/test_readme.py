@@ -17,6 +17,7 @@ LINES = [
 ELSEWHERE = {
     "make": "the main job",
     "make test": "this test suite",
+    "python -m benchmarks.memory": "tests/test_parts.py, with fewer rows",
     "snakemake --cores all --resources gpu=8": "the fixture finished_study",
     "genseg publish NAME/gs-mini --private": "test_publish.py",
     "genseg sweep sweeps/architecture.yaml --tables": "tests/test_sweeps.py",

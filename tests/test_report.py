@@ -24,7 +24,7 @@ from genseg.artifacts.files import write_json
 from genseg.artifacts.manifest import read_manifest
 from genseg.artifacts.masks import encode
 from genseg.artifacts.phrases import read_phrases
-from genseg.baselines.registry import ATTENTION
+from genseg.baselines import registry
 from genseg.cli import main
 from genseg.diffusion.guidance import count_evaluations
 from genseg.params import load_params, validate_params
@@ -40,6 +40,8 @@ from genseg.report.tables.failures import find_failures
 from genseg.report.tables.parts import comparability_note
 from genseg.report.tables.shares import implied_share, largest_agreement, shares
 from synthetic_scores import NASTY_CLASS, RESULTS, ROOT, SPLITS, build_study, per_phrase, timed
+
+ATTENTION = [baseline for baseline in registry.ATTENTION if baseline.name != "diffpng_sam"]  # SAM's masks are imported
 
 NAMES = [
     "table2",

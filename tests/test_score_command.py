@@ -413,7 +413,8 @@ def test_study_scores_have_the_documented_files_and_contents(study, capsys):
     assert comparisons["main - discriminative (miou)"]["ci_low"] > 0
 
     manifest = read_manifest(study / "manifest.json", verify=True)
-    assert set(manifest["outputs"]) == {f"results/small/scores/{name}" for name in expected_files - {"manifest.json"}}
+    written = {f"results/small/scores/{name}" for name in expected_files - {"manifest.json"}}
+    assert set(manifest["outputs"]) == {*written, "metrics/small.json"}
     assert {"data/small/phrases.parquet", "data/small/classes.json"} <= set(manifest["inputs"])
     assert manifest["phase"] == "score"
 

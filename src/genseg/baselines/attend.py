@@ -27,7 +27,7 @@ ANY_POSITIVE = 1e-6
 def attention_grids(unet: Mapping[str, Any], height: int, width: int) -> list[Grid]:
     """Return the token grids of the transformer blocks for latents of height x width, finest first. `unet`: its config."""
     blocks = unet["down_block_types"]
-    sizes, types = [(height, width)], [*blocks, unet.get("mid_block_type") or ""]
+    sizes, types = [(height, width)], [*blocks, unet.get("mid_block_type", "UNetMidBlock2DCrossAttn") or ""]
     for _ in blocks[1:]:
         sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
     sizes.append(sizes[-1])  # the middle block
