@@ -72,7 +72,7 @@ def run_stage(phase: str, study: str) -> None:
     Snakemake fails.
     """
     die_with_parent()
-    for out in PHASES[phase].outs:
+    for out in (*PHASES[phase].outs, *PHASES[phase].metrics):
         target = Path(out.format(study=study))
         if not target.exists():
             _link_files(_kept(target, study), target)
@@ -89,7 +89,7 @@ def run_stage(phase: str, study: str) -> None:
 
 def _keep_outputs(phase: str, study: str) -> None:
     """Keep hard links to the outputs of a phase for `run_stage`. Outputs are replaced, never modified, so they cost nothing."""
-    for out in PHASES[phase].outs:
+    for out in (*PHASES[phase].outs, *PHASES[phase].metrics):
         source = Path(out.format(study=study))
         shutil.rmtree(_kept(source, study), ignore_errors=True)
         _link_files(source, _kept(source, study))
@@ -100,10 +100,16 @@ def _kept(out: Path, study: str) -> Path:
 
 
 def _link_files(source: Path, target: Path) -> None:
-    """Copy a folder, if it exists, with hard links to its files; with copies if it is on another file system."""
-    if source.exists():
-        same_system = source.stat().st_dev == Path("work").stat().st_dev == Path(target.parts[0]).stat().st_dev
-        shutil.copytree(source, target, copy_function=os.link if same_system else shutil.copy2)
+    """Copy a file or folder, if it exists, with hard links to its files; with copies if it is on another file system."""
+    if not source.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy = os.link if source.stat().st_dev == target.parent.stat().st_dev else shutil.copy2
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=copy)
+    else:
+        target.unlink(missing_ok=True)
+        copy(source, target)
 
 
 def track_sweep(sweep: Sweep) -> Path:
